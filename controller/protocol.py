@@ -1,0 +1,221 @@
+"""The wire protocol between the controller and its model workers.
+
+A leaf module: standard library, pydantic and nothing else, so that both sides can import it without pulling in the
+other's dependencies. All messages are JSON over HTTP.
+
+    worker → controller    POST /internal/workers/register            RegisterRequest   → RegisterReply
+                           POST /internal/workers/{id}/heartbeat      HeartbeatRequest  → 204, or 404: register again
+                           POST /internal/workers/{id}/leave          no body           → 204
+    controller → worker    POST /internal/generate                    GenerateRequest   → NDJSON, one GenerateEvent a line
+                           POST /internal/tokenize                    TokenizeRequest   → TokenizeReply
+                           POST /internal/detokenize                  DetokenizeRequest → DetokenizeReply
+                           GET  /internal/stats                       WorkerStats
+
+Both directions carry the shared token in the header WORKER_TOKEN_HEADER when one is configured. Errors outside a stream
+have a status of 4xx or 5xx and the body ErrorEvent. A generate stream that was accepted (status 200) ends in exactly one
+terminal event, `done` or `error`; a connection that closes before it is a failed worker. Closing the connection from the
+controller's side cancels the request in the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+PROTOCOL_VERSION = 1
+WORKER_TOKEN_HEADER = "x-rootgraft-worker-token"
+
+FinishReason = Literal["stop", "length"]
+
+
+class Message(BaseModel):
+    """Base of all wire messages: unknown fields are a version mismatch and are refused, NaN and Infinity too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------- membership
+
+
+class ServedModel(Message):
+    """A model that a worker serves under a public name."""
+
+    name: str
+    family: str
+    max_model_len: int
+    chat: bool  # has a chat template
+    dtype: str
+    digest: str | None = None  # sha256:..., identity of the weights, where it is known
+
+
+class WorkerStats(Message):
+    """A snapshot of one worker's engine. Counters (`*_total`) only grow during the life of the process."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_blocks_used: int = 0  # held by requests; blocks kept only for the prefix cache are free
+    kv_blocks_total: int = 0
+    draining: bool = False
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    prefix_queried_tokens_total: int = 0
+    prefix_hit_tokens_total: int = 0
+    preemptions_total: int = 0
+    finished_total: int = 0
+    cancelled_total: int = 0
+    failed_total: int = 0
+
+
+class RegisterRequest(Message):
+    protocol_version: int
+    worker_id: str
+    url: str  # where the controller reaches the worker
+    models: list[ServedModel]
+    stats: WorkerStats
+
+
+class RegisterReply(Message):
+    heartbeat_interval_s: float
+
+
+class HeartbeatRequest(Message):
+    stats: WorkerStats
+
+
+# ---------------------------------------------------------------------------------------------- generation
+
+
+class TextPrompt(Message):
+    kind: Literal["text"] = "text"
+    text: str
+    add_special_tokens: bool = True
+
+
+class TokensPrompt(Message):
+    kind: Literal["tokens"] = "tokens"
+    token_ids: list[int]
+
+
+class ChatMessage(Message):
+    role: str
+    content: str
+    name: str | None = None
+
+
+class ChatPrompt(Message):
+    kind: Literal["chat"] = "chat"
+    messages: list[ChatMessage]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+Prompt = Annotated[TextPrompt | TokensPrompt | ChatPrompt, Field(discriminator="kind")]
+
+
+class Sampling(Message):
+    """Sampling parameters; names, meanings and defaults are those of model_worker.engine.sampling_params."""
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = Field(default_factory=dict)
+    seed: int | None = None
+    stop: list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = None  # None: up to the model's context length
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+
+class GenerateRequest(Message):
+    request_id: str
+    model: str
+    prompt: Prompt
+    sampling: Sampling
+    return_prompt_text: bool = False  # for `echo`
+
+
+class TokenizeRequest(Message):
+    model: str
+    prompt: Prompt
+    return_token_strs: bool = False
+
+
+class TokenizeReply(Message):
+    token_ids: list[int]
+    token_strs: list[str] | None = None
+    max_model_len: int
+
+
+class DetokenizeRequest(Message):
+    model: str
+    token_ids: list[int]
+
+
+class DetokenizeReply(Message):
+    text: str
+
+
+class TopLogprob(Message):
+    token: str
+    token_id: int
+    logprob: float
+    bytes: list[int]  # the token's own bytes, which need not be whole UTF-8 characters
+
+
+class TokenLogprob(TopLogprob):
+    top: list[TopLogprob] = Field(default_factory=list)
+
+
+class PromptEvent(Message):
+    """First event of every accepted stream."""
+
+    kind: Literal["prompt"] = "prompt"
+    num_prompt_tokens: int
+    prompt_text: str | None = None
+    prompt_token_strs: list[str] | None = None  # with prompt_logprobs; first entry of the logprobs below is None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+
+
+class DeltaEvent(Message):
+    """New text of one choice. Exactly one delta of each choice has a finish_reason, and it is the last one."""
+
+    kind: Literal["delta"] = "delta"
+    index: int
+    text: str
+    num_tokens: int  # sampled since the last delta of this choice
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or stop token id that ended it
+
+
+class DoneEvent(Message):
+    kind: Literal["done"] = "done"
+    num_prompt_tokens: int
+    num_cached_tokens: int  # prompt tokens taken from the prefix cache
+    num_completion_tokens: int
+
+
+class ErrorEvent(Message):
+    """`code` is a stable code of registry.errors."""
+
+    kind: Literal["error"] = "error"
+    code: str
+    message: str
+    param: str | None = None
+    retry_after_s: float | None = None
+
+
+GenerateEvent = Annotated[PromptEvent | DeltaEvent | DoneEvent | ErrorEvent, Field(discriminator="kind")]
+GENERATE_EVENT: TypeAdapter[PromptEvent | DeltaEvent | DoneEvent | ErrorEvent] = TypeAdapter(GenerateEvent)

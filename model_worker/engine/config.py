@@ -1,0 +1,33 @@
+"""Configuration of the engine: small frozen dataclasses, composed. Each component gets only its own.
+
+`None` means "chosen at load from the model and the machine"; it is resolved once, into a new object. The command-line
+flags of the worker are generated from these fields and their help texts (registry/flags.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from registry.flags import flag
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    block_size: int = flag(16, "tokens in one KV cache block")
+    num_blocks: int | None = flag(None, "number of KV cache blocks; default: from --kv-cache-gib")
+    kv_cache_gib: float | None = flag(None, "memory for the KV cache in GiB; default: a share of the free memory")
+    enable_prefix_caching: bool = flag(True, "share KV blocks between requests that begin alike")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    max_num_seqs: int = flag(64, "most sequences in one step")
+    max_num_batched_tokens: int = flag(512, "most tokens computed in one step; longer prompts are computed in chunks")
+    max_num_waiting: int = flag(1024, "requests that may wait; more are refused with 429")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    num_threads: int | None = flag(None, "threads for tensor work; default: one per core")
