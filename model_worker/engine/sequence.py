@@ -1,0 +1,137 @@
+"""The state of one sequence and of the request that it belongs to. Pure Python; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from model_worker.engine.outputs import FinishReason
+from model_worker.engine.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()  # holds no blocks
+    RUNNING = auto()  # holds blocks
+    FINISHED = auto()  # holds no blocks
+
+
+class Sequence:
+    """Prompt and output of one choice of a request.
+
+        token_ids        [ prompt ........ | output ......... ]
+        positions         0            num_prompt_tokens     num_tokens
+        in the KV cache   [0, num_computed_tokens)
+        to compute next   [num_computed_tokens, num_tokens)
+
+    A sequence that is decoding has exactly one token left to compute; after preemption by recomputation it has all.
+
+    Attributes:
+        seq_id: unique in the engine's life; also the order of arrival.
+        index: number of the choice in its request.
+        variant_digest: identity of the weights that compute it; part of the prefix cache's key.
+        seed: of the sequence's own random stream; the draw for position p depends on (seed, p) only.
+        block_table: physical block numbers, one per block_size tokens.
+        output_counts: how often each token id was sampled; kept only when a penalty needs it.
+    """
+
+    __slots__ = (
+        "block_table",
+        "finish_reason",
+        "group",
+        "index",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_hashed_blocks",
+        "num_prompt_tokens",
+        "output_counts",
+        "prefix_hash",
+        "sampling",
+        "seed",
+        "seq_id",
+        "status",
+        "stop_reason",
+        "token_ids",
+        "variant_digest",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        index: int,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        variant_digest: str = "",
+    ) -> None:
+        self.seq_id = seq_id
+        self.index = index
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.sampling = sampling
+        self.seed = seed
+        self.variant_digest = variant_digest
+        self.status = SequenceStatus.WAITING
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first scheduled
+        self.block_table: list[int] = []
+        self.num_hashed_blocks = 0  # leading blocks already entered in the prefix cache
+        self.prefix_hash: bytes | None = None  # hash chain value after num_hashed_blocks
+        self.output_counts: dict[int, int] = {}
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        self.group: SequenceGroup | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token; its KV is computed in the next step."""
+        self.token_ids.append(token_id)
+        self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, {self.status.name}, computed {self.num_computed_tokens}/{self.num_tokens}, "
+            f"blocks {self.block_table})"
+        )
+
+
+@dataclass(slots=True, eq=False)
+class SequenceGroup:
+    """One request: `sampling.n` sequences over one prompt.
+
+    The prompt is computed once, by `sequences[0]`; when it is complete the others are forked from it and share its
+    blocks (see Scheduler).
+    """
+
+    request_id: str
+    sequences: list[Sequence]
+    sampling: SamplingParams
+    arrival_s: float
+    forked: bool = field(default=False)
+
+    def __post_init__(self) -> None:
+        for sequence in self.sequences:
+            sequence.group = self
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.sequences[0].num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)

@@ -1,0 +1,54 @@
+"""What travels between scheduler, model runner and engine in one step. Pure Python; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model_worker.engine.outputs import SampledToken, TokenLogprobs
+from model_worker.engine.sequence import Sequence
+from registry.errors import RootgraftError
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Tokens [start, start + num_tokens) of `sequence` are computed in this step.
+
+    `sampled` are the sequences that draw their next token from the logits of the last of these rows: none while a
+    prompt is not complete, `sequence` itself when it is, and all sequences of its group in the step that completes
+    the prompt they share.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    sampled: tuple[Sequence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step's work.
+
+    `block_copies` (source, destination) are done before anything is computed: copy-on-write of shared blocks.
+    """
+
+    scheduled: tuple[ScheduledSequence, ...]
+    block_copies: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Answers to one SchedulerOutput.
+
+    Attributes:
+        samples: aligned with the concatenation of `sampled` over all scheduled sequences; an error instead of a token
+            (logits not finite) ends that request only.
+        prompt_logprobs: seq_id to the logprobs of prompt tokens at positions start + 1 ... start + num_tokens (cut at
+            the prompt's end), for scheduled sequences whose sampling asks for prompt_logprobs.
+    """
+
+    samples: tuple[SampledToken | RootgraftError, ...]
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
