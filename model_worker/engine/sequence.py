@@ -35,16 +35,16 @@ class Sequence:
     """
 
     __slots__ = (
+        "block_hashes",
         "block_table",
         "finish_reason",
         "group",
         "index",
         "num_cached_tokens",
         "num_computed_tokens",
-        "num_hashed_blocks",
+        "num_entered_blocks",
         "num_prompt_tokens",
         "output_counts",
-        "prefix_hash",
         "sampling",
         "seed",
         "seq_id",
@@ -75,8 +75,8 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first scheduled
         self.block_table: list[int] = []
-        self.num_hashed_blocks = 0  # leading blocks already entered in the prefix cache
-        self.prefix_hash: bytes | None = None  # hash chain value after num_hashed_blocks
+        self.block_hashes: list[bytes] = []  # hash chain over the leading full blocks of token_ids, made as needed
+        self.num_entered_blocks = 0  # leading blocks of block_table that the prefix cache knows
         self.output_counts: dict[int, int] = {}
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None

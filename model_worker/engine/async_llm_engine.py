@@ -1,0 +1,167 @@
+"""The engine for an event loop: it runs in a thread of its own, and neither side ever waits for the other's work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.outputs import EngineStats, RequestOutput
+from model_worker.engine.sampling_params import SamplingParams
+from registry.errors import InternalError, RootgraftError
+
+logger = logging.getLogger(__name__)
+
+
+class RequestTracker:
+    """Delivers what the engine says to whoever waits for it, in the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, asyncio.Queue[RequestOutput | RootgraftError]] = {}
+
+    def open(self, request_id: str) -> asyncio.Queue[RequestOutput | RootgraftError]:
+        assert request_id not in self._queues
+        self._queues[request_id] = asyncio.Queue()
+        return self._queues[request_id]
+
+    def close(self, request_id: str) -> None:
+        del self._queues[request_id]
+
+    def deliver(self, news: list[tuple[str, RequestOutput | RootgraftError]]) -> None:
+        for request_id, item in news:
+            waiting = self._queues.get(request_id)
+            if waiting is not None:  # else its reader has gone, and its abort is on the way
+                waiting.put_nowait(item)
+
+    def fail_all(self, error: RootgraftError) -> None:
+        for waiting in self._queues.values():
+            waiting.put_nowait(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request_id: str
+
+
+class _Stop:
+    pass
+
+
+class AsyncLLMEngine:
+    """Runs an LLMEngine in a thread; requests are async generators.
+
+    Commands travel to the thread through a queue and are carried out between steps; news travel back once a step.
+
+    Attributes:
+        failed: what ended the engine thread, if anything did; every request then gets an InternalError, and the
+            process should end.
+    """
+
+    def __init__(self, engine: LLMEngine, *, on_failure: Callable[[], None] | None = None) -> None:
+        self.tokenizer = engine.tokenizer
+        self.max_model_len = engine.max_model_len
+        self.failed: BaseException | None = None
+        self._engine = engine
+        self._on_failure = on_failure
+        self._tracker = RequestTracker()
+        self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._stats = engine.stats()
+
+    async def start(self) -> None:
+        """Start the engine thread; its news are delivered to the running event loop."""
+        assert self._thread is None
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, args=(loop,), name="engine", daemon=True)
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the engine thread after the step that it is in; requests still open get an error."""
+        if self._thread is not None:
+            self._commands.put(_Stop())
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+        self._tracker.fail_all(InternalError("The model worker is shutting down; send the request again."))
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the news of one request until it is finished. Closing the generator cancels the request.
+
+        Raises:
+            ClientError: the request was not accepted (before anything was yielded).
+            InternalError: the engine has died.
+        """
+        if self.failed is not None:
+            raise InternalError("The engine of this model worker has failed; see its log.")
+        news = self._tracker.open(request_id)
+        self._commands.put(_Add(request_id, prompt_token_ids, sampling))
+        finished = False
+        try:
+            while not finished:
+                item = await news.get()
+                if isinstance(item, RootgraftError):
+                    finished = True
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            self._tracker.close(request_id)
+            if not finished:
+                self._commands.put(_Abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """The state after the last step or command."""
+        return self._stats
+
+    # ------------------------------------------------------------------------------------------ engine thread
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            while self._obey_commands(loop):
+                if self._engine.has_unfinished_requests:
+                    self._deliver(loop, [(output.request_id, output) for output in self._engine.step()])
+                else:
+                    self._engine.check_integrity()
+                self._stats = self._engine.stats()
+        except BaseException as error:  # a bug in scheduling or accounting: nothing it holds can be trusted any more
+            logger.exception("The engine thread has failed.")
+            self.failed = error
+            failure = InternalError("The engine of this model worker has failed; see its log.")
+            loop.call_soon_threadsafe(self._tracker.fail_all, failure)
+            if self._on_failure is not None:
+                loop.call_soon_threadsafe(self._on_failure)
+
+    def _obey_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Carry out what is queued, waiting for it only when there is nothing to compute; False: stop."""
+        idle = not self._engine.has_unfinished_requests
+        refused: list[tuple[str, RequestOutput | RootgraftError]] = []
+        while idle or not self._commands.empty():
+            command = self._commands.get()
+            idle = False
+            if isinstance(command, _Stop):
+                return False
+            if isinstance(command, _Abort):
+                self._engine.abort_request(command.request_id)
+                continue
+            try:
+                self._engine.add_request(command.request_id, command.prompt_token_ids, command.sampling)
+            except RootgraftError as error:
+                refused.append((command.request_id, error))
+        self._deliver(loop, refused)
+        return True
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop, news: list[tuple[str, RequestOutput | RootgraftError]]) -> None:
+        if news:
+            loop.call_soon_threadsafe(self._tracker.deliver, news)

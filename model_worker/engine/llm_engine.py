@@ -1,0 +1,337 @@
+"""The engine: requests in, one step at a time, news out. Synchronous and single-threaded."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from adapters.load_plan import LoadPlan
+from adapters.tokenizer import Tokenizer, load_tokenizer
+from model_worker.engine.block_manager import BlockManager
+from model_worker.engine.config import EngineConfig
+from model_worker.engine.detokenizer import IncrementalDetokenizer
+from model_worker.engine.executor import Executor
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.outputs import (
+    EngineStats,
+    FinishReason,
+    RequestOutput,
+    SampledToken,
+    SequenceDelta,
+    TokenLogprobs,
+)
+from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.scheduler import Scheduler
+from model_worker.engine.sequence import Sequence, SequenceGroup
+from model_worker.engine.step import SchedulerOutput, StepResult
+from registry.errors import (
+    ContextLengthError,
+    InternalError,
+    InvalidRequestError,
+    RootgraftError,
+)
+
+logger = logging.getLogger(__name__)
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the choices of one request get different random streams
+
+
+@dataclass(slots=True, eq=False)
+class _RequestState:
+    """What the engine keeps of a request beside its sequences."""
+
+    group: SequenceGroup
+    detokenizers: list[IncrementalDetokenizer]
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs_due: bool = False
+
+
+class LLMEngine:
+    """Continuous batching over an Executor.
+
+    Args:
+        config: scheduler and cache settings.
+        executor: computes steps; owns the KV cache.
+        tokenizer: of the model; turns sampled ids into text.
+        stop_token_ids: the model's end-of-sequence ids.
+        max_model_len: most tokens of prompt and output; lowered to what the KV cache can hold for one sequence.
+        variant_digest: identity of the weights, part of the prefix cache's key.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        *,
+        stop_token_ids: tuple[int, ...],
+        max_model_len: int,
+        variant_digest: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = min(max_model_len, executor.num_blocks * executor.block_size)
+        if self.max_model_len < max_model_len:
+            logger.warning(
+                "The KV cache holds %d tokens, fewer than the model's context of %d: longer requests are refused. "
+                "Raise --kv-cache-gib to allow them.",
+                self.max_model_len,
+                max_model_len,
+            )
+        self._executor = executor
+        self._stop_token_ids = frozenset(stop_token_ids)
+        self._variant_digest = variant_digest
+        self._clock = clock
+        self._block_manager = BlockManager(
+            executor.num_blocks, executor.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
+        )
+        self._scheduler = Scheduler(config.scheduler, self._block_manager)
+        self._states: dict[str, _RequestState] = {}
+        self._next_seq_id = 0
+        self._random = random.Random()
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._finished = 0
+        self._cancelled = 0
+        self._failed = 0
+
+    @classmethod
+    def from_plan(cls, plan: LoadPlan, config: EngineConfig) -> LLMEngine:
+        """Load the model of a plan; blocks until it is ready.
+
+        Raises:
+            ClientError: the checkpoint, the memory or the configuration does not allow it.
+        """
+        tokenizer = load_tokenizer(plan.tokenizer_path)
+        runner = ModelRunner(plan, config)
+        return cls(
+            config,
+            runner,
+            tokenizer,
+            stop_token_ids=plan.stop_token_ids,
+            max_model_len=plan.max_model_len,
+        )
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
+        """Accept a request; its news come from `step`.
+
+        Raises:
+            InvalidRequestError: the prompt or a sampling field cannot be served.
+            ContextLengthError: prompt and output do not fit the context.
+            RateLimitError: too many requests are waiting.
+        """
+        if request_id in self._states:
+            raise InvalidRequestError(f"Request id {request_id!r} is in use.")
+        sampling = self._checked(prompt_token_ids, sampling)
+        seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(63)
+        sequences = [
+            Sequence(
+                self._next_seq_id + index,
+                index,
+                prompt_token_ids,
+                sampling,
+                seed=(seed + index * _SEED_STRIDE) % 2**64,
+                variant_digest=self._variant_digest,
+            )
+            for index in range(sampling.n)
+        ]
+        group = SequenceGroup(request_id, sequences, sampling, arrival_s=self._clock())
+        self._scheduler.add(group)
+        self._next_seq_id += sampling.n
+        self._states[request_id] = _RequestState(
+            group,
+            [self._detokenizer(sequence) for sequence in sequences],
+            prompt_logprobs_due=sampling.prompt_logprobs is not None,
+        )
+        self._prompt_tokens += len(prompt_token_ids)
+
+    def abort_request(self, request_id: str) -> bool:
+        """Cancel a request and release what it holds; False when it has ended already. No output follows."""
+        if self._states.pop(request_id, None) is None:
+            return False
+        self._scheduler.abort(request_id)
+        self._cancelled += 1
+        return True
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return self._scheduler.has_unfinished
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step and return what each request of it gained."""
+        output = self._scheduler.schedule()
+        if not output.scheduled:
+            return []
+        try:
+            result = self._executor.execute(output)
+        except Exception as error:  # whatever a kernel or an allocator throws ends this step's requests, not the server
+            logger.exception("A step of %d tokens failed.", output.num_tokens)
+            return self._fail_step(output, error)
+        self._scheduler.complete(output)
+        return self._process(output, result)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_blocks_used=self._block_manager.num_used_blocks,
+            kv_blocks_total=self._block_manager.num_blocks,
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generation_tokens,
+            prefix_queried_tokens_total=scheduler.num_prefix_queried_tokens,
+            prefix_hit_tokens_total=scheduler.num_prefix_hit_tokens,
+            preemptions_total=scheduler.num_preemptions,
+            finished_total=self._finished,
+            cancelled_total=self._cancelled,
+            failed_total=self._failed,
+        )
+
+    def check_integrity(self) -> None:
+        """Recount blocks, queues and requests.
+
+        Raises:
+            AssertionError: something leaked or is held twice.
+        """
+        self._scheduler.check_integrity()
+        assert self._states.keys() == self._scheduler.groups.keys()
+        if not self._states:
+            assert self._block_manager.num_used_blocks == 0
+
+    # ------------------------------------------------------------------------------------------ internal
+
+    def _checked(self, prompt_token_ids: list[int], sampling: SamplingParams) -> SamplingParams:
+        num_prompt = len(prompt_token_ids)
+        vocab_size = self._executor.vocab_size
+        if num_prompt == 0:
+            raise InvalidRequestError("The prompt is empty; it needs at least one token.", param="prompt")
+        if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab_size:
+            raise InvalidRequestError(f"The prompt has a token id outside 0..{vocab_size - 1}.", param="prompt")
+        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            if any(token_id >= vocab_size for token_id in ids):
+                raise InvalidRequestError(f"{name} has a token id outside 0..{vocab_size - 1}.", param=name)
+        room = self.max_model_len - num_prompt
+        wanted = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if wanted > room:
+            raise ContextLengthError(
+                f"This model's context is {self.max_model_len} tokens; the request has {num_prompt} in the prompt and "
+                f"asks for {wanted} more. Shorten the prompt or lower max_tokens.",
+                param="max_tokens" if room >= 1 else "prompt",
+            )
+        if sampling.max_tokens is None:
+            if sampling.min_tokens > room:
+                raise ContextLengthError(
+                    f"min_tokens is {sampling.min_tokens}, but the context has room for {room}.", param="min_tokens"
+                )
+            sampling = replace(sampling, max_tokens=room)
+        return sampling
+
+    def _detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer:
+        sampling = sequence.sampling
+        return IncrementalDetokenizer(
+            self.tokenizer,
+            sequence.token_ids,
+            skip_special_tokens=sampling.skip_special_tokens,
+            stop=sampling.stop,
+            include_stop_str_in_output=sampling.include_stop_str_in_output,
+            min_tokens=sampling.min_tokens,
+        )
+
+    def _process(self, output: SchedulerOutput, result: StepResult) -> list[RequestOutput]:
+        samples = iter(result.samples)
+        errors: dict[str, RootgraftError] = {}
+        deltas: dict[str, list[SequenceDelta]] = {}
+        for item in output.scheduled:
+            group = item.sequence.group
+            assert group is not None
+            state = self._states[group.request_id]
+            if state.prompt_logprobs_due:
+                # After a preemption the first chunks come again: positions known already are passed over.
+                known = len(state.prompt_logprobs)
+                state.prompt_logprobs += result.prompt_logprobs.get(item.sequence.seq_id, [])[known - item.start :]
+            for sequence in item.sampled:
+                sample = next(samples)
+                if isinstance(sample, RootgraftError):
+                    errors[group.request_id] = sample
+                elif group.request_id not in errors:
+                    deltas.setdefault(group.request_id, []).append(self._append(state, sequence, sample))
+        outputs = [
+            self._output(request_id, tuple(news)) for request_id, news in deltas.items() if request_id not in errors
+        ]
+        return outputs + [self._fail(request_id, error) for request_id, error in errors.items()]
+
+    def _append(self, state: _RequestState, sequence: Sequence, sample: SampledToken) -> SequenceDelta:
+        """Add a sampled token to a sequence, decide whether it ends it, and say what text that yields."""
+        sampling = sequence.sampling
+        token_id = sample.token_id
+        sequence.append(token_id)
+        self._generation_tokens += 1
+        detokenizer = state.detokenizers[sequence.index]
+        text = ""
+        reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        if token_id in self._stop_token_ids and not sampling.ignore_eos:
+            reason = FinishReason.STOP
+        elif token_id in sampling.stop_token_ids:
+            reason, stop_reason = FinishReason.STOP, token_id
+        else:
+            new = detokenizer.append((token_id,))
+            text = new.text
+            if new.stop_string is not None:
+                reason, stop_reason = FinishReason.STOP, new.stop_string
+            elif sequence.num_output_tokens == sampling.max_tokens or sequence.num_tokens == self.max_model_len:
+                reason = FinishReason.LENGTH
+        if reason is not None:
+            if not isinstance(stop_reason, str):
+                text += detokenizer.flush()
+            self._scheduler.finish(sequence, reason, stop_reason)
+        return SequenceDelta(
+            index=sequence.index,
+            text=text,
+            token_ids=(token_id,),
+            logprobs=None if sample.logprobs is None else (sample.logprobs,),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+        )
+
+    def _output(self, request_id: str, deltas: tuple[SequenceDelta, ...]) -> RequestOutput:
+        state = self._states[request_id]
+        prompt_logprobs = (None, *state.prompt_logprobs) if state.prompt_logprobs_due else None
+        state.prompt_logprobs_due = False
+        finished = state.group.finished
+        if finished:
+            del self._states[request_id]
+            self._finished += 1
+        return RequestOutput(
+            request_id=request_id,
+            num_prompt_tokens=state.group.num_prompt_tokens,
+            num_cached_tokens=state.group.sequences[0].num_cached_tokens,
+            deltas=deltas,
+            prompt_logprobs=prompt_logprobs,
+            finished=finished,
+        )
+
+    def _fail_step(self, output: SchedulerOutput, cause: Exception) -> list[RequestOutput]:
+        request_ids = dict.fromkeys(item.sequence.group.request_id for item in output.scheduled if item.sequence.group)
+        error = InternalError(f"The model failed while computing this request ({type(cause).__name__}); see the log.")
+        return [self._fail(request_id, error) for request_id in request_ids]
+
+    def _fail(self, request_id: str, error: RootgraftError) -> RequestOutput:
+        state = self._states.pop(request_id)
+        self._scheduler.abort(request_id)
+        self._failed += 1
+        return RequestOutput(
+            request_id=request_id,
+            num_prompt_tokens=state.group.num_prompt_tokens,
+            num_cached_tokens=state.group.sequences[0].num_cached_tokens,
+            finished=True,
+            error=error,
+        )
