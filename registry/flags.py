@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that `add_flags` turns into `--name-with-dashes`; a bool becomes `--x / --no-x`."""
+    """A dataclass field that `add_flags` turns into `--name-with-dashes` (less the unit `_s`); a bool becomes `--x / --no-x`."""
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -28,15 +28,19 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str | Non
             continue
         if "help" not in field.metadata:
             continue
-        name = "--" + field.name.replace("_", "-")
+        name = "--" + field.name.removesuffix("_s").replace(
+            "_", "-"
+        )  # `timeout_s` is `--timeout`: the help has the unit
         shown = "" if field.default is None or isinstance(field.default, bool) else f" (default: {field.default})"
         text = field.metadata["help"].replace("%", "%%") + shown
         scalar = _scalar(kind)
         if scalar is bool:
-            group.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=text)
+            group.add_argument(
+                name, dest=field.name, action=argparse.BooleanOptionalAction, default=field.default, help=text
+            )
         else:
             group.add_argument(
-                name, type=scalar, default=field.default, help=text, choices=field.metadata["choices"],
+                name, dest=field.name, type=scalar, default=field.default, help=text, choices=field.metadata["choices"],
                 metavar=None if field.metadata["choices"] else scalar.__name__.upper(),
             )  # fmt: skip
 
