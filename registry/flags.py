@@ -12,12 +12,15 @@ T = TypeVar("T")
 
 
 def flag(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A dataclass field that `add_flags` turns into `--name-with-dashes` (less the unit `_s`); a bool becomes `--x / --no-x`."""
+    """A dataclass field that `add_flags` turns into `--name-with-dashes`, without the unit `_s`.
+
+    A bool becomes `--x / --no-x`.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str | None = None) -> None:
-    """Add a flag for each field of `config` that was made with `flag`; nested dataclasses become groups of their own."""
+    """Add a flag for each field of `config` made with `flag`; nested dataclasses become groups of their own."""
     group = parser.add_argument_group(title) if title else parser
     hints = typing.get_type_hints(config)
     for field in dataclasses.fields(config):
@@ -28,9 +31,8 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str | Non
             continue
         if "help" not in field.metadata:
             continue
-        name = "--" + field.name.removesuffix("_s").replace(
-            "_", "-"
-        )  # `timeout_s` is `--timeout`: the help has the unit
+        # `timeout_s` is `--timeout`: the unit is in the help.
+        name = "--" + field.name.removesuffix("_s").replace("_", "-")
         shown = "" if field.default is None or isinstance(field.default, bool) else f" (default: {field.default})"
         text = field.metadata["help"].replace("%", "%%") + shown
         scalar = _scalar(kind)
