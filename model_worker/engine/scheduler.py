@@ -3,10 +3,10 @@
 Continuous batching with chunked prefill (Orca, OSDI'22; Sarathi-Serve, arXiv 2403.02310). Every step has a budget of
 `max_num_batched_tokens`, spent in this order:
 
-    1. decoding sequences      one token each, oldest first; max_num_seqs never exceeds the budget, so none is left out
-    2. prompts under way       as large a chunk as the budget allows, oldest first
-    3. waiting sequences       first come, first served; admitted with blocks for all their tokens, so that a prompt
-                               under way never lacks blocks half-way
+    1. running sequences   oldest first: a decoding one takes one token, a prompt under way as large a chunk as is left;
+                           the latter is always the youngest, so it never holds up one that decodes
+    2. waiting sequences   first come, first served; admitted with blocks for all their tokens, so that a prompt under
+                           way never lacks blocks half-way
 
 When a decoding sequence needs a block and none is free, the youngest running sequence is preempted: it loses its
 blocks, waits at the head of the queue, and is computed again from its tokens (whose full blocks the prefix cache may
@@ -100,9 +100,7 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Choose the work of the next step; empty when there is none."""
         step = _Step(self.config.max_num_batched_tokens)
-        for sequence in [s for s in self.running if s.num_tokens - s.num_computed_tokens == 1]:
-            self._continue(sequence, step)
-        for sequence in [s for s in self.running if s.num_tokens - s.num_computed_tokens > 1]:
+        for sequence in list(self.running):
             self._continue(sequence, step)
         if not step.preempted:
             self._admit(step)

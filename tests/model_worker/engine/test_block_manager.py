@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from hypothesis import given, settings, strategies as st
+
+from model_worker.engine.block_manager import BlockManager
+from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.sequence import Sequence
+
+BLOCK_SIZE = 4
+
+
+def make_sequence(seq_id: int, token_ids: list[int], variant_digest: str = "") -> Sequence:
+    return Sequence(seq_id, 0, token_ids, SamplingParams(), seed=0, variant_digest=variant_digest)
+
+
+def compute_all(manager: BlockManager, sequence: Sequence) -> None:
+    sequence.num_computed_tokens = sequence.num_tokens
+    manager.enter_computed(sequence)
+
+
+def test_admission_takes_exactly_the_blocks_of_all_tokens() -> None:
+    manager = BlockManager(8, BLOCK_SIZE)
+    sequence = make_sequence(0, list(range(9)))
+    assert manager.admit(sequence, reserve=0)
+    assert len(sequence.block_table) == 3
+    assert manager.num_free_blocks == 5
+    manager.release(sequence)
+    assert manager.num_free_blocks == 8
+    manager.check_integrity([])
+
+
+def test_admission_that_would_break_into_the_reserve_changes_nothing() -> None:
+    manager = BlockManager(4, BLOCK_SIZE)
+    sequence = make_sequence(0, list(range(9)))
+    assert not manager.admit(sequence, reserve=2)
+    assert manager.num_free_blocks == 4
+    assert sequence.block_table == []
+    assert manager.admit(sequence, reserve=1)
+
+
+def test_equal_prefix_is_shared_while_held_and_after_release() -> None:
+    manager = BlockManager(8, BLOCK_SIZE)
+    first = make_sequence(0, list(range(10)))
+    manager.admit(first, reserve=0)
+    compute_all(manager, first)
+    second = make_sequence(1, [*range(8), 90, 91])
+    manager.admit(second, reserve=0)
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.num_computed_tokens == 8
+    manager.check_integrity([first, second])
+    manager.release(first)
+    manager.release(second)
+    third = make_sequence(2, list(range(10)))
+    manager.admit(third, reserve=0)
+    assert third.num_computed_tokens == 8
+    manager.check_integrity([third])
+
+
+def test_at_least_one_token_is_left_to_compute() -> None:
+    manager = BlockManager(8, BLOCK_SIZE)
+    first = make_sequence(0, list(range(8)))
+    manager.admit(first, reserve=0)
+    compute_all(manager, first)
+    again = make_sequence(1, list(range(8)))
+    manager.admit(again, reserve=0)
+    assert again.num_computed_tokens == 4
+
+
+def test_other_weights_never_share_blocks() -> None:
+    manager = BlockManager(8, BLOCK_SIZE)
+    base = make_sequence(0, list(range(10)), "sha256:a")
+    manager.admit(base, reserve=0)
+    compute_all(manager, base)
+    variant = make_sequence(1, list(range(10)), "sha256:b")
+    manager.admit(variant, reserve=0)
+    assert variant.num_computed_tokens == 0
+    assert not set(base.block_table) & set(variant.block_table)
+
+
+def test_equal_block_after_different_prefix_is_not_shared() -> None:
+    manager = BlockManager(8, BLOCK_SIZE)
+    first = make_sequence(0, [1, 1, 1, 1, 5, 6, 7, 8, 9])
+    manager.admit(first, reserve=0)
+    compute_all(manager, first)
+    second = make_sequence(1, [2, 2, 2, 2, 5, 6, 7, 8, 9])
+    manager.admit(second, reserve=0)
+    assert second.num_computed_tokens == 0
+
+
+def test_switched_off_nothing_is_shared() -> None:
+    manager = BlockManager(8, BLOCK_SIZE, enable_prefix_caching=False)
+    first = make_sequence(0, list(range(10)))
+    manager.admit(first, reserve=0)
+    compute_all(manager, first)
+    second = make_sequence(1, list(range(10)))
+    manager.admit(second, reserve=0)
+    assert second.num_computed_tokens == 0
+
+
+def test_cached_blocks_are_reused_for_other_content_least_recent_first() -> None:
+    manager = BlockManager(4, BLOCK_SIZE)
+    old, new = make_sequence(0, list(range(8))), make_sequence(1, list(range(100, 108)))
+    for sequence in (old, new):
+        manager.admit(sequence, reserve=0)
+        compute_all(manager, sequence)
+        manager.release(sequence)
+    other = make_sequence(2, list(range(200, 208)))
+    manager.admit(other, reserve=0)
+    probe_old, probe_new = make_sequence(3, [*range(8), 0]), make_sequence(4, [*range(100, 108), 0])
+    manager.release(other)
+    assert manager.admit(probe_new, reserve=0)
+    assert probe_new.num_computed_tokens == 8
+    manager.release(probe_new)
+    assert manager.admit(probe_old, reserve=0)
+    assert probe_old.num_computed_tokens == 0
+
+
+def test_a_fork_copies_the_block_that_it_writes_and_no_other() -> None:
+    manager = BlockManager(8, BLOCK_SIZE)
+    parent = make_sequence(0, list(range(6)))
+    manager.admit(parent, reserve=0)
+    compute_all(manager, parent)
+    child = make_sequence(1, list(range(6)))
+    manager.fork(parent, child)
+    shared_tail = parent.block_table[1]
+    child.append(50)
+    assert manager.grow(child) == [(shared_tail, child.block_table[1])]
+    assert child.block_table[0] == parent.block_table[0]
+    assert child.block_table[1] != shared_tail
+    parent.append(60)
+    assert manager.grow(parent) == []
+    manager.check_integrity([parent, child])
+
+
+def test_growth_without_free_blocks_changes_nothing() -> None:
+    manager = BlockManager(2, BLOCK_SIZE)
+    sequence = make_sequence(0, list(range(8)))
+    manager.admit(sequence, reserve=0)
+    compute_all(manager, sequence)
+    sequence.append(1)
+    table = list(sequence.block_table)
+    assert manager.grow(sequence) is None
+    assert sequence.block_table == table
+    manager.check_integrity([sequence])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["admit", "grow", "fork", "release"]), st.integers(0, 99)), max_size=60))
+def test_no_block_leaks_or_is_held_twice_after_any_mix(operations: list[tuple[str, int]]) -> None:
+    """A model check: what each sequence wrote in each of its positions is still there when it is read."""
+    manager = BlockManager(12, BLOCK_SIZE)
+    live: list[Sequence] = []
+    memory: dict[tuple[int, int], int] = {}  # (block, offset) -> token written there
+
+    def compute(sequence: Sequence) -> None:
+        for position in range(sequence.num_computed_tokens, sequence.num_tokens):
+            slot = (sequence.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE)
+            memory[slot] = sequence.token_ids[position]
+        compute_all(manager, sequence)
+
+    for number, (operation, value) in enumerate(operations):
+        if operation == "admit":
+            sequence = make_sequence(number, [value % 2] * (1 + value % 20))
+            if manager.admit(sequence, reserve=0):
+                compute(sequence)
+                live.append(sequence)
+        elif live:
+            sequence = live[value % len(live)]
+            if operation == "release":
+                manager.release(sequence)
+                live.remove(sequence)
+            elif operation == "fork":
+                child = make_sequence(number, sequence.token_ids)
+                manager.fork(sequence, child)
+                live.append(child)
+            else:
+                sequence.append(value)
+                copies = manager.grow(sequence)
+                if copies is None:
+                    sequence.token_ids.pop()
+                else:
+                    for source, destination in copies:
+                        for offset in range(BLOCK_SIZE):
+                            if (source, offset) in memory:
+                                memory[destination, offset] = memory[source, offset]
+                    compute(sequence)
+        manager.check_integrity(live)
+        for sequence in live:
+            for position, token in enumerate(sequence.token_ids):
+                assert memory[sequence.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE] == token
+    for sequence in live:
+        manager.release(sequence)
+    assert manager.num_free_blocks == 12
+    manager.check_integrity([])

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from model_worker.engine.block_manager import BlockManager
+from model_worker.engine.config import SchedulerConfig
+from model_worker.engine.outputs import FinishReason, SampledToken
+from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.scheduler import Scheduler
+from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
+from model_worker.engine.step import SchedulerOutput
+from registry.errors import InvalidRequestError, RateLimitError
+from tests.fakes.fake_executor import FakeExecutor, next_token
+
+VOCAB = 256
+
+
+class Harness:
+    """A scheduler and a fake executor, with the part of the engine between them."""
+
+    def __init__(self, *, num_blocks: int = 64, block_size: int = 4, caching: bool = True, **config: int) -> None:
+        settings_ = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_num_waiting": 100, **config}
+        self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
+        self.scheduler = Scheduler(SchedulerConfig(**settings_), self.manager)
+        self.executor = FakeExecutor(num_blocks, block_size, VOCAB)
+        self.next_id = 0
+
+    def add(self, prompt: list[int], *, n: int = 1, max_tokens: int = 5, name: str | None = None) -> SequenceGroup:
+        sampling = SamplingParams(n=n, max_tokens=max_tokens)
+        sequences = [Sequence(self.next_id + i, i, prompt, sampling, seed=i) for i in range(n)]
+        group = SequenceGroup(name or f"r{self.next_id}", sequences, sampling, 0.0)
+        self.next_id += n
+        self.scheduler.add(group)
+        return group
+
+    def step(self) -> SchedulerOutput:
+        output = self.scheduler.schedule()
+        if output.scheduled:
+            samples = iter(self.executor.execute(output).samples)
+            self.scheduler.complete(output)
+            for item in output.scheduled:
+                for sequence in item.sampled:
+                    sample = next(samples)
+                    assert isinstance(sample, SampledToken)
+                    sequence.append(sample.token_id)
+                    if sequence.num_output_tokens == sequence.sampling.max_tokens:
+                        self.scheduler.finish(sequence, FinishReason.LENGTH)
+        self.scheduler.check_integrity()
+        return output
+
+    def run(self, limit: int = 10_000) -> None:
+        for _ in range(limit):
+            if not self.scheduler.has_unfinished:
+                return
+            self.step()
+        raise AssertionError("the scheduler does not come to an end")
+
+
+def expected_output(prompt: list[int], index: int, max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens, index, VOCAB))
+    return tokens[len(prompt) :]
+
+
+def test_a_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
+    harness = Harness()
+    short = harness.add([1, 2], max_tokens=20)
+    harness.step()
+    harness.add(list(range(60)), max_tokens=1)
+    outputs = [harness.step() for _ in range(4)]
+    assert [output.num_tokens for output in outputs] == [16, 16, 16, 16]
+    assert all(output.scheduled[0].sequence is short.sequences[0] for output in outputs)
+    assert [bool(output.scheduled[1].sampled) for output in outputs] == [False, False, False, True]
+
+
+def test_first_come_first_served() -> None:
+    harness = Harness(max_num_seqs=2)
+    groups = [harness.add([i, i + 1], max_tokens=3) for i in range(6)]
+    order: list[str] = []
+    while harness.scheduler.has_unfinished:
+        harness.step()
+        order += [g.request_id for g in groups if g.finished and g.request_id not in order]
+    assert order == [g.request_id for g in groups]
+
+
+def test_the_youngest_is_preempted_and_everybody_finishes_with_the_right_tokens() -> None:
+    harness = Harness(num_blocks=10, caching=False)
+    groups = [harness.add([i] * 6, max_tokens=20) for i in range(4)]
+    harness.run()
+    assert harness.scheduler.num_preemptions > 0
+    for i, group in enumerate(groups):
+        assert group.sequences[0].output_token_ids == expected_output([i] * 6, 0, 20)
+    assert harness.manager.num_used_blocks == 0
+
+
+def test_choices_share_the_prompt_and_differ_after_it() -> None:
+    harness = Harness()
+    group = harness.add(list(range(10)), n=3, max_tokens=6)
+    first = harness.step()
+    assert [item.num_tokens for item in first.scheduled] == [10]
+    assert first.scheduled[0].sampled == tuple(group.sequences)
+    harness.run()
+    for index, sequence in enumerate(group.sequences):
+        assert sequence.output_token_ids == expected_output(list(range(10)), index, 6)
+
+
+def test_a_request_for_several_choices_waits_until_there_is_room_for_all() -> None:
+    harness = Harness(max_num_seqs=4)
+    harness.add([1], n=3, max_tokens=4)
+    harness.add([2], n=2, max_tokens=4)
+    for _ in range(3):
+        harness.step()
+        assert len(harness.scheduler.running) <= 4
+    harness.run()
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    harness = Harness()
+    harness.add(list(range(13)), max_tokens=1)
+    harness.run()
+    harness.add(list(range(13)), max_tokens=1)
+    output = harness.step()
+    assert output.scheduled[0].start == 12
+    assert (harness.scheduler.num_prefix_queried_tokens, harness.scheduler.num_prefix_hit_tokens) == (26, 12)
+
+
+def test_abort_releases_waiting_and_running() -> None:
+    harness = Harness(max_num_seqs=1)
+    running, waiting = harness.add([1] * 9, max_tokens=9), harness.add([2], max_tokens=9)
+    harness.step()
+    assert running.sequences[0].status is SequenceStatus.RUNNING
+    assert harness.scheduler.abort(running.request_id) is running
+    assert harness.scheduler.abort(waiting.request_id) is waiting
+    assert harness.scheduler.abort(waiting.request_id) is None
+    harness.scheduler.check_integrity()
+    assert harness.manager.num_used_blocks == 0
+    assert not harness.scheduler.has_unfinished
+    assert harness.step().scheduled == ()
+
+
+def test_a_full_queue_refuses_with_a_retry_time() -> None:
+    harness = Harness(max_num_waiting=2)
+    harness.add([1])
+    harness.add([1])
+    with pytest.raises(RateLimitError) as caught:
+        harness.add([1])
+    assert caught.value.retry_after_s is not None
+
+
+def test_more_choices_than_sequences_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="at most 2"):
+        Harness(max_num_seqs=2).add([1], n=3)
+
+
+@pytest.mark.parametrize(("seqs", "tokens"), [(0, 16), (17, 16)])
+def test_a_budget_below_one_token_a_sequence_is_refused(seqs: int, tokens: int) -> None:
+    with pytest.raises(InvalidRequestError, match="max-num-batched-tokens"):
+        Harness(max_num_seqs=seqs, max_num_batched_tokens=tokens)
+
+
+REQUEST = st.tuples(
+    st.integers(1, 24),  # prompt length
+    st.integers(1, 2),  # distinct token values: few, so that prefixes meet
+    st.integers(1, 3),  # n
+    st.integers(1, 16),  # max_tokens
+    st.integers(0, 12),  # arrives at step
+    st.one_of(st.none(), st.integers(0, 30)),  # is cancelled at step
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    requests=st.lists(REQUEST, min_size=1, max_size=12),
+    num_blocks=st.integers(10, 30),
+    budget=st.integers(4, 20),
+    caching=st.booleans(),
+)
+def test_any_mix_ends_with_the_right_tokens_and_nothing_held(
+    requests: list[tuple[int, int, int, int, int, int | None]], num_blocks: int, budget: int, caching: bool
+) -> None:
+    """No leak, no double use, no starvation, whatever arrives, is cancelled or is preempted."""
+    harness = Harness(num_blocks=num_blocks, caching=caching, max_num_seqs=4, max_num_batched_tokens=budget)
+    groups: dict[int, SequenceGroup] = {}
+    prompts: dict[int, list[int]] = {}
+    cancelled: set[int] = set()
+    for step in range(31):
+        for number, (length, values, n, max_tokens, arrival, _) in enumerate(requests):
+            if arrival == step:
+                prompts[number] = [i % values for i in range(length)]
+                groups[number] = harness.add(prompts[number], n=n, max_tokens=max_tokens)
+        for number, request in enumerate(requests):
+            if request[5] == step and number in groups and not groups[number].finished:
+                harness.scheduler.abort(groups[number].request_id)
+                cancelled.add(number)
+        harness.step()
+    harness.run(limit=2_000)
+    for number, group in groups.items():
+        if number not in cancelled:
+            for sequence in group.sequences:
+                assert sequence.output_token_ids == expected_output(
+                    prompts[number], sequence.index, requests[number][3]
+                )
+    assert harness.manager.num_used_blocks == 0
+    assert not harness.scheduler.running
+    assert not harness.scheduler.waiting
+
+
+def test_a_hot_stream_of_arrivals_starves_nobody() -> None:
+    harness = Harness(num_blocks=12, max_num_seqs=3)
+    victim = harness.add(list(range(20)), max_tokens=20)
+    for i in range(200):
+        harness.add([i % 5], max_tokens=2)
+        harness.step()
+        if victim.finished:
+            break
+    assert victim.finished
