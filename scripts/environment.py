@@ -162,7 +162,8 @@ def _pip(*arguments: str) -> None:
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
         hint = _pip_hint("\n".join(lines))
         fail(
-            f"pip could not install what is needed: {errors[0] if errors else 'no output'} {hint}(all of it: {log.name})"
+            f"pip could not install what is needed: {errors[0] if errors else 'no output'} "
+            f"{hint}(all of it: {log.name})"
         )
 
 
