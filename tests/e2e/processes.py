@@ -1,0 +1,131 @@
+"""Starts the real controller and model workers as child processes and talks to them over HTTP."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import requests
+
+MODEL = "smollm2-135m-instruct"
+START_TIMEOUT_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_until(ready: Callable[[], Any], timeout_s: float, what: str) -> None:
+    """Poll `ready` until it is true.
+
+    Raises:
+        AssertionError: it is not within `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not ready():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        time.sleep(0.05)
+
+
+class Process:
+    """One child process whose output goes to a log file."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+        with log.open("ab") as output:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.popen.kill()
+        self.popen.wait()
+
+    def stop(self, timeout_s: float = 30.0) -> int:
+        """SIGTERM, then wait; returns the exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(signal.SIGTERM)
+        try:
+            return self.popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+class Cluster:
+    """A controller and its workers, all on loopback."""
+
+    def __init__(self, directory: Path, model: Path) -> None:
+        self.directory = directory
+        self.model = model
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.database = f"sqlite:///{directory / 'catalog.sqlite3'}"
+        self.controller: Process | None = None
+        self.workers: list[Process] = []
+
+    def start_controller(self, *arguments: str) -> Process:
+        self.controller = Process(
+            self.directory / "controller.log",
+            "controller", "--port", str(self.port), "--database", self.database, *arguments,
+        )  # fmt: skip
+        wait_until(lambda: self.get("/health") is not None, START_TIMEOUT_S, "controller")
+        return self.controller
+
+    def start_worker(self, *arguments: str, wait: bool = True) -> Process:
+        number = len(self.workers)
+        worker = Process(
+            self.directory / f"worker-{number}.log",
+            "model_worker", "--model-path", str(self.model), "--model-name", MODEL, "--port", "0",
+            "--dtype", "float32", "--controller", self.url, *arguments,
+        )  # fmt: skip
+        self.workers.append(worker)
+        if wait:
+            self.wait_for_workers(number + 1)
+        return worker
+
+    def wait_for_workers(self, count: int, timeout_s: float = START_TIMEOUT_S) -> None:
+        try:
+            wait_until(lambda: self.num_workers() == count, timeout_s, f"{count} workers")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n" + "\n".join(worker.text() for worker in self.workers)) from None
+
+    def num_workers(self) -> int:
+        reply = self.get("/health")
+        return -1 if reply is None else int(reply.json()["workers"])
+
+    def get(self, path: str) -> requests.Response | None:
+        try:
+            return requests.get(self.url + path, timeout=5)
+        except requests.ConnectionError:
+            return None
+
+    def metric(self, name: str) -> float:
+        """Sum of a metric over all its labels."""
+        reply = self.get("/metrics")
+        assert reply is not None
+        assert reply.status_code == 200
+        values = re.findall(rf"^{name}(?:{{[^}}]*}})? ([0-9.e+-]+)$", reply.text, flags=re.MULTILINE)
+        assert values, f"{name} is not in /metrics"
+        return sum(float(value) for value in values)
+
+    def stop(self) -> None:
+        for process in [*self.workers, self.controller]:
+            if process is not None and process.popen.poll() is None:
+                process.kill()
