@@ -1,0 +1,179 @@
+"""Configuration of a worker process and its command line."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from model_worker.engine.config import EngineConfig
+from registry.errors import InvalidRequestError
+from registry.flags import add_flags, config_from_args
+
+DEFAULT_PORT = 21002
+DEFAULT_CONTROLLER = "http://127.0.0.1:8000"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """What one worker process serves and where.
+
+    Attributes:
+        model: directory, GGUF file or known model name.
+        model_name: public name; None: the known name, or that of the directory or file.
+        controller: base URL of the controller; None: standalone.
+        host: address to listen on.
+        port: 0 lets the OS choose; None: DEFAULT_PORT or the next free one.
+        advertise_url: where the controller reaches this worker; None: made from host and port.
+        worker_token: the secret shared with the controller, checked in both directions; None: no check.
+        dtype, chat_template, max_model_len, deltas: as in `adapters.plan_load`.
+        drain_timeout_s: how long running requests may go on after SIGTERM.
+        log_level: of the worker's own log lines on stderr.
+        engine: configuration of the engine.
+    """
+
+    model: str
+    model_name: str | None
+    controller: str | None
+    host: str
+    port: int | None
+    advertise_url: str | None
+    worker_token: str | None
+    dtype: str
+    chat_template: str | None
+    max_model_len: int | None
+    deltas: tuple[Path, ...]
+    drain_timeout_s: float
+    log_level: str
+    engine: EngineConfig
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m model_worker",
+        description="Serve one base model: load it into the engine, register with the controller, answer its requests.",
+    )
+    parser.add_argument(
+        "--model-path", required=True, metavar="PATH|NAME", help="checkpoint directory, GGUF file or known model name"
+    )
+    parser.add_argument("--model-name", metavar="NAME", help="public name (default: that of the directory or file)")
+    where = parser.add_argument_group("network")
+    controller = where.add_mutually_exclusive_group()
+    controller.add_argument(
+        "--controller", metavar="URL", default=DEFAULT_CONTROLLER, help="(default: %(default)s)", type=_url
+    )
+    controller.add_argument("--no-controller", action="store_true", help="serve without registering anywhere")
+    where.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    where.add_argument(
+        "--port",
+        type=_port,
+        metavar="INT",
+        help=f"0: the system chooses (default: {DEFAULT_PORT}, or the next free port)",
+    )
+    where.add_argument(
+        "--advertise-url",
+        metavar="URL",
+        type=_url,
+        help="where the controller reaches this worker (default: made from host and port)",
+    )
+    where.add_argument(
+        "--worker-token",
+        metavar="SECRET",
+        help="shared with the controller; better given as the environment variable ROOTGRAFT_WORKER_TOKEN",
+    )
+    where.add_argument(
+        "--drain-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running requests may go on after SIGTERM (default: %(default)s)",
+    )
+    where.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of weights and KV cache (default: %(default)s)",
+    )
+    model.add_argument(
+        "--chat-template", metavar="NAME|FILE", help="instead of the model's own; `python -m adapters list` names them"
+    )
+    model.add_argument(
+        "--max-model-len",
+        type=_positive,
+        metavar="INT",
+        help="most tokens of prompt and output together (default: the model's context length)",
+    )
+    model.add_argument(
+        "--delta",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="delta to add to the weights while loading; may be repeated",
+    )
+    add_flags(parser, EngineConfig, title="engine")
+    return parser
+
+
+def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> WorkerConfig:
+    """Read the command line; `worker_token` is what the environment says, and a flag wins over it."""
+    args = build_parser().parse_args(argv)
+    return WorkerConfig(
+        model=args.model_path,
+        model_name=args.model_name,
+        controller=None if args.no_controller else args.controller,
+        host=args.host,
+        port=args.port,
+        advertise_url=args.advertise_url,
+        worker_token=_token(args.worker_token if args.worker_token is not None else worker_token),
+        dtype=args.dtype,
+        chat_template=args.chat_template,
+        max_model_len=args.max_model_len,
+        deltas=tuple(args.delta),
+        drain_timeout_s=args.drain_timeout,
+        log_level=args.log_level,
+        engine=config_from_args(args, EngineConfig),
+    )
+
+
+def _token(text: str | None) -> str | None:
+    if not text:
+        return None
+    if not text.isascii() or not text.isprintable() or text != text.strip():
+        raise InvalidRequestError("The worker token must be printable ASCII without blanks around it.")
+    return text
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError(f"expected a URL such as http://host:8000, got {text!r}")
+    return text.rstrip("/")
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"expected seconds, got {text!r}")
+    return value
