@@ -1,0 +1,69 @@
+"""The controller's configuration: small frozen dataclasses from whose fields the command-line flags are generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from registry.flags import flag
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Where the controller listens, and how it stops."""
+
+    host: str = flag("127.0.0.1", "address to listen on")
+    port: int = flag(8000, "port to listen on; 0 lets the system choose one")
+    database: str | None = flag(None, "SQLAlchemy URL of the catalog (default: an SQLite file in the state directory)")
+    log_level: str = flag("info", "log level", choices=("debug", "info", "warning", "error"))
+    shutdown_timeout_s: float = flag(
+        10.0, "seconds that open requests may still take after SIGTERM; then their streams end with an error event"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AuthConfig:
+    """Who may call the public API."""
+
+    auth: str = flag(
+        "auto",
+        "API keys: `auto` asks for them unless the address is a loopback one; to be open to a network, say `off`",
+        choices=("auto", "required", "off"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """How workers join, how long they are believed, and how requests are given to them."""
+
+    worker_token: str | None = flag(
+        None, "token that workers share with the controller (or set ROOTGRAFT_WORKER_TOKEN); without one, only "
+        "workers on this machine may join",
+    )  # fmt: skip
+    trusted_workers: str = flag(
+        "127.0.0.0/8,::1/128", "networks (CIDR, comma-separated) to which the controller connects for workers"
+    )
+    heartbeat_interval_s: float = flag(1.0, "seconds between two heartbeats of a worker")
+    missed_heartbeats: int = flag(3, "heartbeats in a row that a worker may miss before it counts as gone")
+    routing: str = flag(
+        "least_load", "how a replica is chosen for a request", choices=("least_load", "lottery", "round_robin")
+    )
+    max_attempts: int = flag(3, "replicas that are tried for a request before its first token, each once")
+    connect_timeout_s: float = flag(5.0, "seconds to connect to a worker")
+    worker_timeout_s: float = flag(300.0, "seconds without a byte from a worker after which a request to it has failed")
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """Bounds on what clients may ask of the controller itself; the engine has bounds of its own."""
+
+    max_body_bytes: int = flag(16 * 1024 * 1024, "bytes of a request body; more is refused with 413")
+    max_concurrent_requests: int = flag(1024, "requests in progress at once; more are refused with 429")
+    max_concurrent_requests_per_key: int = flag(256, "requests in progress at once of one API key; more get 429")
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    server: ServerConfig = field(default_factory=ServerConfig)
+    auth: AuthConfig = field(default_factory=AuthConfig)
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)

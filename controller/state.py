@@ -1,0 +1,31 @@
+"""What the routers of one controller share; one object for each app, passed to each router's factory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from controller.auth import Authenticator
+from controller.config import ControllerConfig
+from controller.gateway import Gateway
+from controller.limits import ConcurrencyLimits
+from controller.metrics import Metrics
+from controller.workers import WorkerTable
+from registry.catalog import Catalog
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerState:
+    """Attributes:
+    gateway: streams generate requests and relays tokenize and detokenize; see its docstring for what it raises.
+    metrics: `metrics.start_request(route)` gives the RequestObserver of one request.
+    auth, limits: applied by middleware to every route (see controller.app); a router need not call them.
+    catalog: blocking; call it through asyncio.to_thread.
+    """
+
+    config: ControllerConfig
+    catalog: Catalog
+    workers: WorkerTable
+    gateway: Gateway
+    metrics: Metrics
+    auth: Authenticator
+    limits: ConcurrencyLimits

@@ -1,0 +1,169 @@
+"""The table of model workers: who is there, what they serve, and how busy they are.
+
+Pure: no HTTP, no asyncio, an injected clock. Everything in it is rebuilt from the workers' registrations, so a
+restarted controller needs nothing but the next heartbeats.
+
+    register ──► ready ──mark_failed──► suspect ──heartbeat──► ready
+                   │  └─ draining (said by the worker; not routed to, its open requests finish)
+                   └──── no heartbeat for `missed_heartbeats` intervals, or leave ──► gone
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from controller.protocol import PROTOCOL_VERSION, RegisterRequest, ServedModel, WorkerStats
+from registry.errors import InvalidRequestError
+
+WorkerState = Literal["ready", "draining", "suspect"]
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One registered worker. Identity is the object: a worker that registers again gets a new one.
+
+    Attributes:
+        last_heartbeat: clock time, seconds.
+        stats: as of `last_heartbeat`.
+        suspect: a request to it failed at the connection since `last_heartbeat`.
+        num_in_flight: requests that this controller has open on it now.
+        num_in_flight_at_heartbeat: the same when `stats` arrived; those are already counted in `stats`.
+    """
+
+    worker_id: str
+    url: str
+    models: tuple[ServedModel, ...]
+    stats: WorkerStats
+    last_heartbeat: float
+    suspect: bool = False
+    num_in_flight: int = 0
+    num_in_flight_at_heartbeat: int = 0
+
+    @property
+    def state(self) -> WorkerState:
+        if self.suspect:
+            return "suspect"
+        return "draining" if self.stats.draining else "ready"
+
+    @property
+    def num_requests(self) -> int:
+        """Requests on the worker: what it reported, corrected by what this controller began and ended since then.
+
+        Never less than what this controller itself has open there.
+        """
+        reported = self.stats.num_running + self.stats.num_waiting
+        return max(self.num_in_flight, reported + self.num_in_flight - self.num_in_flight_at_heartbeat)
+
+    def serves(self, model: str) -> bool:
+        return any(served.name == model for served in self.models)
+
+
+class WorkerTable:
+    """Args:
+    clock: monotonic seconds.
+    expiry_s: a worker without a heartbeat for longer than this is gone.
+    """
+
+    def __init__(self, *, clock: Callable[[], float], expiry_s: float) -> None:
+        self._clock = clock
+        self._expiry_s = expiry_s
+        self._workers: dict[str, Worker] = {}
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(tuple(self._workers.values()))
+
+    def get(self, worker_id: str) -> Worker | None:
+        return self._workers.get(worker_id)
+
+    def register(self, request: RegisterRequest) -> tuple[Worker, list[Worker]]:
+        """Add a worker; one with the same id or the same URL is replaced, for it is the same worker started again.
+
+        Returns:
+            The worker, and those that it replaced.
+
+        Raises:
+            InvalidRequestError: another protocol version.
+        """
+        check_protocol_version(request.protocol_version)
+        replaced = [
+            worker
+            for worker in self._workers.values()
+            if worker.worker_id == request.worker_id or worker.url == request.url
+        ]
+        for worker in replaced:
+            del self._workers[worker.worker_id]
+        added = Worker(request.worker_id, request.url, tuple(request.models), request.stats, self._clock())
+        self._workers[added.worker_id] = added
+        return added, replaced
+
+    def heartbeat(self, worker_id: str, stats: WorkerStats) -> bool:
+        """Take a worker's sign of life; False when it is unknown and must register again."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return False
+        worker.stats = stats
+        worker.last_heartbeat = self._clock()
+        worker.suspect = False
+        worker.num_in_flight_at_heartbeat = worker.num_in_flight
+        return True
+
+    def leave(self, worker_id: str) -> Worker | None:
+        """Remove a worker; None when it was not there."""
+        return self._workers.pop(worker_id, None)
+
+    def expire(self) -> list[Worker]:
+        """Remove and return the workers whose heartbeat has been missing for too long."""
+        now = self._clock()
+        gone = [worker for worker in self._workers.values() if now - worker.last_heartbeat > self._expiry_s]
+        for worker in gone:
+            del self._workers[worker.worker_id]
+        return gone
+
+    def mark_failed(self, worker: Worker) -> None:
+        """Route nothing more to `worker` until its next heartbeat: a connection to it was refused or broke."""
+        worker.suspect = True
+
+    def heartbeat_age_s(self, worker: Worker) -> float:
+        return self._clock() - worker.last_heartbeat
+
+    def serving(self, model: str) -> list[Worker]:
+        """The workers that serve `model` and can take a request now."""
+        return [worker for worker in self._live() if worker.state == "ready" and worker.serves(model)]
+
+    def models(self) -> dict[str, list[tuple[Worker, ServedModel]]]:
+        """The models of live workers by name, each with its replicas; draining workers do not count."""
+        found: dict[str, list[tuple[Worker, ServedModel]]] = {}
+        for worker in self._live():
+            if worker.state == "ready":
+                for model in worker.models:
+                    found.setdefault(model.name, []).append((worker, model))
+        return found
+
+    @contextmanager
+    def acquire(self, worker: Worker) -> Iterator[Worker]:
+        """Count one request in flight on `worker` as long as the context lasts."""
+        worker.num_in_flight += 1
+        try:
+            yield worker
+        finally:
+            worker.num_in_flight -= 1
+
+    def _live(self) -> Sequence[Worker]:
+        now = self._clock()
+        return [worker for worker in self._workers.values() if now - worker.last_heartbeat <= self._expiry_s]
+
+
+def check_protocol_version(version: int) -> None:
+    """Raise InvalidRequestError unless `version` is the one that this controller speaks."""
+    if version != PROTOCOL_VERSION:
+        raise InvalidRequestError(
+            f"the worker speaks protocol version {version}, this controller speaks {PROTOCOL_VERSION}; "
+            "install the same release of rootgraft on both",
+            param="protocol_version",
+        )
