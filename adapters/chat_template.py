@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
+import jinja2.meta
 
 from adapters.template_sandbox import BoundedEnvironment, Limits, RaisedByTemplateError, TemplateLimitError
 from registry.errors import CheckpointError, InvalidRequestError
@@ -45,6 +46,7 @@ class ChatTemplate:
     _environment: BoundedEnvironment = field(init=False, repr=False, compare=False)
     _template: jinja2.Template = field(init=False, repr=False, compare=False)
     _takes_parts: bool = field(init=False, repr=False, compare=False)
+    _variables: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.source) > self.limits.max_source_chars:
@@ -55,6 +57,7 @@ class ChatTemplate:
         environment = BoundedEnvironment(self.limits)
         try:
             template = environment.from_string(self.source)
+            variables = jinja2.meta.find_undeclared_variables(environment.parse(self.source))
         except (jinja2.TemplateError, SyntaxError, RecursionError, ValueError, OverflowError) as error:
             line = f" (line {error.lineno})" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise CheckpointError(
@@ -63,6 +66,7 @@ class ChatTemplate:
             ) from error
         object.__setattr__(self, "_environment", environment)
         object.__setattr__(self, "_template", template)
+        object.__setattr__(self, "_variables", frozenset(variables))
         object.__setattr__(self, "_takes_parts", self._probe_parts())
 
     def render(
@@ -93,6 +97,9 @@ class ChatTemplate:
                 "continue_final_message and add_generation_prompt exclude each other; set one of them to false",
                 param="continue_final_message",
             )
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and name not in self._variables:
+                raise InvalidRequestError(f"the model's chat template takes no {name}; leave them out", param=name)
         chat = [self._message(message, index) for index, message in enumerate(messages)]
         final_text = self._tag_final_message(chat) if continue_final_message else ""
         try:

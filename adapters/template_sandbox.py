@@ -226,7 +226,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         name = getattr(__obj, "__name__", "")
         if name in _AMPLIFIERS:
             args = tuple(__self._materialized(arg) for arg in args)
-            __self._check_amplified(name, (getattr(__obj, "__self__", ""), *args, *kwargs.values()))
+            # The sandbox wraps str.format, which hides the string that it is bound to.
+            bound = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", "")
+            __self._check_amplified(name, (bound, *args, *kwargs.values()))
         return super().call(__context, __obj, *args, **kwargs)
 
     def _charge_output(self, value: Any) -> Any:
