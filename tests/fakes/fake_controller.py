@@ -1,0 +1,105 @@
+"""The membership half of a controller, over HTTP, with faults that a test chooses."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from controller.protocol import (
+    PROTOCOL_VERSION,
+    WORKER_TOKEN_HEADER,
+    ErrorEvent,
+    HeartbeatRequest,
+    RegisterReply,
+    RegisterRequest,
+    WorkerStats,
+)
+
+
+class FakeController:
+    """Remembers who registered. An asynchronous context manager; listens on a port that the OS chooses.
+
+    Attributes:
+        workers: last registration of each worker that is registered.
+        calls: all calls in order: "register", "heartbeat", "leave".
+        stats: those of each heartbeat, in order.
+        fail_with: answer everything with this status.
+    """
+
+    def __init__(self, *, worker_token: str | None = None, heartbeat_interval_s: float = 1.0) -> None:
+        self.workers: dict[str, RegisterRequest] = {}
+        self.calls: list[str] = []
+        self.stats: list[WorkerStats] = []
+        self.fail_with: int | None = None
+        self._worker_token = worker_token
+        self._heartbeat_interval_s = heartbeat_interval_s
+        self._server: TestServer | None = None
+        self._port: int | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    async def start(self) -> None:
+        """Start, or start again at the same address with an empty memory."""
+        self.workers.clear()
+        app = web.Application()
+        app.router.add_post("/internal/workers/register", self._register)
+        app.router.add_post("/internal/workers/{id}/heartbeat", self._heartbeat)
+        app.router.add_post("/internal/workers/{id}/leave", self._leave)
+        self._server = TestServer(app, port=self._port)
+        await self._server.start_server()
+        self._port = self._server.port
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.close()
+            self._server = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        await self.stop()
+
+    async def _register(self, request: web.Request) -> web.Response:
+        self.calls.append("register")
+        if refusal := self._refusal(request):
+            return refusal
+        message = RegisterRequest.model_validate_json(await request.read())
+        if message.protocol_version != PROTOCOL_VERSION:
+            return _error(400, "invalid_request", "Another protocol version.")
+        self.workers[message.worker_id] = message
+        return web.json_response(RegisterReply(heartbeat_interval_s=self._heartbeat_interval_s).model_dump())
+
+    async def _heartbeat(self, request: web.Request) -> web.Response:
+        self.calls.append("heartbeat")
+        if refusal := self._refusal(request):
+            return refusal
+        if request.match_info["id"] not in self.workers:
+            return _error(404, "invalid_request", "Register again.")
+        self.stats.append(HeartbeatRequest.model_validate_json(await request.read()).stats)
+        return web.Response(status=204)
+
+    async def _leave(self, request: web.Request) -> web.Response:
+        self.calls.append("leave")
+        if refusal := self._refusal(request):
+            return refusal
+        self.workers.pop(request.match_info["id"], None)
+        return web.Response(status=204)
+
+    def _refusal(self, request: web.Request) -> web.Response | None:
+        if self.fail_with is not None:
+            return web.Response(status=self.fail_with, text="<html>fault</html>")
+        if self._worker_token is not None and request.headers.get(WORKER_TOKEN_HEADER) != self._worker_token:
+            return _error(403, "permission_denied", "The worker token is wrong.")
+        return None
+
+
+def _error(status: int, code: str, message: str) -> web.Response:
+    body = ErrorEvent(code=code, message=message).model_dump_json()
+    return web.Response(status=status, text=body, content_type="application/json")

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from model_worker.config import DEFAULT_CONTROLLER, parse_config
+from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from registry.errors import InvalidRequestError
+
+MODEL = ["--model-path", "m"]
+
+
+def test_defaults() -> None:
+    config = parse_config(MODEL, worker_token=None)
+    assert config.controller == DEFAULT_CONTROLLER
+    assert config.port is None
+    assert config.worker_token is None
+    assert config.deltas == ()
+    assert config.engine == EngineConfig()
+
+
+def test_engine_flags_are_generated_from_its_config() -> None:
+    flags = ["--num-blocks", "7", "--max-num-seqs", "3", "--no-enable-prefix-caching", "--num-threads", "2"]
+    assert parse_config([*MODEL, *flags], worker_token=None).engine == EngineConfig(
+        CacheConfig(num_blocks=7, enable_prefix_caching=False), SchedulerConfig(max_num_seqs=3), num_threads=2
+    )
+
+
+def test_worker_flags() -> None:
+    flags = ["--controller", "http://c:1/", "--port", "0", "--delta", "a", "--delta", "b", "--drain-timeout", "2.5"]
+    config = parse_config([*MODEL, *flags], worker_token=None)
+    assert config.controller == "http://c:1"
+    assert config.port == 0
+    assert config.deltas == (Path("a"), Path("b"))
+    assert config.drain_timeout_s == 2.5
+
+
+def test_standalone() -> None:
+    assert parse_config([*MODEL, "--no-controller"], worker_token=None).controller is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "token"),
+    [([], None, None), ([], "", None), ([], "env", "env"), (["--worker-token", "flag"], "env", "flag")],
+)
+def test_a_flag_wins_over_the_environment(flags: list[str], environment: str | None, token: str | None) -> None:
+    assert parse_config([*MODEL, *flags], worker_token=environment).worker_token == token
+
+
+@pytest.mark.parametrize("token", ["a\nb", " a", "é"])
+def test_a_token_that_no_header_can_hold_is_refused(token: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_config(MODEL, worker_token=token)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--port", "65536"],
+        ["--port", "-1"],
+        ["--controller", "localhost:8000"],
+        ["--drain-timeout", "-1"],
+        ["--drain-timeout", "nan"],
+        ["--max-model-len", "0"],
+        ["--dtype", "int3"],
+        ["--controller", "http://c", "--no-controller"],
+    ],
+)
+def test_bad_flags_are_a_usage_error(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config([*MODEL, *flags], worker_token=None)
+    assert caught.value.code == 2
+    assert flags[0] in capsys.readouterr().err
