@@ -87,15 +87,20 @@ class Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory or of a GGUF file.
+    """The tokenizer of a checkpoint: a directory, or a GGUF file.
 
     Raises:
         CheckpointError: no tokenizer files, or they cannot be read.
         UnsupportedModelError: a tokenizer that cannot be reproduced exactly, or that needs code from the checkpoint.
     """
-    if path.is_dir():
+    if path.is_dir() and any((path / name).is_file() for name in _TOKENIZER_FILES):
         return _from_directory(path)
-    metadata = read_checkpoint(path).metadata
+    checkpoint = read_checkpoint(path)
+    if checkpoint.format != "gguf":
+        raise CheckpointError(
+            f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy the tokenizer files of its model there"
+        )
+    metadata = checkpoint.metadata
     return Tokenizer(
         tokenizer_from_gguf(metadata),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
@@ -118,10 +123,6 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, *, model_max_length: i
 
 
 def _from_directory(path: Path) -> Tokenizer:
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(
-            f"{path} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); copy the tokenizer files of its model there"
-        )
     try:
         chosen = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -11,6 +11,7 @@ Source: docs/formats/gguf.md; ggml's `ggml-quants.c`, whose results are reproduc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -18,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compression.gguf.block_types import find_block_type
-from registry.errors import CheckpointError
+from registry.errors import CheckpointError, UnsupportedModelError
+from registry.ggml_types import GGML_TYPES, GgmlType
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -43,8 +44,13 @@ def dequantize(data: memoryview | bytes | npt.NDArray[np.uint8], dtype: str, sha
         UnsupportedModelError: a type that is not read.
         CheckpointError: a length that contradicts the shape.
     """
-    kind = find_block_type(dtype)
-    expected = kind.num_bytes(shape)
+    kind = _find_type(dtype)
+    if shape and shape[-1] % kind.block_size:
+        raise CheckpointError(
+            f"a {dtype} tensor of shape {list(shape)} is impossible: its rows are not a multiple of {kind.block_size} "
+            "long. The file is damaged; fetch it again"
+        )
+    expected = math.prod(shape) // kind.block_size * kind.block_bytes
     blocks = np.frombuffer(data, dtype=np.uint8)
     if blocks.size != expected:
         raise CheckpointError(
@@ -60,6 +66,15 @@ def dequantize(data: memoryview | bytes | npt.NDArray[np.uint8], dtype: str, sha
         for start in range(0, len(blocks), step):
             unpack(blocks[start : start + step], out[start : start + step])
     return torch.from_numpy(out).reshape(shape)
+
+
+def _find_type(name: str) -> GgmlType:
+    if name not in _UNPACK:
+        raise UnsupportedModelError(
+            f"GGUF tensor type {name} is not supported (supported: {', '.join(_UNPACK)}). "
+            "Use another quantization of the model, or its safetensors release"
+        )
+    return next(kind for kind in GGML_TYPES.values() if kind.name == name)
 
 
 def _halves(column: Bytes) -> Floats:

@@ -1,0 +1,117 @@
+"""The weights of a checkpoint, one tensor at a time, under Hugging Face names, whatever the file format.
+
+Memory beyond the model that is being filled: one tensor (for `.bin`, one shard where the file cannot be mapped).
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from adapters.gguf_architectures import find_architecture
+from adapters.load_plan import LoadPlan
+from compression.gguf import dequantize
+from delta.apply import DeltaStack
+from delta.artifact import open_delta
+from registry.checkpoint import Checkpoint
+from registry.errors import CheckpointError
+
+
+def iterate_weights(plan: LoadPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of the planned model with the plan's deltas added, in the order of the files.
+
+    Dtypes are the stored ones (GGUF: float32), not the plan's; converting is the caller's work. A tensor may be mapped
+    from the file: copy it, do not write to it.
+
+    Raises:
+        CheckpointError: a truncated or unsafe file, a tensor that the model does not have, a delta for another base.
+    """
+    weights = read_weights(plan.checkpoint, plan.config)
+    if not plan.deltas:
+        yield from weights
+        return
+    with ExitStack() as stack:
+        deltas = DeltaStack([stack.enter_context(open_delta(path)) for path in plan.deltas])
+        for name, tensor in weights:
+            yield name, deltas.apply(name, tensor)
+        deltas.check_complete()
+
+
+def read_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight of a checkpoint as it is stored, under Hugging Face names; for GGUF, dequantized to float32.
+
+    Raises:
+        CheckpointError: a truncated or unsafe file, or a tensor that the model does not have.
+    """
+    if checkpoint.format == "safetensors":
+        return _read_safetensors(checkpoint)
+    if checkpoint.format == "gguf":
+        return _read_gguf(checkpoint, config)
+    return _read_bin(checkpoint.files)
+
+
+def _read_safetensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    names: dict[Path, list[str]] = {}
+    for header in sorted(checkpoint.tensors.values(), key=lambda header: header.offset_bytes):
+        names.setdefault(header.file, []).append(header.name)
+    for file in checkpoint.files:
+        try:
+            with safe_open(file, framework="pt", device="cpu") as opened:
+                for name in names.get(file, ()):
+                    yield name, opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
+
+
+def _read_gguf(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    architecture = find_architecture(checkpoint.metadata)
+    (file,) = checkpoint.files
+    data = np.memmap(file, np.uint8, mode="r")
+    for header in checkpoint.tensors.values():
+        translated = architecture.translate(header.name)
+        if translated is None:
+            continue
+        name, rearrange = translated
+        stored = data[header.offset_bytes : header.offset_bytes + header.num_bytes]
+        tensor = dequantize(stored, header.dtype, header.shape)
+        yield name, tensor if rearrange is None else rearrange(tensor, config)
+
+
+def _read_bin(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    seen: dict[str, Path] = {}
+    for file in files:
+        weights = _load_pickle(file)
+        for name in list(weights):
+            if name in seen:
+                raise CheckpointError(f"tensor {name!r} is both in {seen[name].name} and in {file.name}")
+            seen[name] = file
+            yield name, weights.pop(name)
+
+
+def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        loaded = _load_mapped(file)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors and loading it could run code, so it was not loaded. "
+            "Use the model's safetensors release"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or not a PyTorch checkpoint; download it again") from error
+    if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise CheckpointError(f"{file} is not a mapping of names to tensors; it is no model checkpoint")
+    return dict(loaded)
+
+
+def _load_mapped(file: Path) -> Any:
+    with file.open("rb") as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"
+    # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
