@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -31,7 +32,8 @@ class Sequence:
         variant_digest: identity of the weights that compute it; part of the prefix cache's key.
         seed: of the sequence's own random stream; the draw for position p depends on (seed, p) only.
         block_table: physical block numbers, one per block_size tokens.
-        output_counts: how often each token id was sampled; kept only when a penalty needs it.
+        output_counts: how often each token id was sampled.
+        prompt_unique_ids: the distinct ids of the prompt, 64-bit; filled by the sampler when a penalty needs them.
     """
 
     __slots__ = (
@@ -45,6 +47,7 @@ class Sequence:
         "num_entered_blocks",
         "num_prompt_tokens",
         "output_counts",
+        "prompt_unique_ids",
         "sampling",
         "seed",
         "seq_id",
@@ -78,6 +81,7 @@ class Sequence:
         self.block_hashes: list[bytes] = []  # hash chain over the leading full blocks of token_ids, made as needed
         self.num_entered_blocks = 0  # leading blocks of block_table that the prefix cache knows
         self.output_counts: dict[int, int] = {}
+        self.prompt_unique_ids: array[int] | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.group: SequenceGroup | None = None

@@ -1,0 +1,219 @@
+"""From the logits of a step to one token for each sequence: one vectorised pass over rows that differ in everything.
+
+raw logits ──► logprobs (where asked for)
+    │
+    └─► min_tokens mask, logit_bias, penalties ──► greedy rows        largest logit
+              (logits_processing)                  no top_k, top_p    draw from all        (token_draw)
+                                                   the others         draw from the top    (token_draw)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from model_worker.engine.logits_processing import needs_processing, process_logits
+from model_worker.engine.outputs import SampledToken, TokenLogprobs, TopToken
+from model_worker.engine.random_stream import uniform
+from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.sequence import Sequence
+from model_worker.engine.token_draw import DrawInputs, draw_from_all, draw_from_top
+from model_worker.engine.top_tokens import top_tokens
+from registry.errors import InternalError, InvalidRequestError, RootgraftError
+
+_NUM_CANDIDATES = 128  # enough for most rows of a language model at usual settings; the others are tried again
+_MIN_TEMPERATURE = 1e-5  # below it only tokens within rounding of the largest logit can be drawn anyway
+_LOGPROB_ROWS = 64  # prompt rows whose float32 log-softmax is held at once
+
+
+class Sampler:
+    """Draws tokens. Holds no state of any sequence: the same logits and sequences give the same tokens.
+
+    Args:
+        vocab_size: columns of the logits, V.
+        eos_token_ids: the model's own end-of-sequence ids, which min_tokens masks beside a request's stop ids.
+
+    Raises:
+        ValueError: an end-of-sequence id is outside the vocabulary.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        if any(not 0 <= token_id < vocab_size for token_id in eos_token_ids):
+            raise ValueError(f"end-of-sequence ids {eos_token_ids} are not all in 0..{vocab_size - 1}")
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+
+    def sample(self, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken | RootgraftError]:
+        """The next token of each sequence.
+
+        Args:
+            logits: [R, V] of any floating dtype, one row for each sequence. Consumed: a float32 tensor may be changed.
+            sequences: [R]; all ids named by their sampling parameters are below V.
+
+        Returns:
+            [R] A sampled token, or an InternalError where the model gave NaN or +inf or nothing finite, or an
+            InvalidRequestError where the sampling parameters forbid every token.
+        """
+        assert logits.shape == (len(sequences), self.vocab_size)
+        if not sequences:
+            return []
+        logits = logits.float().contiguous()
+        errors: dict[int, RootgraftError] = {}
+        processed = any(map(needs_processing, sequences))
+        logprobs = _SampledLogprobs(logits, [sequence.sampling.logprobs for sequence in sequences], copy=processed)
+        if processed:
+            errors |= {row: _model_failed() for row in _not_finite(logits.amax(dim=1))}
+            process_logits(logits, sequences, self.eos_token_ids)
+            no_finite_logit: Callable[[], RootgraftError] = _everything_forbidden
+        else:
+            no_finite_logit = _model_failed
+        if all(sequence.sampling.greedy for sequence in sequences):
+            peak, tokens = logits.max(dim=1)
+        else:
+            peak, tokens = logits.amax(dim=1), torch.zeros(len(sequences), dtype=torch.int64, device=logits.device)
+        errors = {row: no_finite_logit() for row in _not_finite(peak)} | errors
+        self._draw(logits, peak, sequences, skip=errors.keys(), tokens=tokens)
+        token_ids = tokens.tolist()
+        token_logprobs = logprobs.of(tokens, skip=errors.keys())
+        return [
+            errors[row] if row in errors else SampledToken(token_id, token_logprobs.get(row))
+            for row, token_id in enumerate(token_ids)
+        ]
+
+    def prompt_logprobs(self, logits: Tensor, token_ids: SequenceOf[int], num_top: int) -> list[TokenLogprobs]:
+        """Logprobs of given tokens, and of the `num_top` most probable ones beside each.
+
+        Args:
+            logits: [R, V] of any floating dtype; row r predicts `token_ids[r]`. Not changed.
+            token_ids: [R]
+        """
+        result: list[TokenLogprobs] = []
+        for start in range(0, len(token_ids), _LOGPROB_ROWS):
+            wanted = token_ids[start : start + _LOGPROB_ROWS]
+            rows = logits[start : start + _LOGPROB_ROWS].float()
+            result += _token_logprobs(rows, torch.tensor(wanted, device=logits.device), [num_top] * len(wanted))
+        return result
+
+    def _draw(
+        self, logits: Tensor, peak: Tensor, sequences: SequenceOf[Sequence], *, skip: Iterable[int], tokens: Tensor
+    ) -> None:
+        """Fill `tokens` [R] for the rows not in `skip`; those of an all-greedy batch are there already."""
+        if all(sequence.sampling.greedy for sequence in sequences):
+            return
+        skipped = frozenset(skip)
+        greedy: list[int] = []
+        from_all: list[int] = []
+        from_top: dict[int, list[int]] = {}  # by the number of candidates to begin with
+        for row, sequence in enumerate(sequences):
+            sampling = sequence.sampling
+            if row in skipped:
+                continue
+            if sampling.greedy:
+                greedy.append(row)
+            elif sampling.top_p < 1.0 or 0 < sampling.top_k < self.vocab_size:
+                from_top.setdefault(self._first_num_candidates(sampling), []).append(row)
+            else:
+                from_all.append(row)
+        if greedy:
+            index = torch.tensor(greedy, device=logits.device)
+            tokens[index] = logits[index].max(dim=1).indices
+        if from_all:
+            index, inputs = self._inputs(from_all, logits, peak, sequences)
+            tokens[index] = draw_from_all(inputs)
+        for num_candidates, rows in from_top.items():
+            index, inputs = self._inputs(rows, logits, peak, sequences)
+            tokens[index] = draw_from_top(inputs, num_candidates)
+
+    def _first_num_candidates(self, sampling: SamplingParams) -> int:
+        """A power of two, so that rows share a pass, above top_k, so that ties at its end can be seen."""
+        if 0 < sampling.top_k < self.vocab_size:
+            return max(64, 1 << sampling.top_k.bit_length())
+        return _NUM_CANDIDATES
+
+    def _inputs(
+        self, rows: list[int], logits: Tensor, peak: Tensor, sequences: SequenceOf[Sequence]
+    ) -> tuple[Tensor, DrawInputs]:
+        """The rows as an index [N] int64, and what is drawn from."""
+        index = torch.tensor(rows, device=logits.device)
+        chosen = [sequences[row] for row in rows]
+        sampling = [sequence.sampling for sequence in chosen]
+        numbers = torch.tensor(
+            [(1.0 / max(params.temperature, _MIN_TEMPERATURE), params.min_p, params.top_p) for params in sampling],
+            dtype=torch.float64,
+            device=logits.device,
+        )  # [N, 3]
+        random = uniform([sequence.seed for sequence in chosen], [sequence.num_tokens for sequence in chosen])
+        whole_batch = len(rows) == len(sequences)
+        return index, DrawInputs(
+            logits=logits if whole_batch else logits[index],
+            peak=(peak if whole_batch else peak[index]).unsqueeze(1),
+            inverse_temperature=numbers[:, 0:1].float(),
+            min_p=numbers[:, 1:2].float(),
+            top_k=torch.tensor(
+                [min(params.top_k or self.vocab_size, self.vocab_size) for params in sampling], device=logits.device
+            ),
+            top_p=numbers[:, 2:3].contiguous(),
+            uniform=torch.from_numpy(random).to(logits.device).unsqueeze(1),
+        )
+
+
+class _SampledLogprobs:
+    """Keeps the raw logits of the rows that ask for logprobs until their tokens are drawn."""
+
+    def __init__(self, logits: Tensor, num_top: list[int | None], *, copy: bool) -> None:
+        self._num_top = {row: num for row, num in enumerate(num_top) if num is not None}
+        share = len(self._num_top) == len(num_top) and not copy
+        self._logits = logits if share else logits[list(self._num_top)]
+
+    def of(self, tokens: Tensor, *, skip: Iterable[int]) -> dict[int, TokenLogprobs]:
+        """Row to logprobs, for the rows that asked for them and are not in `skip`."""
+        skipped = frozenset(skip)
+        places = [place for place, row in enumerate(self._num_top) if row not in skipped]
+        rows = [row for row in self._num_top if row not in skipped]
+        if not rows:
+            return {}
+        logits = self._logits if len(rows) == len(self._num_top) else self._logits[places]
+        found = _token_logprobs(logits, tokens[rows], [self._num_top[row] for row in rows])
+        return dict(zip(rows, found, strict=True))
+
+
+def _token_logprobs(logits: Tensor, tokens: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
+    """Logprobs of `tokens` [R] under `logits` [R, V] float32, with num_top[r] most probable tokens for row r."""
+    logprobs = logits.log_softmax(dim=1)
+    own = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
+    # Chosen by the logits, whose rounding is the one that a greedy choice sees: log_softmax can make new ties.
+    ids = top_tokens(logits, max(num_top))[1] if max(num_top) else tokens.new_empty(len(num_top), 0)
+    top_logprobs, top_ids = logprobs.gather(1, ids).tolist(), ids.tolist()
+    return [
+        TokenLogprobs(
+            token_id,
+            logprob,
+            tuple(
+                TopToken(top_ids[row][place], top_logprobs[row][place])
+                for place in range(min(num, len(top_ids[row])))
+                if top_logprobs[row][place] > -torch.inf
+            ),
+        )
+        for row, (token_id, logprob, num) in enumerate(zip(tokens.tolist(), own, num_top, strict=True))
+    ]
+
+
+def _not_finite(peak: Tensor) -> list[int]:
+    """Rows whose largest logit [R] is NaN, +inf or -inf. A NaN anywhere in a row makes its maximum NaN."""
+    rows: list[int] = (~peak.isfinite()).nonzero().squeeze(1).tolist()
+    return rows
+
+
+def _model_failed() -> InternalError:
+    return InternalError(
+        "The model produced logits that are not finite, which usually means that float16 overflowed; "
+        "load it with --dtype bfloat16 or float32."
+    )
+
+
+def _everything_forbidden() -> InvalidRequestError:
+    return InvalidRequestError(
+        "min_tokens, the stop token ids, logit_bias and the penalties together forbid every token; relax one of them."
+    )
