@@ -6,7 +6,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from model_worker.engine.llm_engine import LLMEngine
@@ -96,7 +96,7 @@ class AsyncLLMEngine:
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the news of one request until it is finished. Closing the generator cancels the request.
 
         Raises:
