@@ -24,6 +24,7 @@ from registry.errors import InternalError, OverloadedError, RateLimitError
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_engine import FakeEngine
 from tests.fakes.load_plans import make_plan
+from tests.fakes.until import until
 
 
 @pytest.fixture
@@ -97,12 +98,6 @@ class Connection:
         return b"".join(message.get("body", b"") for message in self.sent)
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 async def test_generate_streams_ndjson(client: httpx.AsyncClient) -> None:
     response = await client.post("/internal/generate", json=body())
     assert response.status_code == 200
@@ -119,10 +114,10 @@ async def test_one_write_for_each_engine_step(app: Starlette) -> None:
 
 
 async def test_text_is_written_as_utf8(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    engine.tokenizer.decode = lambda ids, **options: "日本\n\u2028\"\\"  # type: ignore[method-assign]
+    engine.tokenizer.decode = lambda ids, **options: '日本\n\u2028"\\'  # type: ignore[method-assign]
     events = events_of((await client.post("/internal/generate", json=body("a"))).content.replace(b"\r", b""))
     assert isinstance(events[1], DeltaEvent)
-    assert events[1].text == "日本\n\u2028\"\\"
+    assert events[1].text == '日本\n\u2028"\\'
 
 
 @pytest.mark.parametrize(

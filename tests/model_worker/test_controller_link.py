@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator, Callable
+from typing import Self
 
 import aiohttp
 import pytest
@@ -12,6 +13,7 @@ from controller.protocol import PROTOCOL_VERSION, ServedModel, WorkerStats
 from model_worker.controller_link import MAX_RETRY_S, ControllerLink
 from registry.errors import PermissionDeniedError, UpstreamError
 from tests.fakes.fake_controller import FakeController
+from tests.fakes.until import until
 
 MODEL = ServedModel(name="m", family="llama", max_model_len=64, chat=True, dtype="float32")
 
@@ -66,21 +68,19 @@ def make_link(
 
 
 class Running:
-    """Runs a link in the background and watches that it does not end by itself."""
+    """Runs a link in the background; calling it waits for a condition, and raises what ended the link."""
 
     def __init__(self, link: ControllerLink) -> None:
         self._link = link
 
-    async def __aenter__(self) -> Callable[[Callable[[], bool]], asyncio.Future[None]]:
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._link.run())
-        return lambda condition: asyncio.ensure_future(self._until(condition))
+        return self
 
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not condition():
-                if self._task.done():
-                    self._task.result()
-                await asyncio.sleep(0.001)
+    async def __call__(self, condition: Callable[[], object]) -> None:
+        await until(lambda: self._task.done() or condition())
+        if self._task.done():
+            self._task.result()
 
     async def __aexit__(self, *error: object) -> None:
         self._task.cancel()
@@ -90,8 +90,8 @@ class Running:
 async def test_registers_and_heartbeats_at_the_controllers_interval(
     link: ControllerLink, controller: FakeController, sleep: FakeSleep
 ) -> None:
-    async with Running(link) as until:
-        await until(lambda: len(controller.stats) >= 3)
+    async with Running(link) as running:
+        await running(lambda: len(controller.stats) >= 3)
     registration = controller.workers["w"]
     assert registration.protocol_version == PROTOCOL_VERSION
     assert registration.url == "http://here:1"
@@ -103,11 +103,11 @@ async def test_registers_and_heartbeats_at_the_controllers_interval(
 
 
 async def test_registers_again_when_the_controller_forgot_it(link: ControllerLink, controller: FakeController) -> None:
-    async with Running(link) as until:
-        await until(lambda: len(controller.stats) >= 1)
+    async with Running(link) as running:
+        await running(lambda: len(controller.stats) >= 1)
         controller.workers.clear()
-        await until(lambda: "w" in controller.workers)
-        await until(lambda: controller.calls[-1] == "heartbeat" and link.registered)
+        await running(lambda: "w" in controller.workers)
+        await running(lambda: controller.calls[-1] == "heartbeat" and link.registered)
     assert controller.calls.count("register") == 2
 
 
@@ -115,14 +115,14 @@ async def test_registers_again_after_the_controller_was_away(
     link: ControllerLink, controller: FakeController, sleep: FakeSleep, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "model_worker")
-    async with Running(link) as until:
-        await until(lambda: len(controller.stats) >= 1)
+    async with Running(link) as running:
+        await running(lambda: len(controller.stats) >= 1)
         await controller.stop()
         attempts = len(sleep.slept)
-        await until(lambda: len(sleep.slept) >= attempts + 10)
+        await running(lambda: len(sleep.slept) >= attempts + 10)
         assert not link.registered
         await controller.start()
-        await until(lambda: "w" in controller.workers and link.registered)
+        await running(lambda: "w" in controller.workers and link.registered)
     assert max(sleep.slept) <= 0.5  # never longer than a heartbeat
     states = [record.getMessage().split()[0] for record in caplog.records]
     assert states == ["registered", "lost", "cannot", "registered"]
@@ -133,10 +133,10 @@ async def test_waits_for_a_controller_that_starts_later(
 ) -> None:
     await controller.stop()
     link = make_link(controller.url, session, sleep)
-    async with Running(link) as until:
-        await until(lambda: len(sleep.slept) >= 12)
+    async with Running(link) as running:
+        await running(lambda: len(sleep.slept) >= 12)
         await controller.start()
-        await until(lambda: link.registered)
+        await running(lambda: link.registered)
         before = [delay for delay in sleep.slept if delay != 0.5]
     assert before[0] <= 0.2
     assert MAX_RETRY_S / 2 <= max(before) <= MAX_RETRY_S
@@ -146,16 +146,16 @@ async def test_waits_for_a_controller_that_starts_later(
 @pytest.mark.parametrize("status", [404, 429, 500, 502, 503])
 async def test_faults_that_may_pass_are_retried(link: ControllerLink, controller: FakeController, status: int) -> None:
     controller.fail_with = status
-    async with Running(link) as until:
-        await until(lambda: len(controller.calls) >= 3)
+    async with Running(link) as running:
+        await running(lambda: len(controller.calls) >= 3)
         controller.fail_with = None
-        await until(lambda: link.registered)
+        await running(lambda: link.registered)
 
 
 async def test_an_answer_that_is_no_controllers_is_retried(link: ControllerLink, controller: FakeController) -> None:
     controller.fail_with = 200
-    async with Running(link) as until:
-        await until(lambda: len(controller.calls) >= 3)
+    async with Running(link) as running:
+        await running(lambda: len(controller.calls) >= 3)
         assert not link.registered
 
 
@@ -177,16 +177,16 @@ async def test_a_refusal_without_a_reason_names_the_status(link: ControllerLink,
 async def test_a_token_that_changed_while_running_is_final(
     link: ControllerLink, controller: FakeController, session: aiohttp.ClientSession
 ) -> None:
-    async with Running(link) as until:
-        await until(lambda: link.registered)
+    async with Running(link) as running:
+        await running(lambda: link.registered)
         controller._worker_token = "another"
         with pytest.raises(PermissionDeniedError):
-            await until(lambda: False)
+            await running(lambda: False)
 
 
 async def test_leave(link: ControllerLink, controller: FakeController) -> None:
-    async with Running(link) as until:
-        await until(lambda: link.registered)
+    async with Running(link) as running:
+        await running(lambda: link.registered)
     assert await link.heartbeat()
     await link.leave()
     assert controller.workers == {}

@@ -15,6 +15,7 @@ from controller.protocol import (
     Prompt,
     PromptEvent,
     Sampling,
+    ServedModel,
     TextPrompt,
     TokenizeRequest,
     TokensPrompt,
@@ -80,7 +81,10 @@ async def test_a_stream_is_one_prompt_event_deltas_and_one_done_event(service: W
 
 async def test_each_step_comes_as_one_list(service: WorkerService) -> None:
     steps = [step async for step in service.generate(request("ab", n=2))]
-    assert [[event.kind for event in step] for step in steps] == [["prompt", "delta", "delta"], ["delta", "delta", "done"]]
+    assert [[event.kind for event in step] for step in steps] == [
+        ["prompt", "delta", "delta"],
+        ["delta", "delta", "done"],
+    ]
 
 
 async def test_chat_is_rendered_without_further_special_tokens_and_stops_where_the_template_says(
@@ -274,5 +278,4 @@ async def test_tokenize_and_detokenize(service: WorkerService) -> None:
 
 
 def test_what_is_served(service: WorkerService) -> None:
-    model = service.model
-    assert (model.name, model.family, model.max_model_len, model.chat, model.dtype) == ("fake", "fake", 256, True, "float32")
+    assert service.model == ServedModel(name="fake", family="fake", max_model_len=256, chat=True, dtype="float32")

@@ -4,8 +4,7 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 import aiohttp
 import pytest
@@ -19,6 +18,7 @@ from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_controller import FakeController
 from tests.fakes.fake_engine import FakeEngine
 from tests.fakes.load_plans import make_plan
+from tests.fakes.until import until
 
 
 @pytest.fixture
@@ -53,14 +53,9 @@ class Running:
     async def __aenter__(self) -> Running:
         self.session = aiohttp.ClientSession(headers=self._headers)
         self.task = asyncio.create_task(self.worker.run())
-        async with asyncio.timeout(10):
-            while (await self._health()) != 200:
-                await asyncio.sleep(0.001)
+        async with self.session.get(self.url + "/health") as response:  # the socket listens already
+            assert response.status == 200
         return self
-
-    async def _health(self) -> int:
-        async with self.session.get(self.url + "/health") as response:
-            return response.status
 
     async def __aexit__(self, *error: object) -> None:
         await self.session.close()
@@ -78,12 +73,6 @@ class Running:
     def engine_dies(self) -> None:
         self.engine.die(RuntimeError("bug"))
         self._died.set()
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_serves_and_registers(engine: FakeEngine, controller: FakeController) -> None:

@@ -1,0 +1,87 @@
+"""`python -m model_worker`: load one model and serve it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+import psutil
+import torch
+
+from adapters import LoadPlan, plan_load
+from model_worker.config import WorkerConfig, parse_config
+from model_worker.engine.async_llm_engine import AsyncLLMEngine
+from model_worker.engine.llm_engine import LLMEngine
+from model_worker.model_source import find_model
+from model_worker.worker import Worker, bind
+from registry.errors import RootgraftError
+from registry.paths import default_cache_dir
+
+TOKEN_VARIABLE = "ROOTGRAFT_WORKER_TOKEN"
+
+
+def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+    try:
+        config = parse_config(argv, worker_token=environ.get(TOKEN_VARIABLE))
+        logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        with bind(config.host, config.port) as sock:
+            return _serve(config, sock, environ)
+    except RootgraftError as error:
+        print(f"error: {' '.join(error.message.split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # while loading; later, SIGINT drains
+        return 130
+
+
+def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]) -> int:
+    source = find_model(config.model, name=config.model_name, cache_dir=default_cache_dir(environ), report=_say)
+    plan = plan_load(
+        source.path,
+        dtype=config.dtype,
+        chat_template=config.chat_template,
+        max_model_len=config.max_model_len,
+        deltas=config.deltas,
+    )
+    for line in summary(plan, source.name):
+        _say(line)
+    engine_died = asyncio.Event()
+    engine = AsyncLLMEngine(LLMEngine.from_plan(plan, config.engine), on_failure=engine_died.set)
+    resident = psutil.Process().memory_info().rss
+    _say(
+        f"Loaded: {engine.stats().kv_blocks_total} KV blocks of {config.engine.cache.block_size} tokens, at most "
+        f"{engine.max_model_len} tokens a request, {torch.get_num_threads()} threads, {_gib(resident)} of memory."
+    )
+    worker = Worker(engine, plan, config, sock, model_name=source.name, engine_died=engine_died)
+    return asyncio.run(worker.run())
+
+
+def summary(plan: LoadPlan, name: str) -> list[str]:
+    """What will be loaded, for the operator."""
+    memory = plan.memory
+    template = plan.chat_template.name if plan.chat_template else "none (chat is refused; see --chat-template)"
+    return [
+        f"Loading {name} from {plan.path}",
+        f"  family         {plan.family.name} ({plan.checkpoint.format}, {len(plan.checkpoint.files)} file(s))",
+        f"  dtype          {plan.dtype}" + (f", weights {plan.quantization}" if plan.quantization else ""),
+        f"  chat template  {template}",
+        f"  context        {plan.max_model_len} tokens",
+        f"  memory         {_gib(memory.weights_bytes)} weights, {_gib(memory.activations_bytes)} activations, "
+        f"{memory.kv_bytes_per_token / 1024:.1f} KiB of KV cache a token",
+        *(f"  delta          {delta}" for delta in plan.deltas),
+    ]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

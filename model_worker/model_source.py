@@ -1,0 +1,69 @@
+"""What --model-path names: a directory, a GGUF file, or a known model that is fetched into the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.convert import convert_checkpoint
+from registry.errors import CheckpointError, InvalidRequestError
+from registry.fetch import fetch_model
+from registry.names import is_name, parse_name
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where the weights are and the public name that they get."""
+
+    path: Path
+    name: str
+
+
+def find_model(model: str, *, name: str | None, cache_dir: Path, report: Callable[[str], None]) -> ModelSource:
+    """Find the checkpoint that `model` names; a known model's is fetched and converted the first time.
+
+    Args:
+        model: path of a directory or GGUF file, or the name of a known model. An existing path goes before a name.
+        name: the public name; None: the known name, or that of the directory or file without its suffix.
+        cache_dir: where fetched models are kept.
+        report: called with each line of progress.
+
+    Raises:
+        CheckpointError: neither a path nor a known name.
+        InvalidRequestError: the public name does not fit the grammar of model names.
+    """
+    path = Path(model)
+    if path.exists():
+        found, default = path, path.resolve().stem if path.is_file() else path.resolve().name
+    elif is_name(model) and not path.is_absolute():
+        found, default = _fetch(model, cache_dir, report), model
+    else:
+        raise CheckpointError(
+            f"{model} does not exist; give a checkpoint directory, a .gguf file or a known model's name."
+        )
+    return ModelSource(found, _public_name(name, default))
+
+
+def _fetch(model: str, cache_dir: Path, report: Callable[[str], None]) -> Path:
+    fetched = fetch_model(model, cache_dir, report=report)
+    if fetched.is_dir():
+        return fetched
+    # Reading safetensors needs no dequantization, so a converted model starts faster every time but the first.
+    converted = fetched.parent / f"{model}-safetensors"
+    if not converted.is_dir():
+        convert_checkpoint(fetched, converted, dtype=None, report=report)
+    return converted
+
+
+def _public_name(name: str | None, default: str) -> str:
+    if name is None:
+        if not is_name(default):
+            raise InvalidRequestError(f"{default!r} cannot be a public model name; choose one with --model-name.")
+        return default
+    parsed = parse_name(name)
+    if str(parsed) != parsed.name:
+        raise InvalidRequestError(
+            f"--model-name {name}: give a name without @; versions and aliases are the catalog's."
+        )
+    return name
