@@ -15,7 +15,7 @@ MAX_JSON_BYTES = 100_000_000
 
 
 def file_size(path: Path) -> int:
-    """Size of a checkpoint file in bytes; raises CheckpointError when it is absent, no file, empty or a git-lfs pointer."""
+    """Size of a checkpoint file in bytes; raises CheckpointError when it is absent, empty or a git-lfs pointer."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_LFS_POINTER))

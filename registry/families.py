@@ -52,8 +52,8 @@ def families() -> Mapping[str, ModelFamily]:
 def find_family(model_type: str, architectures: Sequence[str]) -> ModelFamily:
     """The family of a config.json; a refused family is returned too, with its reason in `refused`.
 
-    `architectures` may be empty. Where it is not, one of them must be the family's causal language model: a reward model
-    or classifier shares the model_type and would load with its head missing.
+    `architectures` may be empty. Where it is not, one of them must be the family's causal language model: a reward
+    model or classifier shares the model_type and would load with its head missing.
 
     Raises:
         UnsupportedModelError: the model_type is unknown, or the architecture is no causal language model.

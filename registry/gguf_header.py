@@ -2,8 +2,8 @@
 
     "GGUF" | version u32 | num_tensors u64 | num_key_values u64 | key-values | tensor infos | padding | data
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Versions 2 and 3, little-endian. Every count is checked
-against what the rest of the file could hold before anything of that size is allocated.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Versions 2 and 3, little-endian. Every count is
+checked against what the rest of the file could hold before anything of that size is allocated.
 """
 
 from __future__ import annotations

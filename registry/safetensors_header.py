@@ -3,8 +3,8 @@
     0        8                8+N                              end
     | N u64  | JSON, N bytes  | data, tensors one after another |
 
-Source: https://github.com/huggingface/safetensors#format. As that library does, a file is refused whose tensors overlap,
-leave holes, or do not fill the data section exactly.
+Source: https://github.com/huggingface/safetensors#format. As that library does, a file is refused whose tensors
+overlap, leave holes, or do not fill the data section exactly.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
             )
         if 8 + header_bytes > size:
             raise CheckpointError(
-                f"{path} is truncated: its header needs {8 + header_bytes} bytes, the file has {size}; download it again"
+                f"{path} is truncated: its header needs {8 + header_bytes} bytes of {size}; download it again"
             )
         header = parse_json_object(file.read(header_bytes), f"the header of {path}")
     _check_metadata(path, header.pop("__metadata__", {}))

@@ -1,0 +1,123 @@
+"""Content-addressed store: a file's name is the SHA-256 of its bytes.
+
+    root/blobs/sha256/ab/abcdef…64 hex digits     complete, read-only, never changed
+    root/blobs/sha256/.tmp-…                      being written; moved into place by a rename in the same file system
+
+A blob is visible only when all of it is on the disk. Two writers of the same content both succeed: the second rename
+replaces the file by an equal one. Nothing is deleted unless `delete` is called for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from registry.atomic_file import TEMPORARY_PREFIX, disk_errors, publish, sync_directory, temporary_file
+from registry.errors import InternalError, InvalidRequestError
+from registry.names import is_digest
+
+CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One stored file: its digest ("sha256:…"), where it is, and its size."""
+
+    digest: str
+    path: Path
+    num_bytes: int
+
+
+class Store:
+    """The store under one root directory; any number of processes may share it."""
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = root / "blobs" / "sha256"
+
+    def put_file(self, source: Path) -> Blob:
+        """Copy `source` into the store.
+
+        Raises:
+            InvalidRequestError: `source` cannot be read.
+            InternalError: the disk is full or the store cannot be written; nothing is left behind.
+        """
+        try:
+            with source.open("rb") as file:
+                return self.put_stream(iter(lambda: file.read(CHUNK_BYTES), b""))
+        except OSError as error:
+            raise InvalidRequestError(f"cannot read {source}: {error.strerror or error}") from error
+
+    def put_stream(self, chunks: Iterable[bytes]) -> Blob:
+        """Store the bytes of `chunks`. An error of the iterable itself passes through.
+
+        Raises:
+            InternalError: the disk is full or the store cannot be written; nothing is left behind.
+        """
+        hasher, num_bytes = hashlib.sha256(), 0
+        with temporary_file(self._blobs) as (file, temporary):
+            for chunk in chunks:
+                hasher.update(chunk)
+                num_bytes += len(chunk)
+                with disk_errors(self._blobs):
+                    file.write(chunk)
+            digest = f"sha256:{hasher.hexdigest()}"
+            destination = self._location(digest)
+            with disk_errors(self._blobs):
+                os.fchmod(file.fileno(), 0o444)
+            publish(file, temporary, destination)
+        return Blob(digest, destination, num_bytes)
+
+    def get(self, digest: str) -> Blob:
+        """The blob of that digest; raises InvalidRequestError when it is not in the store."""
+        path = self._location(digest)
+        try:
+            return Blob(digest, path, path.stat().st_size)
+        except FileNotFoundError:
+            raise InvalidRequestError(f"{digest} is not in the store") from None
+
+    def __contains__(self, digest: str) -> bool:
+        return self._location(digest).exists()
+
+    def verify(self, digest: str) -> Blob:
+        """Read the blob and compare; raises InvalidRequestError when absent, InternalError when its bytes changed."""
+        blob = self.get(digest)
+        with blob.path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if f"sha256:{found}" != digest:
+            raise InternalError(
+                f"{blob.path} is damaged: its bytes hash to sha256:{found}; delete it and store it again"
+            )
+        return blob
+
+    def blobs(self) -> Iterator[Blob]:
+        """Every complete blob, in the order of the digests."""
+        for directory in sorted(self._blobs.glob("[0-9a-f][0-9a-f]")):
+            for path in sorted(directory.iterdir()):
+                digest = f"sha256:{path.name}"
+                if is_digest(digest):
+                    yield Blob(digest, path, path.stat().st_size)
+
+    def delete(self, digest: str) -> None:
+        """Remove one blob to which nothing refers any more; raises InvalidRequestError when absent."""
+        blob = self.get(digest)
+        blob.path.unlink(missing_ok=True)
+        sync_directory(blob.path.parent)
+
+    def remove_abandoned(self, older_than_s: float, now: Callable[[], float] = time.time) -> int:
+        """Remove what killed writers left half-written, if untouched for `older_than_s` seconds; return how many."""
+        removed = 0
+        for path in self._blobs.glob(f"{TEMPORARY_PREFIX}*"):
+            if now() - path.stat().st_mtime > older_than_s:
+                path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def _location(self, digest: str) -> Path:
+        if not is_digest(digest):
+            raise InvalidRequestError(f"{digest[:80]!a} is no digest: give sha256: and 64 lower-case hex digits")
+        hex_digits = digest.removeprefix("sha256:")
+        return self._blobs / hex_digits[:2] / hex_digits
