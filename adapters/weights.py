@@ -57,6 +57,17 @@ def read_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[
     return _read_bin(checkpoint.files)
 
 
+def weight_names(checkpoint: Checkpoint) -> list[str]:
+    """The names that `read_weights` gives, in any order, without reading what can be left unread."""
+    if checkpoint.format == "gguf":
+        architecture = find_architecture(checkpoint.metadata)
+        translated = (architecture.translate(name) for name in checkpoint.tensors)
+        return [pair[0] for pair in translated if pair is not None]
+    if checkpoint.format == "safetensors":
+        return list(checkpoint.tensors)
+    return [name for name, _ in _read_bin(checkpoint.files)]
+
+
 def _read_safetensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     names: dict[Path, list[str]] = {}
     for header in sorted(checkpoint.tensors.values(), key=lambda header: header.offset_bytes):
@@ -73,7 +84,10 @@ def _read_safetensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tenso
 def _read_gguf(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     architecture = find_architecture(checkpoint.metadata)
     (file,) = checkpoint.files
-    data = np.memmap(file, np.uint8, mode="r")
+    try:
+        data = np.memmap(file, np.uint8, mode="r")
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
     for header in checkpoint.tensors.values():
         translated = architecture.translate(header.name)
         if translated is None:

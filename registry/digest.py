@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,13 +55,23 @@ def base_digest(checkpoint: Checkpoint, progress: Progress | None = None) -> str
     for path, tensors in _by_file(checkpoint).items():
         with _open(path) as file:
             for tensor in tensors:
-                hasher = hashlib.sha256(_canonical([tensor.dtype, tensor.shape]) + b"\n")
+                hasher = tensor_hasher(tensor.dtype, tensor.shape)
                 file.seek(tensor.offset_bytes)
                 for chunk_bytes in _hash_range(hasher, file, tensor):
                     done += chunk_bytes
                     if progress is not None:
                         progress(done, total)
                 digests[tensor.name] = hasher.hexdigest()
+    return combine_tensor_digests(digests)
+
+
+def tensor_hasher(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
+    """A hasher that becomes one tensor's digest when it is fed the tensor's bytes."""
+    return hashlib.sha256(_canonical([dtype, shape]) + b"\n")
+
+
+def combine_tensor_digests(digests: Mapping[str, str]) -> str:
+    """The base digest ("sha256:…") of tensors whose digests, 64 hex digits each, are given by name."""
     return _digest_of(b"rootgraft base 1\n", sorted(digests.items()))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from registry.atomic_file import disk_errors, sync_directory
 from registry.errors import CheckpointError
 
 
@@ -20,24 +21,25 @@ def staged_directory(target: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: `target` exists already, or its parent does not.
+        InternalError: the disk is full, or the directory cannot be written.
     """
     _refuse_existing(target)
     if not target.parent.is_dir():
         raise CheckpointError(f"{target.parent} does not exist; create it first")
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield staging
-        for file in staging.rglob("*"):
-            _sync(file)
-        _sync(staging)
-        staging.chmod(0o755)
-        # rename() replaces an empty directory silently, so one that somebody made meanwhile is looked for again.
-        _refuse_existing(target)
-        staging.rename(target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+    with disk_errors(target.parent):
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            yield staging
+            for path in [*staging.rglob("*"), staging]:
+                _sync(path)
+            staging.chmod(0o755)
+            # rename() replaces an empty directory silently, so one that somebody made meanwhile is looked for again.
+            _refuse_existing(target)
+            staging.rename(target)
+            sync_directory(target.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
 def _refuse_existing(target: Path) -> None:
