@@ -1,0 +1,48 @@
+"""What these routes need of the rest of the controller; controller.state.ControllerState has it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
+
+from controller.metrics import Metrics
+from controller.protocol import (
+    DeltaEvent,
+    DetokenizeReply,
+    DetokenizeRequest,
+    DoneEvent,
+    ErrorEvent,
+    GenerateRequest,
+    PromptEvent,
+    TokenizeReply,
+    TokenizeRequest,
+)
+
+Event = PromptEvent | DeltaEvent | DoneEvent | ErrorEvent
+
+
+class LiveModel(Protocol):
+    """A model that can be asked now; `created` is Unix time in seconds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def created(self) -> int: ...
+
+
+class ModelGateway(Protocol):
+    """See controller.gateway.Gateway."""
+
+    def stream(self, request: GenerateRequest, *, affinity: str | None = None) -> AsyncGenerator[Event, None]: ...
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeReply: ...
+    async def detokenize(self, request: DetokenizeRequest) -> DetokenizeReply: ...
+    def models(self) -> Sequence[LiveModel]: ...
+
+
+class Backend(Protocol):
+    @property
+    def gateway(self) -> ModelGateway: ...
+    @property
+    def metrics(self) -> Metrics: ...
