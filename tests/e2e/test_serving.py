@@ -26,9 +26,6 @@ WORDS = [
     "forest",
     "number",
     "market",
-    "winter",
-    "music",
-    "bread",
 ]
 
 
