@@ -1,0 +1,60 @@
+"""How much memory a model will need, and how much there is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import psutil
+
+from adapters.load_plan import MemoryEstimate
+from adapters.model_adapter import ModelAdapter
+from registry.checkpoint import Checkpoint
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Logits are kept in float32 and sampled from a copy; a step needs those of one row for each sequence.
+_MAX_LOGIT_ROWS = 64
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def estimate_memory(
+    checkpoint: Checkpoint, adapter: ModelAdapter, *, dtype: str, stored_dtype: str, max_num_batched_tokens: int
+) -> MemoryEstimate:
+    """Bytes for weights, for one token of KV cache, and for the activations of one step.
+
+    The activations are an estimate from above of what is alive at once in one layer: the residual stream and its norm,
+    q, k, v and the attention output, gate and up and their product; and the logits.
+    """
+    size = DTYPE_BYTES[dtype]
+    if checkpoint.tensors:
+        values = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    else:
+        values = sum(file.stat().st_size for file in checkpoint.files) // DTYPE_BYTES[stored_dtype]
+    per_token = 8 * adapter.hidden_size + 3 * adapter.intermediate_size
+    logits = min(max_num_batched_tokens, _MAX_LOGIT_ROWS) * adapter.vocab_size * 4 * 2
+    return MemoryEstimate(
+        weights_bytes=values * size,
+        kv_bytes_per_token=adapter.kv_values_per_token * size,
+        activations_bytes=max_num_batched_tokens * per_token * size + logits,
+    )
+
+
+def available_memory_bytes() -> int:
+    """Memory that this process may still take: what the machine has free, or less under a container's limit."""
+    available: int = psutil.virtual_memory().available
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        current = int((_CGROUP / "memory.current").read_text())
+        statistics = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        # No control group of version 2 with a limit here: the machine's own memory is the bound.
+        return available
+    if limit == "max":
+        return available
+    reclaimable = sum(int(line.split()[1]) for line in statistics if line.startswith("inactive_file "))
+    return min(available, max(0, int(limit) - (current - reclaimable)))
+
+
+def gib(num_bytes: int) -> str:
+    """`num_bytes` as a person reads it."""
+    return f"{num_bytes / 2**30:.2f} GiB"
