@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -25,12 +24,13 @@ from controller.config import AuthConfig
 from controller.errors_http import response_for
 from controller.metrics import Metrics
 from controller.trusted_networks import is_loopback
+from controller.ttl_cache import TTLCache
 from registry.errors import AuthenticationError, PermissionDeniedError, RootgraftError
 
 Access = Literal["open", "key", "admin"]
 
 CACHE_S = 2.0  # how long a revoked key may still pass
-_CACHE_SIZE = 4096
+_CACHE_ENTRIES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,9 @@ class Authenticator:
         self._find_key = find_key
         self._required = required
         self._metrics_open = metrics_open
-        self._clock = clock
-        self._cache: OrderedDict[bytes, tuple[float, Principal | None]] = OrderedDict()
+        self._cache: TTLCache[bytes, Principal | None] = TTLCache(
+            ttl_s=CACHE_S, max_entries=_CACHE_ENTRIES, clock=clock
+        )
 
     def access(self, path: str) -> Access:
         """What a request for `path` needs."""
@@ -107,17 +108,8 @@ class Authenticator:
         return principal
 
     async def _look_up(self, secret: str) -> Principal | None:
-        digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()
-        now = self._clock()
-        cached = self._cache.get(digest)
-        if cached is not None and now < cached[0]:
-            return cached[1]
-        principal = await asyncio.to_thread(self._find_key, secret)
-        self._cache[digest] = (now + CACHE_S, principal)
-        self._cache.move_to_end(digest)
-        while len(self._cache) > _CACHE_SIZE:
-            self._cache.popitem(last=False)
-        return principal
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()  # the cache holds no secrets
+        return await self._cache.get(digest, lambda: asyncio.to_thread(self._find_key, secret))
 
 
 class AuthMiddleware:

@@ -43,7 +43,7 @@ class WorkerConfig:
         "127.0.0.0/8,::1/128", "networks (CIDR, comma-separated) to which the controller connects for workers"
     )
     heartbeat_interval_s: float = flag(1.0, "seconds between two heartbeats of a worker")
-    missed_heartbeats: int = flag(3, "heartbeats in a row that a worker may miss before it counts as gone")
+    missed_heartbeats: int = flag(4, "heartbeats in a row that a worker may miss before it counts as gone")
     routing: str = flag(
         "least_load", "how a replica is chosen for a request", choices=("least_load", "lottery", "round_robin")
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -95,7 +95,9 @@ class Gateway:
         self._created: dict[str, int] = {}
         self._stopping = False
 
-    async def stream(self, request: GenerateRequest, *, affinity: str | None = None) -> AsyncIterator[GenerateEvents]:
+    async def stream(
+        self, request: GenerateRequest, *, affinity: str | None = None
+    ) -> AsyncGenerator[GenerateEvents, None]:
         """Generate on one of the model's workers.
 
         Args:
@@ -170,16 +172,19 @@ class Gateway:
         """The models that live workers serve now, by name."""
         return [self._info(name, replicas) for name, replicas in sorted(self._workers.models().items())]
 
-    def note_created(self, name: str, created: int) -> None:
-        """Remember since when (Unix time, seconds) `name` is known to the catalog."""
-        self._created[name] = created
+    def note_created(self, name: str, created: int | None) -> None:
+        """Remember that `name` is a model that is served, and since when (Unix time, seconds; None: since now)."""
+        if created is not None:
+            self._created[name] = created
+        else:
+            self._created.setdefault(name, int(self._wall_clock()))
 
     def worker_gone(self, worker: Worker, reason: str) -> None:
         """End the open streams of a worker that is lost; those without an event yet go to another replica."""
         event = ErrorEvent(
             code=UpstreamError.code, message=f"worker {worker.worker_id} {reason}; send the request again"
         )
-        self._abort([stream for stream in self._open_streams if stream.worker is worker], event)
+        self._abort([stream for stream in self._open_streams if stream.worker.worker_id == worker.worker_id], event)
 
     def stop_streams(self) -> None:
         """End every open stream with an error event and open no other: the controller stops."""
@@ -224,7 +229,7 @@ class Gateway:
         raise self._nobody(model, errors)
 
     def _failed(self, worker: Worker, error: RootgraftError) -> None:
-        logger.warning("worker %s could not serve a request: %s", worker.worker_id, error.message)
+        logger.warning("worker %s failed a request: %s (%r)", worker.worker_id, error.message, error.__cause__)
         if isinstance(error, WorkerConnectionError):
             self._workers.mark_failed(worker)
 
@@ -244,13 +249,15 @@ class Gateway:
     # ----------------------------------------------------------------------------------------------- names
 
     async def _served_name(self, name: str) -> str:
-        live = self._workers.models()
-        if name in live:
+        if self._workers.knows(name) or name in self._created:
             return name
         resolved = await self._resolve(name)
         if resolved is None:
-            known = ", ".join(sorted(live)) or "none"
-            raise ModelNotFoundError(f"the model {name!r} does not exist; models served now: {known}", param="model")
+            known = ", ".join(sorted(self._workers.models())) or "none"
+            # The name comes from a client: escaped and cut, so that it cannot forge a log line.
+            raise ModelNotFoundError(
+                f"the model {name[:80]!a} does not exist; models served now: {known}", param="model"
+            )
         return resolved
 
     def _info(self, name: str, replicas: Sequence[tuple[Worker, ServedModel]]) -> ServedModelInfo:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 
-from registry.errors import InvalidRequestError, PermissionDeniedError
+from registry.errors import InvalidRequestError, OverloadedError, PermissionDeniedError
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -74,7 +74,8 @@ class TrustedNetworks:
         """Check the URL under which a worker wants to be reached.
 
         Raises:
-            InvalidRequestError: not of the form http://host:port, or the host has no address.
+            InvalidRequestError: not of the form http://host:port.
+            OverloadedError: the host has no address now; name services may be late, so the worker may try again.
             PermissionDeniedError: one of its addresses is outside of these networks.
         """
         try:
@@ -103,7 +104,9 @@ async def _addresses(host: str, port: int) -> list[str]:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise InvalidRequestError(f"the worker's host {host!r} cannot be resolved: {error}", param="url") from None
+        raise OverloadedError(
+            f"the worker's host {host!r} cannot be resolved now ({error}); announce an address instead", param="url"
+        ) from None
     return sorted({str(sockaddr[0]) for *_, sockaddr in found})
 
 

@@ -248,5 +248,10 @@ def _malformed(worker: Worker, error: ValidationError) -> WorkerConnectionError:
 
 
 def _connection_error(worker: Worker, error: Exception) -> WorkerConnectionError:
-    reason = str(error) or type(error).__name__
-    return WorkerConnectionError(f"worker {worker.worker_id} failed: {reason}; send the request again")
+    if isinstance(error, TimeoutError):
+        reason = "did not answer in time"
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        reason = "cannot be reached"
+    else:
+        reason = "broke off"
+    return WorkerConnectionError(f"worker {worker.worker_id} {reason}; send the request again")

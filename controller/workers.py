@@ -136,6 +136,10 @@ class WorkerTable:
         """The workers that serve `model` and can take a request now."""
         return [worker for worker in self._live() if worker.state == "ready" and worker.serves(model)]
 
+    def knows(self, model: str) -> bool:
+        """Whether any worker, able to take a request or not, serves `model`."""
+        return any(worker.serves(model) for worker in self._workers.values())
+
     def models(self) -> dict[str, list[tuple[Worker, ServedModel]]]:
         """The models of live workers by name, each with its replicas; draining workers do not count."""
         found: dict[str, list[tuple[Worker, ServedModel]]] = {}

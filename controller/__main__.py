@@ -1,0 +1,89 @@
+"""`python -m controller`: serve; `python -m controller keys create | list | revoke`: manage API keys."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from controller.auth import keys_required
+from controller.config import ControllerConfig
+from controller.keys import create_key, list_keys, revoke_key
+from controller.server import serve
+from controller.trusted_networks import is_loopback
+from registry.catalog import Catalog
+from registry.errors import RootgraftError
+from registry.flags import add_flags, config_from_args
+from registry.paths import default_database_url
+
+logger = logging.getLogger(__name__)
+
+TOKEN_VARIABLE = "ROOTGRAFT_WORKER_TOKEN"
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m controller",
+        description="Serve the OpenAI-compatible API and route its requests to the model workers that register here.",
+    )
+    add_flags(parser, ControllerConfig)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    keys = commands.add_parser("keys", help="manage API keys", description="Manage the API keys of the catalog.")
+    actions = keys.add_subparsers(dest="action", metavar="ACTION", required=True)
+    create = actions.add_parser("create", help="make a key and print it; it is shown only this once")
+    create.add_argument("--name", required=True, help="whose key it is")
+    create.add_argument("--admin", action="store_true", help="the key may call /admin and /metrics too")
+    listing = actions.add_parser("list", help="print id, name, kind and state of each key")
+    revoke = actions.add_parser("revoke", help="make a key invalid, within seconds")
+    revoke.add_argument("id", help="the key's id, as `list` prints it")
+    for action in (create, listing, revoke):
+        action.add_argument("--database", default=argparse.SUPPRESS, help="SQLAlchemy URL of the catalog")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = create_parser().parse_args(argv)
+    try:
+        config = config_from_args(args, ControllerConfig)
+        catalog = Catalog.open(config.server.database or default_database_url(os.environ))
+        try:
+            if args.command == "keys":
+                _manage_keys(args, catalog)
+            else:
+                _serve(config, catalog)
+        finally:
+            catalog.close()
+    except RootgraftError as error:
+        print(f"controller: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _manage_keys(args: argparse.Namespace, catalog: Catalog) -> None:
+    match args.action:
+        case "create":
+            print(create_key(catalog, args.name, admin=args.admin))
+        case "list":
+            for line in list_keys(catalog):
+                print(line)
+        case "revoke":
+            revoke_key(catalog, args.id)
+
+
+def _serve(config: ControllerConfig, catalog: Catalog) -> None:
+    logging.basicConfig(
+        level=config.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )  # fmt: skip
+    if config.workers.worker_token is None and os.environ.get(TOKEN_VARIABLE):
+        workers = dataclasses.replace(config.workers, worker_token=os.environ[TOKEN_VARIABLE])
+        config = dataclasses.replace(config, workers=workers)
+    if not is_loopback(config.server.host) and not keys_required(config.auth, config.server.host):
+        logger.warning("--auth off on %s: whoever reaches this address may use the models", config.server.host)
+    serve(config, catalog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

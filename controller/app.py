@@ -1,0 +1,149 @@
+"""The controller's ASGI application: what is built, in which order a request passes it, and what runs beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from starlette.responses import JSONResponse, Response
+
+from controller import admin, internal, openai
+from controller.auth import Authenticator, AuthMiddleware, keys_required
+from controller.catalog_access import find_principal, name_resolver
+from controller.config import ControllerConfig
+from controller.errors_http import install_error_handlers
+from controller.gateway import Gateway
+from controller.http_guard import HttpGuardMiddleware
+from controller.limits import ConcurrencyLimits, LimitsMiddleware
+from controller.metrics import Metrics
+from controller.routing import create_policy
+from controller.scrape import WorkerCollector, fetch_stats
+from controller.state import ControllerState
+from controller.trusted_networks import TrustedNetworks, is_loopback
+from controller.worker_client import WorkerClient
+from controller.workers import WorkerTable
+from registry.catalog import Catalog
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(
+    config: ControllerConfig,
+    *,
+    catalog: Catalog,
+    clock: Callable[[], float] = time.monotonic,
+    rng: random.Random | None = None,
+) -> FastAPI:
+    """Build the controller; `app.state.controller` is its ControllerState.
+
+    A request passes, from the outside in: HttpGuardMiddleware (framing), AuthMiddleware (key), LimitsMiddleware (body
+    size, concurrency), then its route.
+
+    Args:
+        catalog: stays open and belongs to the caller.
+        clock: monotonic seconds, for heartbeats and measurements.
+        rng: for the draws of the routing policy.
+
+    Raises:
+        InvalidRequestError: `config` has a malformed network.
+    """
+    trusted = TrustedNetworks.parse(config.workers.trusted_workers)
+    client = WorkerClient(config.workers, trusted)
+    state = _create_state(config, catalog, client, clock, rng or random.Random())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await client.start()
+        expiry = asyncio.create_task(_expire_workers(state), name="expire-workers")
+        try:
+            yield
+        finally:
+            expiry.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await expiry
+            state.gateway.stop_streams()
+            await client.stop()
+
+    app = FastAPI(
+        title="rootgraft",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from a content network
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[
+            Middleware(HttpGuardMiddleware),
+            Middleware(AuthMiddleware, authenticator=state.auth, metrics=state.metrics),
+            Middleware(
+                LimitsMiddleware,
+                limits=state.limits,
+                metrics=state.metrics,
+                max_body_bytes=config.limits.max_body_bytes,
+            ),
+        ],
+    )
+    app.state.controller = state
+    install_error_handlers(app)
+    app.include_router(openai.create_router(state))
+    app.include_router(admin.create_router(state))
+    app.include_router(internal.create_router(state, trusted))
+
+    @app.get("/health", tags=["operations"])
+    async def health() -> JSONResponse:
+        """Liveness: 200 as long as the controller answers, with or without workers."""
+        return JSONResponse({"status": "ok", "workers": len(state.workers)})
+
+    @app.get("/metrics", tags=["operations"])
+    async def metrics() -> Response:
+        """Prometheus' text format; the workers are asked for their counts now."""
+        collector = WorkerCollector(await fetch_stats(state.workers, client))
+        return Response(state.metrics.render(collector), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return app
+
+
+def _create_state(
+    config: ControllerConfig,
+    catalog: Catalog,
+    client: WorkerClient,
+    clock: Callable[[], float],
+    rng: random.Random,
+) -> ControllerState:
+    interval_s = config.workers.heartbeat_interval_s
+    workers = WorkerTable(clock=clock, expiry_s=interval_s * config.workers.missed_heartbeats)
+    return ControllerState(
+        config=config,
+        catalog=catalog,
+        workers=workers,
+        gateway=Gateway(
+            workers,
+            client,
+            create_policy(config.workers.routing, rng),
+            name_resolver(catalog, clock=clock),
+            max_attempts=config.workers.max_attempts,
+            retry_after_s=2 * interval_s,
+        ),
+        metrics=Metrics(clock),
+        auth=Authenticator(
+            find_principal(catalog),
+            required=keys_required(config.auth, config.server.host),
+            metrics_open=is_loopback(config.server.host),
+            clock=clock,
+        ),
+        limits=ConcurrencyLimits(config.limits),
+    )
+
+
+async def _expire_workers(state: ControllerState) -> None:
+    """Forget workers whose heartbeats stopped, and end their streams, within half an interval of the deadline."""
+    config = state.config.workers
+    while True:
+        await asyncio.sleep(config.heartbeat_interval_s / 2)
+        for worker in state.workers.expire():
+            logger.warning("worker %s is gone: %d heartbeats missing", worker.worker_id, config.missed_heartbeats)
+            state.gateway.worker_gone(worker, f"is gone ({config.missed_heartbeats} heartbeats missing)")

@@ -1,0 +1,93 @@
+"""The controller as a process: a bound socket, uvicorn on it, and a stop that tells the clients."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import signal
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from controller.app import create_app
+from controller.config import ControllerConfig, ServerConfig
+from controller.http_guard import GuardedH11Protocol
+from controller.state import ControllerState
+from registry.catalog import Catalog
+from registry.errors import InvalidRequestError
+
+logger = logging.getLogger(__name__)
+
+_GRACE_AFTER_STOP_S = 2  # for the error events of the streams that were stopped
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A listening socket, made before anything else starts, so that a port in use is found at once.
+
+    Raises:
+        InvalidRequestError: the address is in use, not allowed or none of this machine's.
+    """
+    try:
+        found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+        except OSError:
+            listener.close()
+            raise
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidRequestError(
+            f"cannot listen on {config.host} port {config.port}: {reason}; choose another --host or --port"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+class ControllerServer(uvicorn.Server):
+    """uvicorn that ends the open streams with an error event when the time to stop is up, instead of cutting them."""
+
+    def __init__(self, config: ControllerConfig, app: FastAPI) -> None:
+        self._stop_after_s = config.server.shutdown_timeout_s
+        self._state: ControllerState = app.state.controller
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=GuardedH11Protocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=config.server.log_level == "debug",
+                server_header=False,
+                timeout_graceful_shutdown=math.ceil(self._stop_after_s) + _GRACE_AFTER_STOP_S,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._stop_after_s, self._state.gateway.stop_streams)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
+
+
+def serve(config: ControllerConfig, catalog: Catalog) -> None:
+    """Run the controller until SIGTERM or SIGINT.
+
+    Raises:
+        InvalidRequestError: the address cannot be listened on, or the configuration is contradictory.
+    """
+    with bind(config.server) as listener:
+        host, port = listener.getsockname()[:2]
+        app = create_app(config, catalog=catalog)
+        server = ControllerServer(config, app)
+        # uvicorn stops cleanly on a signal and then raises it again for the handler that was there before it.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        logger.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        server.run(sockets=[listener])
