@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from model_worker.engine.async_llm_engine import AsyncLLMEngine
+from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.outputs import FinishReason, RequestOutput
+from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.step import SchedulerOutput
+from registry.errors import ContextLengthError, InternalError, InvalidRequestError, RateLimitError
+from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.fake_executor import FakeExecutor, next_token
+
+
+def make_engine(
+    executor: FakeExecutor | None = None,
+    *,
+    stop_token_ids: tuple[int, ...] = (),
+    max_model_len: int = 64,
+    **scheduler: int,
+) -> LLMEngine:
+    executor = executor or FakeExecutor(vocab_size=128)
+    config = EngineConfig(
+        CacheConfig(), SchedulerConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 16, **scheduler})
+    )
+    return LLMEngine(
+        config, executor, ByteTokenizer(), stop_token_ids=stop_token_ids, max_model_len=max_model_len
+    )  # fmt: skip
+
+
+def run(engine: LLMEngine) -> dict[str, list[RequestOutput]]:
+    news: dict[str, list[RequestOutput]] = {}
+    for _ in range(1_000):
+        if not engine.has_unfinished_requests:
+            break
+        for output in engine.step():
+            news.setdefault(output.request_id, []).append(output)
+        engine.check_integrity()
+    assert not engine.has_unfinished_requests
+    return news
+
+
+def tokens_of(news: list[RequestOutput], index: int = 0) -> list[int]:
+    return [token for output in news for delta in output.deltas if delta.index == index for token in delta.token_ids]
+
+
+def text_of(news: list[RequestOutput], index: int = 0) -> str:
+    return "".join(delta.text for output in news for delta in output.deltas if delta.index == index)
+
+
+def continuation(prompt: list[int], count: int, index: int = 0, vocab_size: int = 128) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens, index, vocab_size))
+    return tokens[len(prompt) :]
+
+
+def test_every_request_has_exactly_one_terminal_output_and_it_is_the_last() -> None:
+    engine = make_engine()
+    for i in range(6):
+        engine.add_request(f"r{i}", [i, i], SamplingParams(max_tokens=3 + i, n=1 + i % 3))
+    news = run(engine)
+    assert len(news) == 6
+    for outputs in news.values():
+        assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    for i in range(6):
+        reasons = [d.finish_reason for o in news[f"r{i}"] for d in o.deltas if d.finish_reason]
+        assert reasons == [FinishReason.LENGTH] * (1 + i % 3)
+        for index in range(1 + i % 3):
+            assert tokens_of(news[f"r{i}"], index) == continuation([i, i], 3 + i, index)
+    assert engine.stats().finished_total == 6
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_end_of_sequence_ends_and_is_no_text() -> None:
+    first, second = continuation([5], 2)
+    engine = make_engine(stop_token_ids=(second,))
+    engine.add_request("r", [5], SamplingParams(max_tokens=9))
+    news = run(engine)["r"]
+    assert tokens_of(news) == [first, second]
+    assert text_of(news) == ByteTokenizer().decode([first])
+    assert news[-1].deltas[-1].finish_reason is FinishReason.STOP
+    assert news[-1].deltas[-1].stop_reason is None
+
+
+def test_ignore_eos_goes_on_and_a_stop_token_id_is_named() -> None:
+    tokens = continuation([5], 4)
+    engine = make_engine(stop_token_ids=(tokens[1],))
+    engine.add_request("on", [5], SamplingParams(max_tokens=4, ignore_eos=True))
+    engine.add_request("stop", [5], SamplingParams(max_tokens=4, ignore_eos=True, stop_token_ids=(tokens[2],)))
+    news = run(engine)
+    assert tokens_of(news["on"]) == tokens
+    assert tokens_of(news["stop"]) == tokens[:3]
+    assert news["stop"][-1].deltas[-1].stop_reason == tokens[2]
+
+
+def test_a_stop_string_ends_in_the_step_that_completes_it() -> None:
+    text = ByteTokenizer().decode(continuation([5], 8))
+    stop = text[3:5]
+    assert stop not in text[:4]
+    engine = make_engine()
+    engine.add_request("r", [5], SamplingParams(max_tokens=8, stop=(stop,)))
+    news = run(engine)["r"]
+    assert text_of(news) == text[:3]
+    assert news[-1].deltas[-1].stop_reason == stop
+    assert len(tokens_of(news)) == 5
+
+
+def test_prompt_logprobs_come_once_and_whole_through_chunks_and_cache() -> None:
+    engine = make_engine()
+    prompt = list(range(40))
+    engine.add_request("warm", prompt, SamplingParams(max_tokens=1))
+    run(engine)
+    engine.add_request("r", prompt, SamplingParams(max_tokens=3, prompt_logprobs=0))
+    news = run(engine)["r"]
+    given = [output.prompt_logprobs for output in news if output.prompt_logprobs is not None]
+    assert len(given) == 1
+    assert given[0][0] is None
+    assert [entry.logprob for entry in given[0][1:] if entry] == [-float(i) for i in range(1, 40)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "error", "param"),
+    [
+        ([], {}, InvalidRequestError, "prompt"),
+        ([128], {}, InvalidRequestError, "prompt"),
+        ([-1], {}, InvalidRequestError, "prompt"),
+        ([1] * 64, {}, ContextLengthError, "prompt"),
+        ([1] * 60, {"max_tokens": 5}, ContextLengthError, "max_tokens"),
+        ([1], {"logit_bias": {128: 1.0}}, InvalidRequestError, "logit_bias"),
+        ([1], {"stop_token_ids": (128,)}, InvalidRequestError, "stop_token_ids"),
+        ([1], {"n": 5}, InvalidRequestError, "n"),
+        ([1] * 60, {"min_tokens": 5}, ContextLengthError, "min_tokens"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(
+    prompt: list[int], sampling: dict[str, object], error: type[InvalidRequestError], param: str
+) -> None:
+    engine = make_engine()
+    with pytest.raises(error) as caught:
+        engine.add_request("r", prompt, SamplingParams(**sampling))  # type: ignore[arg-type]
+    assert caught.value.param == param
+    assert not engine.has_unfinished_requests
+    engine.check_integrity()
+
+
+def test_context_ends_a_request_without_max_tokens() -> None:
+    engine = make_engine(max_model_len=20)
+    engine.add_request("r", [1] * 8, SamplingParams())
+    assert len(tokens_of(run(engine)["r"])) == 12
+
+
+def test_context_is_lowered_to_what_the_cache_holds() -> None:
+    engine = make_engine(FakeExecutor(num_blocks=3, block_size=4, vocab_size=128))
+    assert engine.max_model_len == 12
+    engine.add_request("r", [1] * 8, SamplingParams())
+    assert len(tokens_of(run(engine)["r"])) == 4
+
+
+def test_a_step_that_throws_ends_its_requests_and_nothing_else() -> None:
+    def explode(output: SchedulerOutput) -> None:
+        if any(666 in item.sequence.token_ids for item in output.scheduled):
+            raise RuntimeError("out of memory")
+
+    engine = make_engine(FakeExecutor(vocab_size=1000, before_step=explode), max_num_seqs=1)
+    engine.add_request("bad", [666], SamplingParams(max_tokens=4))
+    engine.add_request("good", [1], SamplingParams(max_tokens=4))
+    news = run(engine)
+    assert isinstance(news["bad"][-1].error, InternalError)
+    assert tokens_of(news["good"]) == continuation([1], 4, vocab_size=1000)
+    assert engine.stats().failed_total == 1
+
+
+def test_logits_that_are_not_finite_end_one_request_only() -> None:
+    broken = InternalError("not finite")
+    executor = FakeExecutor(
+        vocab_size=128, fail_sample=lambda s: broken if s.group and s.group.request_id == "bad" else None
+    )
+    engine = make_engine(executor)
+    engine.add_request("good", [1], SamplingParams(max_tokens=4))
+    engine.add_request("bad", [2], SamplingParams(max_tokens=4, n=2))
+    news = run(engine)
+    assert [output.error for output in news["bad"]] == [broken]
+    assert tokens_of(news["good"]) == continuation([1], 4)
+
+
+async def collect(stream: AsyncGenerator[RequestOutput]) -> list[RequestOutput]:
+    return [output async for output in stream]
+
+
+async def test_async_requests_run_together_and_get_their_own_news() -> None:
+    engine = AsyncLLMEngine(make_engine())
+    await engine.start()
+    streams = [engine.generate(f"r{i}", [i], SamplingParams(max_tokens=5)) for i in range(8)]
+    results = await asyncio.gather(*(collect(stream) for stream in streams))
+    for i, outputs in enumerate(results):
+        assert tokens_of(outputs) == continuation([i], 5)
+    await engine.stop()
+
+
+async def test_closing_a_stream_cancels_its_request() -> None:
+    engine = AsyncLLMEngine(make_engine(FakeExecutor(num_blocks=4000, vocab_size=128), max_model_len=8000))
+    await engine.start()
+    stream = engine.generate("r", [1], SamplingParams(max_tokens=7000))
+    await anext(stream)
+    await stream.aclose()
+    for _ in range(500):
+        if engine.stats().cancelled_total == 1:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.stats().cancelled_total == 1
+    assert engine.stats().kv_blocks_used == 0
+    await engine.stop()
+
+
+async def test_refusals_are_raised_to_their_own_request() -> None:
+    engine = AsyncLLMEngine(make_engine(max_num_waiting=0))
+    await engine.start()
+    with pytest.raises(RateLimitError):
+        await collect(engine.generate("r", [1], SamplingParams()))
+    with pytest.raises(InvalidRequestError):
+        await collect(engine.generate("r", [], SamplingParams()))
+    await engine.stop()
+
+
+async def test_stopping_ends_open_streams_with_an_error() -> None:
+    engine = AsyncLLMEngine(make_engine(FakeExecutor(num_blocks=4000, vocab_size=128), max_model_len=8000))
+    await engine.start()
+    stream = engine.generate("r", [1], SamplingParams(max_tokens=7000))
+    await anext(stream)
+    await engine.stop()
+    with pytest.raises(InternalError):
+        await collect(stream)
+
+
+async def test_a_dead_engine_thread_fails_everything_and_says_so() -> None:
+    died = asyncio.Event()
+    inner = make_engine()
+    engine = AsyncLLMEngine(inner, on_failure=died.set)
+    await engine.start()
+
+    def break_down() -> None:
+        raise AssertionError("accounting is wrong")
+
+    inner.check_integrity = break_down  # type: ignore[method-assign]
+    outputs = await collect(engine.generate("r", [1], SamplingParams(max_tokens=2)))
+    assert outputs[-1].finished
+    async with asyncio.timeout(5):
+        await died.wait()
+    assert isinstance(engine.failed, AssertionError)
+    with pytest.raises(InternalError):
+        await collect(engine.generate("s", [1], SamplingParams(max_tokens=2)))
