@@ -54,14 +54,16 @@ def convert_checkpoint(
     checkpoint = read_checkpoint(source)
     if checkpoint.format == "safetensors" and dtype is None:
         raise InvalidRequestError(f"{source} is safetensors already; give a dtype to convert it to")
+    config: dict[str, Any] = {}
+    if checkpoint.format == "gguf":
+        config = config_from_gguf(checkpoint)
+        dtype = dtype or config["dtype"]
     _check_disk_space(checkpoint, target, dtype)
     with staged_directory(target) as staging:
         if checkpoint.format == "gguf":
-            config = config_from_gguf(checkpoint)
-            dtype = dtype or config["dtype"]
             _write_gguf_companions(checkpoint, config | {"dtype": dtype}, staging)
         else:
-            config = _copy_companions(checkpoint, dtype, staging)
+            _copy_companions(checkpoint, dtype, staging)
         report(f"converting {source} ({checkpoint.format}) to {dtype or 'its stored dtypes'}")
         _write_weights(checkpoint, config, staging, dtype, report, max_shard_bytes)
         report("writing to disk")
@@ -79,8 +81,8 @@ def _check_disk_space(checkpoint: Checkpoint, target: Path, dtype: str | None) -
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise InternalError(
-            f"no space left: {target.parent} has {free / 1e9:.1f} GB free, but the model takes {needed / 1e9:.1f} GB; free some space "
-            "or give another directory"
+            f"no space left: {target.parent} has {free / 1e9:.1f} GB free, but the model takes "
+            f"{needed / 1e9:.1f} GB; free some space or give another directory"
         )
 
 
@@ -93,14 +95,14 @@ def _write_gguf_companions(checkpoint: Checkpoint, config: dict[str, Any], stagi
     _write_json(
         staging / "generation_config.json", {key: value for key, value in generation.items() if value is not None}
     )
-    max_length = config.get("max_position_embeddings", config.get("n_positions"))
+    max_length = config["max_position_embeddings" if "max_position_embeddings" in config else "n_positions"]
     save_tokenizer(load_tokenizer(file), staging, model_max_length=max_length)
     template = chat_template_from_gguf(checkpoint)
     if template is not None:
         (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _copy_companions(checkpoint: Checkpoint, dtype: str | None, staging: Path) -> dict[str, Any]:
+def _copy_companions(checkpoint: Checkpoint, dtype: str | None, staging: Path) -> None:
     files = companion_files(checkpoint.path)
     if "config.json" not in files:
         raise CheckpointError(f"{checkpoint.path} has no config.json; copy the model's config there")
@@ -114,7 +116,6 @@ def _copy_companions(checkpoint: Checkpoint, dtype: str | None, staging: Path) -
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
         _write_json(staging / "config.json", config)
-    return config
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:
