@@ -36,7 +36,7 @@ def temporary_file(directory: Path) -> Iterator[tuple[BinaryIO, Path]]:
         temporary.unlink(missing_ok=True)
 
 
-def publish(file: BinaryIO, temporary: Path, destination: Path) -> None:
+def publish(file: BinaryIO, temporary: Path, destination: Path, *, mode: int = 0o644) -> None:
     """Flush `file` to the disk, rename it to `destination` in the same file system, and flush the directory entry.
 
     Raises:
@@ -44,6 +44,7 @@ def publish(file: BinaryIO, temporary: Path, destination: Path) -> None:
     """
     with disk_errors(destination.parent):
         file.flush()
+        os.fchmod(file.fileno(), mode)
         os.fsync(file.fileno())
         if not destination.parent.is_dir():
             destination.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ replaces the file by an equal one. Nothing is deleted unless `delete` is called 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -66,9 +65,7 @@ class Store:
                     file.write(chunk)
             digest = f"sha256:{hasher.hexdigest()}"
             destination = self._location(digest)
-            with disk_errors(self._blobs):
-                os.fchmod(file.fileno(), 0o444)
-            publish(file, temporary, destination)
+            publish(file, temporary, destination, mode=0o444)
         return Blob(digest, destination, num_bytes)
 
     def get(self, digest: str) -> Blob:
