@@ -1,0 +1,75 @@
+"""`python -m webui`: the chat page."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from urllib.parse import urlsplit
+
+# Gradio reads this while it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import uvicorn
+
+from webui.app import create_app
+from webui.client import ApiClient
+
+API_KEY_VARIABLE = "ROOTGRAFT_API_KEY"
+SHUTDOWN_TIMEOUT_S = 3
+
+
+def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+    options = _parser().parse_args(argv)
+    try:
+        sock = socket.create_server((options.host, options.port), family=_family(options.host))
+    except OSError as error:
+        print(f"error: cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port or --host",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    app = create_app(ApiClient(options.controller, api_key=options.api_key or environ.get(API_KEY_VARIABLE) or None))
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S, server_header=False
+    )
+    host, port = sock.getsockname()[:2]
+    print(f"Web UI at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    uvicorn.Server(config).run(sockets=[sock])
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m webui", description="Chat with the served models in a browser.")
+    parser.add_argument(
+        "--controller", type=_url, default="http://127.0.0.1:8000", metavar="URL", help="(default: %(default)s)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=7860, metavar="INT", help="0: the system chooses (default: 7860)")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"sent to the controller; better given as the environment variable {API_KEY_VARIABLE}",
+    )
+    return parser
+
+
+def _url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise argparse.ArgumentTypeError(f"expected a URL such as http://host:8000, got {text!r}")
+    return text
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+if __name__ == "__main__":
+    sys.exit(main())
