@@ -19,7 +19,6 @@ _FLOAT_TYPES = frozenset(("F64", "F32", "F16", "BF16"))
 _INDEX_TYPES = frozenset(("I64", "I32", "I16", "U8", "BOOL"))  # buffers such as attention masks of old checkpoints
 # Frequencies that depend on the token's own position only; the batch's neighbours cannot change them.
 _ROPE_TYPES = frozenset((None, "default", "linear", "llama3", "yarn", "proportional"))
-_LONGROPE_TYPES = frozenset(("longrope", "su"))
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "token_embd.weight")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
@@ -31,7 +30,7 @@ def check_stored_types(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Non
 
     Raises: UnsupportedModelError naming the format or the types that are not.
     """
-    quantization = config.get("quantization_config") or config.get("compression_config")
+    quantization = config.get("quantization_config", config.get("compression_config"))
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise UnsupportedModelError(
@@ -110,7 +109,7 @@ def resolve_max_model_len(adapter: ModelAdapter, config: Mapping[str, Any], requ
                 "batch, so that answers would depend on other people's requests; remove rope_scaling from config.json "
                 "to serve the model's original context, or use a release with 'yarn' or 'linear' scaling"
             )
-        if kind in _LONGROPE_TYPES:
+        if kind == "longrope":
             original = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
             if not isinstance(original, int):
                 raise CheckpointError("config.json: rope scaling 'longrope' needs original_max_position_embeddings")
@@ -120,7 +119,7 @@ def resolve_max_model_len(adapter: ModelAdapter, config: Mapping[str, Any], requ
         elif kind not in _ROPE_TYPES:
             raise UnsupportedModelError(
                 f"the config asks for rope scaling {kind!r}, which is not known to be exact in a batch; "
-                f"supported are {', '.join(sorted(filter(None, _ROPE_TYPES | _LONGROPE_TYPES)))}"
+                f"supported are longrope, {', '.join(sorted(filter(None, _ROPE_TYPES)))}"
             )
     if requested is None:
         if longest < adapter.max_position_embeddings:

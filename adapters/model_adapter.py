@@ -5,6 +5,7 @@ It is chosen by `model_type` and `architectures` of the config, never by a path 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,8 @@ def find_model_adapter(config: Mapping[str, Any]) -> ModelAdapter:
     """
     family = _family(config)
     model_type = str(config["model_type"])
-    values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
+    # A copy, because transformers completes the nested settings in place.
+    values = {key: copy.deepcopy(config[key]) for key in config if key not in ("model_type", "transformers_version")}
     try:
         full = AutoConfig.for_model(model_type, **values)
     except Exception as error:
@@ -108,7 +110,8 @@ def _kv_values_per_layer(full: Any, head_dim: int) -> int:
         # Keys and values are cached expanded, not as the compressed latent.
         return int(heads * (full.qk_nope_head_dim + full.qk_rope_head_dim + full.v_head_dim))
     if full.model_type == "falcon":
-        kv_heads = full.num_kv_heads if full.new_decoder_architecture else 1 if full.multi_query else heads
+        # The grouped architecture repeats its keys and values for every head before attention sees them.
+        kv_heads = 1 if full.multi_query and not full.new_decoder_architecture else heads
     else:
         kv_heads = getattr(full, "num_key_value_heads", None) or heads
     return int(2 * kv_heads * head_dim)
