@@ -9,7 +9,6 @@ import pwd
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,9 @@ from registry import commands
 from registry.catalog import Catalog
 from registry.errors import RootgraftError
 from registry.fetch import fetch_model
-from registry.known_models import find_known_model
 from registry.listing import format_listing, format_record
 from registry.paths import default_cache_dir, default_database_url
-from registry.progress_line import ProgressLine
+from registry.progress import ByteProgress
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -98,19 +96,19 @@ def _add(args: argparse.Namespace) -> None:
         record = commands.add(
             args.name, args.path, catalog, actor=f"cli:{_user()}", source=args.source,
             chat_template=args.chat_template, max_model_len=args.max_model_len,
-            progress=partial(ProgressLine(sys.stderr), "digest"),
+            progress=ByteProgress("reading", _say),
         )  # fmt: skip
     _print(f"added {record.name}: {record.family}, {record.digest}")
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    _print(str(fetch_model(find_known_model(args.name), args.cache_dir, progress=ProgressLine(sys.stderr))))
+    _print(str(fetch_model(args.name, args.cache_dir, report=_say)))
 
 
 def _verify(args: argparse.Namespace) -> None:
     with _existing_catalog(args.database) as catalog:
         report = commands.verify(
-            args.target, catalog, args.cache_dir, full=args.full, progress=partial(ProgressLine(sys.stderr), "digest")
+            args.target, catalog, args.cache_dir, full=args.full, progress=ByteProgress("reading", _say)
         )
     _print(report if args.json else format_record(report))
 
@@ -127,6 +125,10 @@ def _existing_catalog(url: str) -> Iterator[Catalog | None]:
 
 def _print(value: Any) -> None:
     print(value if isinstance(value, str) else json.dumps(value, indent=2, default=str))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _positive(text: str) -> int:

