@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbs[args.verb](args)
         sys.stdout.flush()
     except RootgraftError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        print(f"error: {' '.join(error.message.split())}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         # Whoever read our output has seen enough; the interpreter must not try to flush it again.
