@@ -11,6 +11,7 @@ Source: https://github.com/huggingface/safetensors (format section of the README
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -53,15 +54,21 @@ class SafetensorsWriter:
     """
 
     def __init__(
-        self, directory: Path, names: Sequence[str], *, stem: str = "model", max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        directory: Path,
+        names: Sequence[str],
+        *,
+        stem: str = "model",
+        max_shard_bytes: int | None = MAX_SHARD_BYTES,
     ) -> None:
         """
         Args:
             names: at least those that will be added, to reserve the header.
+            max_shard_bytes: None: always one file.
         """
         self._directory = directory
         self._stem = stem
-        self._max_shard_bytes = max_shard_bytes
+        self._max_shard_bytes = math.inf if max_shard_bytes is None else max_shard_bytes
         reserved = 64 + sum(len(json.dumps(name)) + _MAX_ENTRY_BYTES for name in names)
         self._header_bytes = -(-reserved // _HEADER_ALIGNMENT_BYTES) * _HEADER_ALIGNMENT_BYTES - 8
         self._names = frozenset(names)

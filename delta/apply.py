@@ -54,7 +54,7 @@ class DeltaStack:
             if expected != digest:
                 what = "has besides" if expected is None else "differs in"
                 raise CheckpointError(
-                    f"{delta.path} was made from another base model (sha256:{delta.config.base_digest[:12]}…): "
+                    f"{delta.path} was made from another base model ({delta.config.base_digest[:19]}…): "
                     f"this one {what} {name!r}. Use the base that it was made from"
                 )
 

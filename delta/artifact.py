@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from compression.safetensors_writer import SAFETENSORS_DTYPES
 from delta.codec import CODECS, Codec
+from delta.tensor_digest import tensor_digest
 from registry.errors import CheckpointError
 
 FORMAT = "rootgraft-delta"
@@ -27,10 +28,17 @@ _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class DeltaTensor:
-    """A tensor that the fine-tune changed: its codec, and its dtype in the fine-tune (safetensors spelling)."""
+    """A tensor that the fine-tune changed.
+
+    Attributes:
+        codec: how the change is stored.
+        dtype: of the weight in the fine-tune, in safetensors' spelling.
+        digest: of the stored tensor, in hex.
+    """
 
     codec: Codec
     dtype: str
+    digest: str
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -42,8 +50,8 @@ class DeltaConfig:
     """delta_config.json.
 
     Attributes:
-        base_digest, target_digest: of all tensors of the base and of the fine-tune (delta.tensor_digest).
-        base_tensors: name -> digest of every tensor of the base, changed or not.
+        base_digest, target_digest: "sha256:…" of all tensors of the base and of the fine-tune (registry.digest).
+        base_tensors: name -> digest in hex of every tensor of the base, changed or not.
         tensors: the changed ones.
         files: name -> SHA-256 in hex of the fine-tune's small files that differ from the base's, kept under `files/`.
     """
@@ -75,11 +83,13 @@ class Delta:
     _tensors: Any  # safetensors.safe_open, which has no public type
 
     def read(self, name: str) -> torch.Tensor:
-        """The stored tensor of a changed weight."""
+        """The stored tensor of a changed weight; raises CheckpointError if it is not the one that was written."""
         try:
             tensor: torch.Tensor = self._tensors.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path / TENSORS_FILE}: tensor {name!r} cannot be read ({error})") from error
+        if tensor_digest(tensor) != self.config.tensors[name].digest:
+            raise CheckpointError(f"{self.path / TENSORS_FILE}: tensor {name!r} is damaged; copy the delta again")
         return tensor
 
 
@@ -129,18 +139,23 @@ def _config_from_document(document: dict[str, Any]) -> DeltaConfig:
     if unknown:
         raise ValueError(f"unknown fields {sorted(unknown)}")
     config = DeltaConfig(
-        base_digest=_digest(document["base"]["digest"].removeprefix("sha256:")),
-        target_digest=_digest(document["target"]["digest"].removeprefix("sha256:")),
+        base_digest=_set_digest(document["base"]["digest"]),
+        target_digest=_set_digest(document["target"]["digest"]),
         base_tensors={str(name): _digest(value) for name, value in document["base"]["tensors"].items()},
         tensors={str(name): DeltaTensor(**tensor) for name, tensor in document["tensors"].items()},
         files={_plain_name(name): _digest(value) for name, value in document["files"].items()},
     )
     for name, tensor in config.tensors.items():
+        _digest(tensor.digest)
         if tensor.codec not in CODECS or tensor.dtype not in _DTYPES:
             raise ValueError(f"tensor {name!r} has codec {tensor.codec!r} and dtype {tensor.dtype!r}")
         if name not in config.base_tensors:
             raise ValueError(f"tensor {name!r} is not in the base")
     return config
+
+
+def _set_digest(value: str) -> str:
+    return "sha256:" + _digest(value.removeprefix("sha256:"))
 
 
 def _digest(value: str) -> str:
