@@ -20,9 +20,9 @@ SMALL_MODEL = "smollm2-135m-instruct"
 def smollm2_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct, from the cache (fetched first where it is not there)."""
     from registry.fetch import fetch_model
-    from registry.paths import cache_dir
+    from registry.paths import default_cache_dir
 
-    return fetch_model(SMALL_MODEL, cache_dir(os.environ), report=lambda line: None)
+    return fetch_model(SMALL_MODEL, default_cache_dir(os.environ), report=lambda line: None)
 
 
 @pytest.fixture(scope="session")
