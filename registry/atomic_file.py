@@ -85,6 +85,6 @@ def disk_errors(where: Path) -> Iterator[None]:
 
 def _free(where: Path) -> str:
     with suppress(OSError):
-        status = os.statvfs(where)
+        status = os.statvfs(next(path for path in (where, *where.parents) if path.exists()))
         return f" ({status.f_bavail * status.f_frsize / 1e6:.0f} MB free)"
     return ""

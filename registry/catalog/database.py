@@ -9,6 +9,7 @@ most, where that flush costs nothing that matters.
 from __future__ import annotations
 
 import fcntl
+import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
 from registry.catalog.schema import metadata
@@ -72,8 +73,10 @@ def database_errors(url: URL) -> Iterator[None]:
     """Turn the driver's errors into one InternalError that names the database without its password."""
     try:
         yield
-    except DBAPIError as error:
-        reason = str(error.orig).strip().splitlines()[0]
+    except (DBAPIError, PoolTimeoutError, sqlite3.Error) as error:
+        # SQLAlchemy does not wrap what fails while a connection is being set up.
+        lines = str(error.orig if isinstance(error, DBAPIError) else error).splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise InternalError(f"the catalog {url.render_as_string(hide_password=True)} failed: {reason}") from error
 
 
