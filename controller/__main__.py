@@ -28,6 +28,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m controller",
         description="Serve the OpenAI-compatible API and route its requests to the model workers that register here.",
+        allow_abbrev=False,
     )
     add_flags(parser, ControllerConfig)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+from registry.errors import InvalidRequestError
 from registry.flags import flag
 
 
@@ -67,3 +68,15 @@ class ControllerConfig:
     auth: AuthConfig = field(default_factory=AuthConfig)
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequestError where a number makes no sense; every one of them is a count or a duration."""
+        for part in (self.server, self.workers, self.limits):
+            for bound in fields(part):
+                value = getattr(part, bound.name)
+                if isinstance(value, int | float) and not (value > 0 or (bound.name in _MAY_BE_ZERO and value == 0)):
+                    name = bound.name.removesuffix("_s").replace("_", "-")
+                    raise InvalidRequestError(f"--{name} must be positive, not {value}", param=bound.name)
+
+
+_MAY_BE_ZERO = frozenset({"port", "shutdown_timeout_s"})

@@ -29,6 +29,8 @@ def bind(config: ServerConfig) -> socket.socket:
     Raises:
         InvalidRequestError: the address is in use, not allowed or none of this machine's.
     """
+    if config.port > 65535:  # getaddrinfo would take it modulo 65536
+        raise InvalidRequestError(f"--port must be at most 65535, not {config.port}", param="port")
     try:
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -40,8 +42,8 @@ def bind(config: ServerConfig) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise InvalidRequestError(
             f"cannot listen on {config.host} port {config.port}: {reason}; choose another --host or --port"
         ) from None

@@ -35,6 +35,7 @@ from registry.errors import (
     UpstreamError,
 )
 from tests.fakes.fake_worker import FakeWorker, Script
+from tests.fakes.until import until
 
 LIMIT_S = 20.0  # nothing here waits for it unless it is broken
 
@@ -108,14 +109,6 @@ def kinds(events: list) -> list[str]:
 
 def text(events: list) -> str:
     return "".join(event.text for event in events if isinstance(event, DeltaEvent))
-
-
-async def wait_for(condition: Callable[[], bool]) -> None:
-    for _ in range(int(LIMIT_S / 0.005)):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("the condition never came true")
 
 
 # ------------------------------------------------------------------------------------------------- the good path
@@ -276,7 +269,7 @@ async def test_a_hanging_worker_that_leaves_the_table_is_retried_on_another(flee
     first = await fleet.add(Script(hang_after=-1))
     await fleet.add()
     task = asyncio.create_task(fleet.events())
-    await wait_for(lambda: bool(first.requests))
+    await until(lambda: bool(first.requests))
     gone = fleet.table.leave("w1")
     fleet.gateway.worker_gone(gone, "is gone")
     assert text(await task) == "Hello world"
@@ -352,9 +345,9 @@ async def test_stopping_ends_streams_and_refuses_new_ones(fleet: Fleet) -> None:
     await fleet.add(Script(hang_after=1), Script(hang_after=-1))
     streaming = asyncio.create_task(fleet.events())
     (worker,) = fleet.table
-    await wait_for(lambda: worker.num_in_flight == 1)
+    await until(lambda: worker.num_in_flight == 1)
     waiting = asyncio.create_task(fleet.events())
-    await wait_for(lambda: worker.num_in_flight == 2)
+    await until(lambda: worker.num_in_flight == 2)
     fleet.gateway.stop_streams()
     results = await asyncio.gather(streaming, waiting, return_exceptions=True)
     for result in results:
@@ -368,17 +361,17 @@ async def test_closing_the_stream_cancels_on_the_worker(fleet: Fleet) -> None:
     stream = fleet.gateway.stream(request())
     await anext(stream)
     await stream.aclose()
-    await wait_for(lambda: worker.cancelled == ["r1"])
+    await until(lambda: worker.cancelled == ["r1"])
 
 
 async def test_cancelling_the_consumer_cancels_on_the_worker(fleet: Fleet) -> None:
     worker = await fleet.add(Script(hang_after=-1))
     task = asyncio.create_task(fleet.events())
-    await wait_for(lambda: bool(worker.requests))
+    await until(lambda: bool(worker.requests))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await wait_for(lambda: worker.cancelled == ["r1"])
+    await until(lambda: worker.cancelled == ["r1"])
 
 
 # ------------------------------------------------------------------------------------- tokenize and model lists
@@ -414,7 +407,7 @@ async def test_sixteen_streams_over_two_workers_when_one_is_killed(fleet: Fleet)
     first = await fleet.add(script)
     await fleet.add(script)
     tasks = [asyncio.create_task(fleet.events()) for _ in range(16)]
-    await wait_for(lambda: len(first.requests) == 8)
+    await until(lambda: len(first.requests) == 8)
     await first.kill()
     for events in await asyncio.gather(*tasks):
         assert kinds(events)[-1] in ("done", "error")

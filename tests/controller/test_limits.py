@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fastapi import FastAPI, Request
+from hypothesis import given, strategies as st
+
+from controller.config import LimitsConfig
+from controller.limits import ConcurrencyLimits
+from registry.catalog import Catalog
+from registry.errors import RateLimitError
+from tests.controller.conftest import StartController
+from tests.fakes.fake_worker import FakeWorker, Script
+from tests.fakes.until import until
+
+COMPLETION = {"model": "m", "prompt": "x"}
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sampled_from(["a", "b", None])), max_size=60))
+def test_limits_hold_and_counts_are_exact(steps: list[tuple[bool, str | None]]) -> None:
+    limits = ConcurrencyLimits(LimitsConfig(max_concurrent_requests=4, max_concurrent_requests_per_key=2))
+    held = []
+    for begin, key in steps:
+        if begin:
+            slot = limits.acquire(key)
+            of_key = sum(other == key for other, _ in held)
+            if len(held) >= 4 or (key is not None and of_key >= 2):
+                with pytest.raises(RateLimitError):
+                    slot.__enter__()
+            else:
+                slot.__enter__()
+                held.append((key, slot))
+        elif held:
+            held.pop(0)[1].__exit__(None, None, None)
+        assert limits.num_in_progress == len(held)
+    for _, slot in held:
+        slot.__exit__(None, None, None)
+    assert limits.num_in_progress == 0
+    assert not limits._of_key
+
+
+def add_echo(app: FastAPI) -> None:
+    @app.post("/v1/echo")
+    async def echo(request: Request) -> int:
+        return len(await request.body())
+
+
+async def chunks(num: int, size: int):
+    for _ in range(num):
+        yield b"x" * size
+
+
+@pytest.mark.parametrize(("num_chunks", "status"), [(0, 200), (1, 200), (10, 200), (11, 413), (1000, 413)])
+@pytest.mark.parametrize("chunked", [True, False])
+async def test_bodies_have_a_limit(
+    start_controller: StartController, num_chunks: int, status: int, chunked: bool
+) -> None:
+    controller = await start_controller(max_body_bytes=10_000, edit=add_echo)
+    data = chunks(num_chunks, 1000) if chunked else b"x" * num_chunks * 1000
+    response = await controller.post("/v1/echo", data=data)
+    assert response.status == status
+    if status == 200:
+        assert await response.json() == num_chunks * 1000
+    else:
+        error = (await response.json())["error"]
+        assert error["code"] == "request_too_large"
+        assert "10000" in error["message"]
+    assert (await controller.get("/health")).status == 200
+
+
+async def test_workers_bodies_have_the_limit_too(start_controller: StartController) -> None:
+    controller = await start_controller(max_body_bytes=10)
+    async with FakeWorker() as worker:
+        assert (await worker.register(controller.url)).status == 413
+
+
+async def test_requests_at_once_are_limited_in_total(start_controller: StartController) -> None:
+    controller = await start_controller(max_concurrent_requests=2)
+    async with FakeWorker(script=Script(hang_after=0)) as worker:
+        await worker.register(controller.url)
+        open_requests = [asyncio.create_task(controller.post("/v1/completions", json=COMPLETION)) for _ in range(2)]
+        await until(lambda: len(worker.requests) == 2)
+        response = await controller.post("/v1/completions", json=COMPLETION)
+        assert (response.status, response.headers["retry-after"]) == (429, "1")
+        assert (await response.json())["error"]["code"] == "rate_limit_exceeded"
+        assert (await controller.get("/v1/models")).status == 200  # reading lists is no work
+        assert (await worker.heartbeat(controller.url)).status == 204
+        for task in open_requests:
+            task.cancel()
+        await until(lambda: controller.state.limits.num_in_progress == 0)
+        worker.script = Script()
+        assert (await controller.post("/v1/completions", json=COMPLETION)).status == 200
+
+
+async def test_requests_at_once_are_limited_for_each_key(start_controller: StartController, catalog: Catalog) -> None:
+    controller = await start_controller(auth="required", max_concurrent_requests_per_key=1)
+    ann, bob = (
+        {"authorization": "Bearer " + catalog.create_api_key(name, role="user", actor="cli:me")[1]}
+        for name in ("ann", "bob")
+    )
+    async with FakeWorker(script=Script(hang_after=0)) as worker:
+        await worker.register(controller.url)
+        first = asyncio.create_task(controller.post("/v1/completions", json=COMPLETION, headers=ann))
+        await until(lambda: len(worker.requests) == 1)
+        worker.script = Script()
+        assert (await controller.post("/v1/completions", json=COMPLETION, headers=ann)).status == 429
+        assert (await controller.post("/v1/completions", json=COMPLETION, headers=bob)).status == 200
+        first.cancel()
