@@ -114,10 +114,10 @@ def _load_pickle(file: Path) -> dict[str, torch.Tensor]:
         loaded = _load_mapped(file)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file} holds more than tensors and loading it could run code, so it was not loaded. "
+            f"{file} is damaged or holds more than tensors, which could run code, so it was not loaded. "
             "Use the model's safetensors release"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # On damaged bytes the unpickler raises almost anything: KeyError, AssertionError, ...
         raise CheckpointError(f"{file} is truncated or not a PyTorch checkpoint; download it again") from error
     if not isinstance(loaded, Mapping) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise CheckpointError(f"{file} is not a mapping of names to tensors; it is no model checkpoint")

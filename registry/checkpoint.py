@@ -128,9 +128,16 @@ def _bin(path: Path, files: tuple[Path, ...]) -> Checkpoint:
         with file.open("rb") as opened:
             is_zip = opened.read(4) == b"PK\x03\x04"
         # A zip archive ends with its directory, so one that was cut short is recognised without unpickling anything.
-        if is_zip and not zipfile.is_zipfile(file):
-            raise CheckpointError(f"{file} is truncated; download it again")
+        if is_zip and not _is_whole_zip(file):
+            raise CheckpointError(f"{file} is truncated or damaged; download it again")
     return Checkpoint(path, "bin", files, MappingProxyType({}), _NO_METADATA)
+
+
+def _is_whole_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # a directory that contradicts itself
+        return False
 
 
 def _gguf(path: Path, file: Path) -> Checkpoint:
