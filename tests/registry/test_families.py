@@ -9,8 +9,8 @@ from registry.families import families, find_family, find_family_of_gguf
 
 SERVED = {
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gpt2", "gpt_neox", "opt", "bloom",
-    "gemma", "gemma2", "gemma3_text", "phi", "phi3", "falcon", "starcoder2", "olmo2", "llama4_text", "granite", "smollm3",
-    "deepseek_v3", "gpt_oss", "cohere2",
+    "gemma", "gemma2", "gemma3_text", "phi", "phi3", "falcon", "starcoder2", "olmo2", "llama4_text", "granite",
+    "smollm3", "deepseek_v3", "gpt_oss", "cohere2",
 }  # fmt: skip
 TEMPLATES = {
     "chatml", "llama-2", "llama-3", "llama-4", "mistral", "mixtral-instruct", "vicuna-v1.1", "alpaca", "zephyr",
