@@ -85,6 +85,12 @@ _USED_KEYS = frozenset(
     | {f"{role}_token_id" for role in ("cls", "mask", "prefix", "suffix", "middle")}
     | {f"fim_{role}_token_id" for role in ("pre", "suf", "mid", "pad", "rep", "sep")}
 )
+_LISTS: Mapping[str, type | tuple[type, ...]] = {
+    "tokens": str,
+    "merges": str,
+    "token_type": int,
+    "scores": (int, float),
+}
 # Keys that may be there as long as they are off.
 _OFF_KEYS = frozenset({"add_sep_token", "remove_extra_whitespaces"})
 
@@ -153,12 +159,27 @@ class Vocabulary:
 
 def _check_keys(ggml: Mapping[str, Any]) -> None:
     for key, value in ggml.items():
-        if key in _USED_KEYS or (key in _OFF_KEYS and not value):
+        if key in _USED_KEYS:
+            _check_type(key, value)
+            continue
+        if key in _OFF_KEYS and not value:
             continue
         raise UnsupportedModelError(
             f"the GGUF file sets tokenizer.ggml.{key}, which is not supported and may change the tokens. "
             "Use the model's safetensors release with its tokenizer.json"
         )
+
+
+def _check_type(key: str, value: Any) -> None:
+    """Raises CheckpointError for a value of another type than the specification gives the key."""
+    if key in _LISTS:
+        right = isinstance(value, list) and all(isinstance(entry, _LISTS[key]) for entry in value)
+    elif key in ("model", "pre"):
+        right = isinstance(value, str)
+    else:
+        right = isinstance(value, bool if key.startswith("add_") else int)
+    if not right:
+        raise CheckpointError(f"the GGUF file's tokenizer.ggml.{key} has the wrong type; convert the model again")
 
 
 def _byte_level_bpe(vocabulary: Vocabulary, ggml: Mapping[str, Any]) -> tuple[Tokenizer, bool]:

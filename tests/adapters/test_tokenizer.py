@@ -112,6 +112,11 @@ def test_the_pre_tokenizer_matters() -> None:
         ({"tokenizer.ggml.merges": ["a zzzzzz"]}, CheckpointError, "a zzzzzz"),
         ({"tokenizer.ggml.merges": None}, CheckpointError, "merges"),
         ({"tokenizer.ggml.token_type": [1]}, CheckpointError, "1 token types"),
+        ({"tokenizer.ggml.token_type": [9] * 400}, UnsupportedModelError, "token_type"),
+        ({"tokenizer.ggml.tokens": 5}, CheckpointError, "wrong type"),
+        ({"tokenizer.ggml.merges": [1, 2]}, CheckpointError, "wrong type"),
+        ({"tokenizer.ggml.add_bos_token": "yes"}, CheckpointError, "wrong type"),
+        ({"tokenizer.ggml.bos_token_id": "1"}, CheckpointError, "wrong type"),
         ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": 4000}, CheckpointError, "4000"),
     ],
 )
