@@ -1,0 +1,95 @@
+"""The paged KV cache: how many blocks there can be, and the tensors that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import psutil
+import torch
+
+from model_worker.engine.config import CacheConfig
+from model_worker.engine.layers.attention import KVShape, PagedAttention
+from registry.errors import InsufficientMemoryError
+
+_GIB = 2**30
+_SHARE_OF_FREE_MEMORY = 0.5  # of what is free once the weights are there
+_MAX_DEFAULT_BYTES = 4 * _GIB  # where nobody asked for a size, for CPUs: the memory is other programs' too
+
+
+def bytes_per_block(shapes: Sequence[KVShape], block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers."""
+    return block_size * dtype.itemsize * sum(shape.num_elements for shape in shapes)
+
+
+def choose_num_blocks(
+    config: CacheConfig, block_bytes: int, *, max_useful_tokens: int, free_bytes: int, device: torch.device
+) -> int:
+    """How many blocks to allocate.
+
+    Args:
+        config: `num_blocks` goes before `kv_cache_gib`, which goes before half of the free memory.
+        block_bytes: see `bytes_per_block`.
+        max_useful_tokens: more can never be in use; bounds only the default.
+        free_bytes: memory that is free.
+
+    Raises:
+        InsufficientMemoryError: not even one block, or more than is free.
+    """
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+    elif config.kv_cache_gib is not None:
+        num_blocks = int(config.kv_cache_gib * _GIB) // block_bytes
+    else:
+        budget = int(free_bytes * _SHARE_OF_FREE_MEMORY)
+        if device.type == "cpu":
+            budget = min(budget, _MAX_DEFAULT_BYTES)
+        num_blocks = min(budget // block_bytes, -(-max_useful_tokens // config.block_size))
+    if num_blocks < 1 or num_blocks * block_bytes > free_bytes:
+        raise InsufficientMemoryError(
+            f"A KV cache of {num_blocks} blocks needs {num_blocks * block_bytes / _GIB:.2f} GiB (at least 1 block of "
+            f"{block_bytes / 2**20:.2f} MiB), and {free_bytes / _GIB:.2f} GiB are free; change --kv-cache-gib or "
+            "--num-blocks, or free memory."
+        )
+    return num_blocks
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+class KVCache:
+    """Keys and values of all layers: for each, [num_blocks, block_size, Hkv, D] and [num_blocks, block_size, Hkv, Dv].
+
+    Starts as zeros: slots that nothing was written to are read (with weight zero) and must be finite.
+    """
+
+    def __init__(
+        self,
+        attentions: Sequence[PagedAttention],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._attentions = attentions
+        for attention in attentions:
+            shape = attention.kv_shape
+            lead = (num_blocks, block_size, shape.num_kv_heads)
+            attention.key_cache = torch.zeros(*lead, shape.key_dim, dtype=dtype, device=device)
+            attention.value_cache = torch.zeros(*lead, shape.value_dim, dtype=dtype, device=device)
+
+    def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (source, destination) in all layers; no destination is also a source."""
+        if not copies:
+            return
+        device = self._attentions[0].key_cache.device if self._attentions[0].key_cache is not None else None
+        sources, destinations = torch.tensor(copies, device=device).unbind(1)
+        for attention in self._attentions:
+            for cache in (attention.key_cache, attention.value_cache):
+                assert cache is not None
+                cache.index_copy_(0, destinations, cache.index_select(0, sources))

@@ -1,0 +1,176 @@
+"""Loading: every tensor of the checkpoint goes to exactly one place, and every place gets exactly one tensor."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters.load_plan import LoadPlan
+from adapters.weights import iterate_weights
+from model_worker.engine.models.transformers_model import TransformersModel
+from registry.errors import CheckpointError
+
+# Names that older checkpoints use for what transformers calls otherwise now.
+_RENAMES = (
+    (re.compile(r"^embed_out\."), "lm_head."),  # gpt_neox
+    (re.compile(r"\.block_sparse_moe\."), ".mlp."),  # mixtral
+    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
+    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
+)
+
+# Tensors that are recomputed, not loaded: rotary frequencies and causal masks that old checkpoints carry.
+_IGNORED = re.compile(
+    r"\.rotary_emb\.inv_freq$"
+    r"|(^|\.)h\.\d+\.attn\.(bias|masked_bias)$"  # gpt2
+    r"|\.attention\.(bias|masked_bias)$"  # gpt_neox
+    r"|(^|\.)position_ids$"
+)
+
+# One expert's matrix of a mixture; transformers keeps those of all experts in one parameter.
+_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<matrix>\w+)\.weight$")
+_EXPERT_MATRICES = {
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", None),
+    "w1": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "w2": ("down_proj", None),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor goes: a weight, or of a weight [E, 2I, H] or [E, H, I] expert `index`, or its `half` (of 2I)."""
+
+    weight: str
+    index: int | None = None
+    half: int | None = None
+
+
+@torch.no_grad()
+def load_model(plan: LoadPlan, device: torch.device) -> TransformersModel:
+    """Build the planned model and fill it; at most one tensor is in memory beside it.
+
+    Raises:
+        CheckpointError: tensors are missing, unknown, given twice or of the wrong shape; names them.
+        UnsupportedModelError: the model cannot be computed exactly.
+    """
+    dtype = getattr(torch, plan.dtype)
+    assert isinstance(dtype, torch.dtype)
+    model = TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len)
+    filler = _Filler(model, device)
+    for name, tensor in iterate_weights(plan):
+        filler.put(name, tensor)
+    filler.check_complete()
+    model.finish()
+    return model
+
+
+class _Filler:
+    """Puts tensors into a model and keeps account of them."""
+
+    def __init__(self, model: TransformersModel, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+        self._weights = dict(model.weights())  # on meta until they are filled
+        self._filled: dict[_Place, str] = {}  # to the name in the checkpoint
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        place = self._find(name)
+        if place is None:
+            if _IGNORED.search(name) is None:
+                raise CheckpointError(
+                    f"The checkpoint holds {name!r}, for which this model has no place; config.json and the weights "
+                    "are of different models."
+                )
+        elif place in self._filled:
+            self._check_tied(name, place, tensor)
+        else:
+            self._filled[place] = name
+            self._fill(name, place, tensor)
+
+    def check_complete(self) -> None:
+        wanted = {name: self._parts(name) for name in self._weights}
+        missing = [
+            place
+            for name, parts in wanted.items()
+            if _Place(name) not in self._filled
+            for place in (parts if any(part in self._filled for part in parts) else [_Place(name)])
+            if place not in self._filled
+        ]
+        if missing:
+            names = ", ".join(
+                place.weight if place.index is None else f"{place.weight}[{place.index}]" for place in missing[:8]
+            )
+            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            raise CheckpointError(f"The checkpoint lacks {names}{more}; it is incomplete or of another model.")
+
+    def _find(self, name: str) -> _Place | None:
+        for pattern, replacement in _RENAMES:
+            name = pattern.sub(replacement, name)
+        expert = _EXPERT.match(name)
+        if expert is not None and expert["matrix"] in _EXPERT_MATRICES:
+            matrix, half = _EXPERT_MATRICES[expert["matrix"]]
+            weight = self._known(f"{expert['experts']}.{matrix}")
+            return None if weight is None else _Place(weight, int(expert["index"]), half)
+        weight = self._known(name)
+        return None if weight is None else _Place(weight)
+
+    def _known(self, name: str) -> str | None:
+        """The model's own name: checkpoints of a bare decoder lack the prefix, tied weights have two names."""
+        for candidate in (name, f"{self._model.base_model_prefix}.{name}"):
+            candidate = self._model.ties.get(candidate, candidate)
+            if candidate in self._weights:
+                return candidate
+        return None
+
+    def _parts(self, weight: str) -> list[_Place]:
+        """The places of single experts in a weight, if it is one that holds experts."""
+        experts, _, matrix = weight.rpartition(".")
+        if not experts.endswith(".experts"):
+            return []
+        halves: tuple[int | None, ...] = (0, 1) if matrix == "gate_up_proj" else (None,)
+        return [_Place(weight, index, half) for index in range(len(self._weights[weight])) for half in halves]
+
+    def _fill(self, name: str, place: _Place, tensor: Tensor) -> None:
+        weight = self._weights[place.weight]
+        if weight.device.type == "meta":
+            weight = torch.empty_like(weight, device=self._device)
+            self._weights[place.weight] = weight
+            self._model.set_weight(place.weight, weight)
+        elif place.index is None:
+            raise CheckpointError(f"The checkpoint holds {name!r} and also parts of it under other names.")
+        if place.index is not None:
+            if place.index >= len(weight) or _Place(place.weight) in self._filled:
+                raise CheckpointError(
+                    f"The checkpoint holds {name!r}, but the model has {len(weight)} stacked experts."
+                )
+            weight = weight[place.index]
+            if place.half is not None:
+                weight = weight.chunk(2)[place.half]
+        linear = self._model.linear_of(place.weight)
+        if linear is not None and linear.stored_transposed and tensor.ndim == 2:
+            tensor = tensor.t()
+        if tensor.shape != weight.shape:
+            raise CheckpointError(
+                f"{name!r} has shape {list(tensor.shape)}, the model needs {list(weight.shape)}; config.json and the "
+                "weights are of different models."
+            )
+        weight.copy_(tensor)
+
+    def _check_tied(self, name: str, place: _Place, tensor: Tensor) -> None:
+        """Some checkpoints hold a tied weight under both of its names."""
+        weight = self._weights[place.weight]
+        is_tied = name in self._model.ties or self._filled[place] in self._model.ties
+        if not is_tied or tensor.shape != weight.shape:
+            raise CheckpointError(
+                f"The checkpoint holds {name!r} and {self._filled[place]!r}, which are the same weight."
+            )
+        if not torch.equal(tensor.to(weight.device, weight.dtype), weight):
+            raise CheckpointError(
+                f"{name!r} and {self._filled[place]!r} are tied by config.json but differ; set tie_word_embeddings to "
+                "false if the model was trained so."
+            )

@@ -1,0 +1,167 @@
+"""Computes steps: from a SchedulerOutput to one flat batch through the model, and its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.load_plan import LoadPlan
+from model_worker.engine.config import EngineConfig
+from model_worker.engine.kv_cache import KVCache, bytes_per_block, choose_num_blocks, free_memory_bytes
+from model_worker.engine.loader import load_model
+from model_worker.engine.ops.paged_attention import AttentionMetadata
+from model_worker.engine.outputs import TokenLogprobs
+from model_worker.engine.sampler import Sampler
+from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.sequence import Sequence
+from model_worker.engine.step import ScheduledSequence, SchedulerOutput, StepResult
+
+_LOGPROB_ROWS = 64  # prompt rows whose logits are held at once
+
+
+class ModelRunner:
+    """Owns the model and the KV cache; an `Executor`.
+
+    Args:
+        plan: what to load.
+        config: cache, batch bounds, threads.
+        device: where it runs.
+
+    Attributes:
+        num_blocks, block_size: of the KV cache.
+        vocab_size: rows of the model's output head.
+
+    Raises:
+        ClientError: the checkpoint or the memory does not allow it.
+    """
+
+    def __init__(self, plan: LoadPlan, config: EngineConfig, *, device: str = "cpu") -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.device = torch.device(device)
+        self.model = load_model(plan, self.device)
+        self.vocab_size = self.model.vocab_size
+        # An id past the vocabulary ends nothing: the model cannot produce it.
+        stop_token_ids = tuple(token_id for token_id in plan.stop_token_ids if token_id < self.vocab_size)
+        self._sampler = Sampler(self.vocab_size, stop_token_ids)
+        block_size = config.cache.block_size
+        block_bytes = bytes_per_block([a.kv_shape for a in self.model.attentions], block_size, self.model.dtype)
+        num_blocks = choose_num_blocks(
+            config.cache,
+            block_bytes,
+            max_useful_tokens=config.scheduler.max_num_seqs * (plan.max_model_len + block_size),
+            free_bytes=free_memory_bytes(self.device),
+            device=self.device,
+        )
+        self._cache = KVCache(
+            self.model.attentions,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=self.model.dtype,
+            device=self.device,
+        )
+        self._warm_up(min(config.scheduler.max_num_batched_tokens, plan.max_model_len, num_blocks * block_size))
+
+    @property
+    def num_blocks(self) -> int:
+        return self._cache.num_blocks
+
+    @property
+    def block_size(self) -> int:
+        return self._cache.block_size
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        """Copy blocks, write K and V of all scheduled tokens, and sample where asked. Blocks until done."""
+        self._cache.copy_blocks(output.block_copies)
+        hidden = self._forward(output.scheduled)  # [T, hidden]
+        sampled: list[Sequence] = []
+        rows: list[int] = []  # of `hidden`, one for each of `sampled`
+        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        start = 0
+        for item in output.scheduled:
+            end = start + item.num_tokens
+            sampled += item.sampled
+            rows += [end - 1] * len(item.sampled)
+            if item.sequence.sampling.prompt_logprobs is not None:
+                prompt_logprobs[item.sequence.seq_id] = self._prompt_logprobs(item, hidden[start:end])
+            start = end
+        if not sampled:
+            return StepResult((), prompt_logprobs)
+        samples = self._sampler.sample(self._logits(hidden, rows), sampled)
+        return StepResult(tuple(samples), prompt_logprobs)
+
+    def _forward(self, scheduled: SequenceOf[ScheduledSequence]) -> Tensor:
+        """Run the model once over all scheduled tokens. -> [T, hidden]"""
+        input_ids, positions, slots = [], [], []
+        query_start = [0]
+        for item in scheduled:
+            end = item.start + item.num_tokens
+            query_start.append(query_start[-1] + item.num_tokens)
+            input_ids += item.sequence.token_ids[item.start : end]
+            positions.append(np.arange(item.start, end))
+            slots.append(self._slots(item.sequence.block_table, positions[-1]))
+        context = self.model.context
+        context.metadata = AttentionMetadata(
+            block_tables=self._block_tables(scheduled),
+            query_start=tuple(query_start),
+            seq_lens=tuple(item.start + item.num_tokens for item in scheduled),
+            positions=torch.from_numpy(np.concatenate(positions)).to(self.device),
+        )
+        context.slot_mapping = torch.from_numpy(np.concatenate(slots)).to(self.device)
+        try:
+            return self.model(torch.tensor(input_ids, device=self.device), context.metadata.positions)
+        finally:
+            context.metadata = context.slot_mapping = None
+
+    def _slots(self, block_table: list[int], positions: np.ndarray) -> np.ndarray:
+        """KV cache slots of consecutive positions. -> int64"""
+        first = int(positions[0]) // self.block_size
+        last = int(positions[-1]) // self.block_size
+        blocks = np.array(block_table[first : last + 1], dtype=np.int64)
+        return blocks[positions // self.block_size - first] * self.block_size + positions % self.block_size
+
+    def _block_tables(self, scheduled: SequenceOf[ScheduledSequence]) -> Tensor:
+        """[S, max_blocks] int32, padded with block 0."""
+        num_blocks = [-(-(item.start + item.num_tokens) // self.block_size) for item in scheduled]
+        tables = np.zeros((len(scheduled), max(num_blocks)), dtype=np.int32)
+        for row, (item, num) in enumerate(zip(scheduled, num_blocks, strict=True)):
+            tables[row, :num] = item.sequence.block_table[:num]
+        return torch.from_numpy(tables).to(self.device)
+
+    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """hidden [T, hidden] -> [len(rows), vocab]; equal rows are computed once and then repeated."""
+        unique = list(dict.fromkeys(rows))
+        if len(unique) != len(hidden):
+            hidden = hidden[torch.tensor(unique, device=self.device)]
+        logits = self.model.logits(hidden)
+        if len(unique) == len(rows):
+            return logits
+        place = {row: i for i, row in enumerate(unique)}
+        return logits[torch.tensor([place[row] for row in rows], device=self.device)]
+
+    def _prompt_logprobs(self, item: ScheduledSequence, hidden: Tensor) -> list[TokenLogprobs]:
+        """Logprobs of the prompt's tokens after each of the item's positions; hidden [num_tokens, hidden]."""
+        sequence = item.sequence
+        num_top = sequence.sampling.prompt_logprobs
+        assert num_top is not None
+        targets = sequence.token_ids[item.start + 1 : min(item.start + item.num_tokens + 1, sequence.num_prompt_tokens)]
+        found: list[TokenLogprobs] = []
+        for start in range(0, len(targets), _LOGPROB_ROWS):
+            piece = targets[start : start + _LOGPROB_ROWS]
+            logits = self.model.logits(hidden[start : start + len(piece)])
+            found += self._sampler.prompt_logprobs(logits, piece, num_top)
+        return found
+
+    def _warm_up(self, num_tokens: int) -> None:
+        """Compute the largest prompt chunk and one token after it, so that the first request finds everything ready.
+
+        The blocks that are written belong to nobody yet.
+        """
+        sequence = Sequence(0, 0, [0] * num_tokens, SamplingParams(temperature=0.0), seed=0)
+        sequence.block_table = list(range(-(-num_tokens // self.block_size)))
+        for start in sorted({0, num_tokens - 1}):
+            self.execute(SchedulerOutput((ScheduledSequence(sequence, start, num_tokens - start, (sequence,)),)))

@@ -1,0 +1,235 @@
+"""transformers' own modeling code over our paged attention and our linear layers: the route for most families.
+
+    build on meta ──► patch, replace linears ──► (loader fills the weights) ──► finish: buffers, dry run, methods
+
+The dry run computes two tokens with a probe in place of the attention. It is what keeps a family that silently goes
+its own way from being served: every layer must call our attention exactly once, must ask for nothing that we do not
+do, and the logits must be what transformers' own head makes of the same hidden states.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from model_worker.engine.layers.attention import ForwardContext, PagedAttention
+from model_worker.engine.layers.linear import Linear, choose_method
+from model_worker.engine.models.attention_interface import ATTRIBUTE, PAGED_ATTENTION, AttentionProbe
+from model_worker.engine.models.patches import PATCHES
+from registry.errors import UnsupportedModelError
+
+_LINEAR_CLASSES = frozenset({"Linear", "FalconLinear"})  # subclasses with a forward of their own stay as they are
+
+
+class TransformersModel:
+    """A causal language model of transformers that computes flat batches.
+
+    Args:
+        config: of the model, with `model_type`.
+        dtype: of weights and activations.
+        device: where it will run; until it is loaded the weights are on meta.
+        max_model_len: most positions that will ever be used.
+
+    Attributes:
+        causal_lm: transformers' module.
+        context: the step under way; set before each call.
+        attentions: one for each layer, in order; known after `finish`.
+        ties: parameter name to the name of the parameter that it is.
+
+    Raises:
+        UnsupportedModelError: the model cannot be computed exactly in a flat batch.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device, max_model_len: int
+    ) -> None:
+        model_type = str(config["model_type"])
+        hf_config = CONFIG_MAPPING[model_type].from_dict(dict(config))
+        with torch.device("meta"):
+            # "eager": some families choose classes by this name while they are built.
+            self.causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+                hf_config, dtype=dtype, attn_implementation="eager"
+            )
+        self.causal_lm.requires_grad_(False).eval()
+        self.config = hf_config
+        self.dtype = dtype
+        self.device = device
+        self.context = ForwardContext()
+        self.attentions: list[PagedAttention] = []
+        self.ties: dict[str, str] = self.causal_lm.get_expanded_tied_weights_keys(all_submodels=True)
+        _refuse_batch_dependent_rope(self.causal_lm, max_model_len)
+        if model_type in PATCHES:
+            PATCHES[model_type](self.causal_lm)
+        self._replace_linears()
+        self._keep_in_float32()
+        for module in self.causal_lm.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = PAGED_ATTENTION
+
+    @property
+    def vocab_size(self) -> int:
+        return self._head.out_features
+
+    @property
+    def base_model_prefix(self) -> str:
+        return str(self.causal_lm.base_model_prefix)
+
+    def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """input_ids, positions [T] int64 -> hidden states [T, hidden], after the final norm."""
+        out = self._base(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
+        hidden: Tensor = out.last_hidden_state[0]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] -> [R, vocab_size] in the model's dtype."""
+        logits: Tensor = self._head(hidden)
+        if (scaling := getattr(self.config, "logits_scaling", None)) is not None:  # granite
+            logits = logits / scaling
+        if (scale := getattr(self.config, "logit_scale", None)) is not None:  # cohere
+            logits = logits * scale
+        if (softcap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # gemma
+            logits = torch.tanh(logits / softcap) * softcap
+        return logits
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of everything that a checkpoint holds; of tied parameters only the one that owns them."""
+        for name, tensor in self.causal_lm.state_dict(keep_vars=True).items():
+            if name not in self.ties:
+                yield name, tensor
+
+    def linear_of(self, name: str) -> Linear | None:
+        """The linear layer whose weight or bias has this name."""
+        module = self.causal_lm.get_submodule(name.rpartition(".")[0])
+        return module if isinstance(module, Linear) else None
+
+    def set_weight(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in the place of a parameter or persistent buffer on meta."""
+        path, _, attribute = name.rpartition(".")
+        module = self.causal_lm.get_submodule(path)
+        if attribute in module._buffers:
+            module._buffers[attribute] = tensor
+        else:
+            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After all weights are set: compute buffers, find the attention layers, choose how linears are computed.
+
+        Raises:
+            UnsupportedModelError: the dry run found something that would give wrong tokens.
+        """
+        for target, source in self.ties.items():
+            path, _, attribute = target.rpartition(".")
+            self.causal_lm.get_submodule(path)._parameters[attribute] = self.causal_lm.get_parameter(source)
+        self._compute_buffers()
+        self._dry_run()
+        shared = {id(self.causal_lm.get_parameter(source)) for source in self.ties.values()}
+        for module in self.causal_lm.modules():
+            if isinstance(module, Linear):
+                module.method = choose_method(module, shared_weight=id(module.weight) in shared)
+
+    # ------------------------------------------------------------------------------------------ internal
+
+    @property
+    def _base(self) -> nn.Module:
+        base: nn.Module = self.causal_lm.base_model
+        return base
+
+    @property
+    def _head(self) -> Linear:
+        head = self.causal_lm.get_output_embeddings()
+        assert isinstance(head, Linear)
+        return head
+
+    def _replace_linears(self) -> None:
+        for parent in list(self.causal_lm.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear) and type(child).__name__ in _LINEAR_CLASSES:
+                    shape, transposed = child.weight.shape, False
+                elif isinstance(child, Conv1D):
+                    shape, transposed = child.weight.shape[::-1], True
+                else:
+                    continue
+                replacement = Linear(
+                    shape[1],
+                    shape[0],
+                    bias=child.bias is not None,
+                    dtype=child.weight.dtype,
+                    device=child.weight.device,
+                    stored_transposed=transposed,
+                )
+                setattr(parent, name, replacement)
+
+    def _keep_in_float32(self) -> None:
+        """Some weights lose too much in half precision; the families name them."""
+        names = set(self.causal_lm._keep_in_fp32_modules_strict or ())
+        if self.dtype == torch.float16:
+            names |= set(self.causal_lm._keep_in_fp32_modules or ())
+        if self.dtype == torch.float32 or not names:
+            return
+        pattern = re.compile("|".join(rf"((^|\.){name}($|\.))" for name in names))
+        for name, tensor in list(self.weights()):
+            if pattern.search(name):
+                self.set_weight(name, torch.empty_like(tensor, dtype=torch.float32))
+
+    def _compute_buffers(self) -> None:
+        """Buffers that no checkpoint holds (rotary frequencies, embedding scales) are set by transformers' own code."""
+        loaded = set()
+        for name, tensor in self.causal_lm.state_dict(keep_vars=True).items():
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # read by transformers
+            loaded.add(name)
+        for path, module in self.causal_lm.named_modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if (f"{path}.{name}" if path else name) not in loaded:
+                    setattr(module, name, torch.empty_like(buffer, device=self.device))
+        self.causal_lm.initialize_weights()
+        assert all(tensor.device.type != "meta" for tensor in self.causal_lm.state_dict().values())
+
+    def _dry_run(self) -> None:
+        probe = AttentionProbe(self.context)
+        for module in self.causal_lm.modules():
+            setattr(module, ATTRIBUTE, probe)
+        tokens = torch.tensor([[0, 1]], device=self.device)
+        expected = self.causal_lm(input_ids=tokens, position_ids=tokens, use_cache=False).logits[0]
+        calls, probe.calls = probe.calls, []
+        for module in self.causal_lm.modules():
+            delattr(module, ATTRIBUTE)
+        num_layers = self.config.num_hidden_layers
+        if len(calls) != num_layers or len({id(module) for module, _ in calls}) != num_layers:
+            raise UnsupportedModelError(
+                f"Model type {self.config.model_type} has {num_layers} layers but called the attention interface "
+                f"{len(calls)} times; its modeling code goes another way, and its tokens would be wrong."
+            )
+        for module, attention in calls:
+            setattr(module, ATTRIBUTE, probe)
+            self.attentions.append(attention)
+        hidden = self(tokens[0], tokens[0])
+        if not torch.allclose(self.logits(hidden).float(), expected.float(), rtol=1e-3, atol=1e-5):
+            raise UnsupportedModelError(
+                f"Model type {self.config.model_type} treats its logits in a way that the engine does not know."
+            )
+        for module, attention in calls:
+            setattr(module, ATTRIBUTE, attention)
+
+
+def _refuse_batch_dependent_rope(model: nn.Module, max_model_len: int) -> None:
+    """Rotary frequencies that depend on the longest sequence of the batch would let requests change each other."""
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
+        if "dynamic" in kinds:
+            raise UnsupportedModelError("Rope scaling 'dynamic' makes answers depend on other requests in the batch.")
+        if "longrope" in kinds:
+            original = module.config.rope_parameters["original_max_position_embeddings"]
+            if max_model_len > original:
+                raise UnsupportedModelError(
+                    f"Rope scaling 'longrope' is exact up to {original} tokens only: use --max-model-len {original}."
+                )

@@ -1,0 +1,101 @@
+"""Greedy tokens of the whole engine equal those of transformers' `generate`, for every family that is served."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.sampling_params import SamplingParams
+from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
+
+NUM_NEW_TOKENS = 24
+PROMPT_LENGTHS = (5, 17, 70, 33, 48)
+NUM_SHARED = 40  # tokens that the last two prompts have in common with the longest
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _prompts() -> list[list[int]]:
+    generator = random.Random(7)
+    prompts = [[generator.randrange(VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
+    for prompt in prompts[3:]:
+        num_shared = min(NUM_SHARED, len(prompt) - 1)
+        prompt[:num_shared] = prompts[2][:num_shared]
+    return prompts
+
+
+def _reference(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NUM_NEW_TOKENS,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+def _run(
+    runner: ModelRunner, prompts: list[list[int]], *, max_num_batched_tokens: int = 512, max_num_seqs: int = 8
+) -> tuple[list[list[int]], LLMEngine]:
+    config = EngineConfig(
+        scheduler=SchedulerConfig(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs)
+    )
+    engine = LLMEngine(config, runner, ByteTokenizer(), stop_token_ids=(), max_model_len=MAX_MODEL_LEN)
+    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS)
+    for i, prompt in enumerate(prompts):
+        engine.add_request(str(i), prompt, sampling)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    while engine.has_unfinished_requests:
+        for output in engine.step():
+            assert output.error is None, output.error
+            for delta in output.deltas:
+                tokens[int(output.request_id)] += delta.token_ids
+    engine.check_integrity()
+    return tokens, engine
+
+
+def _runner(path: Path, *, block_size: int, num_blocks: int) -> ModelRunner:
+    config = EngineConfig(
+        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks),
+        scheduler=SchedulerConfig(max_num_batched_tokens=32),
+    )
+    return ModelRunner(make_tiny_plan(path), config)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_greedy_tokens_equal_those_of_generate(name: str, tmp_path: Path) -> None:
+    model = build_tiny_model(name)
+    model.save_pretrained(tmp_path)
+    prompts = _prompts()
+    expected = [_reference(model, prompt) for prompt in prompts]
+    runner = _runner(tmp_path, block_size=16, num_blocks=64)
+
+    alone, _ = _run(runner, prompts[2:3])
+    assert alone == expected[2:3]
+
+    together, _ = _run(runner, prompts)
+    assert together == expected
+
+    in_chunks, engine = _run(runner, prompts, max_num_batched_tokens=16, max_num_seqs=3)
+    assert in_chunks == expected
+    assert engine.stats().prefix_hit_tokens_total > 0  # the later prompts found the blocks of the longest
+
+    scarce, engine = _run(_runner(tmp_path, block_size=8, num_blocks=20), prompts, max_num_batched_tokens=64)
+    assert scarce == expected
+    assert engine.stats().preemptions_total > 0
