@@ -50,7 +50,9 @@ class WorkerConfig:
     )
     max_attempts: int = flag(3, "replicas that are tried for a request before its first token, each once")
     connect_timeout_s: float = flag(5.0, "seconds to connect to a worker")
-    worker_timeout_s: float = flag(300.0, "seconds without a byte from a worker after which a request to it has failed")
+    worker_timeout_s: float = flag(
+        300.0, "seconds without a byte from a worker, its queue included, after which a request failed"
+    )
 
 
 @dataclass(frozen=True, slots=True)
