@@ -33,17 +33,13 @@ class Sampler:
 
     Args:
         vocab_size: columns of the logits, V.
-        eos_token_ids: the model's own end-of-sequence ids, which min_tokens masks beside a request's stop ids.
-
-    Raises:
-        ValueError: an end-of-sequence id is outside the vocabulary.
+        eos_token_ids: the model's own end-of-sequence ids, which min_tokens masks beside a request's stop ids. Those
+            outside the vocabulary cannot be sampled and need no mask.
     """
 
     def __init__(self, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        if any(not 0 <= token_id < vocab_size for token_id in eos_token_ids):
-            raise ValueError(f"end-of-sequence ids {eos_token_ids} are not all in 0..{vocab_size - 1}")
         self.vocab_size = vocab_size
-        self.eos_token_ids = eos_token_ids
+        self.eos_token_ids = tuple(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
 
     def sample(self, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken | RootgraftError]:
         """The next token of each sequence.

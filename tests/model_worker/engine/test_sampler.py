@@ -291,6 +291,7 @@ def test_an_empty_batch_gives_nothing():
     assert Sampler(5, ()).prompt_logprobs(torch.empty(0, 5), [], 3) == []
 
 
-def test_end_of_sequence_ids_must_be_in_the_vocabulary():
-    with pytest.raises(ValueError, match=r"0\.\.4"):
-        Sampler(5, (5,))
+def test_end_of_sequence_ids_outside_the_vocabulary_are_harmless():
+    logits = torch.zeros(2, 5)
+    sequences = [make_sequence(temperature=0.0, min_tokens=1), make_sequence(temperature=0.0)]
+    assert tokens_of(Sampler(5, (0, 5, 50256)).sample(logits, sequences)) == [1, 0]

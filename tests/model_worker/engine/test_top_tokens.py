@@ -1,7 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from model_worker.engine import top_tokens as module
 from model_worker.engine.top_tokens import num_settled, top_candidates, top_tokens
@@ -29,9 +28,7 @@ def rows_with_ties(seed: int, num_rows: int, vocab_size: int, num_levels: int) -
     num=st.integers(1, 400),
     block=st.sampled_from([2, 7, 64]),
 )
-def test_candidates_are_the_largest_and_the_settled_ones_are_exact(
-    seed, num_rows, vocab_size, num_levels, num, block
-):
+def test_candidates_are_the_largest_and_the_settled_ones_are_exact(seed, num_rows, vocab_size, num_levels, num, block):
     num = min(num, vocab_size)
     logits = rows_with_ties(seed, num_rows, vocab_size, num_levels)
     with pytest.MonkeyPatch.context() as patch:
