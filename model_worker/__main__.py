@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import psutil
 import torch
 
-from adapters import LoadPlan, plan_load
+from adapters import plan_load
+from adapters.plan_report import plan_rows
 from model_worker.config import WorkerConfig, parse_config
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.llm_engine import LLMEngine
@@ -45,38 +46,21 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
         chat_template=config.chat_template,
         max_model_len=config.max_model_len,
         deltas=config.deltas,
+        max_num_batched_tokens=config.engine.scheduler.max_num_batched_tokens,
     )
-    for line in summary(plan, source.name):
-        _say(line)
+    _say(f"Loading {source.name}:")
+    for row, text in plan_rows(plan):
+        _say(f"  {row:<14} {text}")
     engine_died = asyncio.Event()
     engine = AsyncLLMEngine(LLMEngine.from_plan(plan, config.engine), on_failure=engine_died.set)
     resident = psutil.Process().memory_info().rss
     _say(
         f"Loaded: {engine.stats().kv_blocks_total} KV blocks of {config.engine.cache.block_size} tokens, at most "
-        f"{engine.max_model_len} tokens a request, {torch.get_num_threads()} threads, {_gib(resident)} of memory."
+        f"{engine.max_model_len} tokens a request, {torch.get_num_threads()} threads, "
+        f"{resident / 2**30:.2f} GiB of memory."
     )
     worker = Worker(engine, plan, config, sock, model_name=source.name, engine_died=engine_died)
     return asyncio.run(worker.run())
-
-
-def summary(plan: LoadPlan, name: str) -> list[str]:
-    """What will be loaded, for the operator."""
-    memory = plan.memory
-    template = plan.chat_template.name if plan.chat_template else "none (chat is refused; see --chat-template)"
-    return [
-        f"Loading {name} from {plan.path}",
-        f"  family         {plan.family.name} ({plan.checkpoint.format}, {len(plan.checkpoint.files)} file(s))",
-        f"  dtype          {plan.dtype}" + (f", weights {plan.quantization}" if plan.quantization else ""),
-        f"  chat template  {template}",
-        f"  context        {plan.max_model_len} tokens",
-        f"  memory         {_gib(memory.weights_bytes)} weights, {_gib(memory.activations_bytes)} activations, "
-        f"{memory.kv_bytes_per_token / 1024:.1f} KiB of KV cache a token",
-        *(f"  delta          {delta}" for delta in plan.deltas),
-    ]
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _say(line: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from adapters.convert import convert_checkpoint
 from registry.errors import CheckpointError, InvalidRequestError
 from registry.fetch import fetch_model
+from registry.known_models import known_models
 from registry.names import is_name, parse_name
 
 
@@ -36,11 +37,11 @@ def find_model(model: str, *, name: str | None, cache_dir: Path, report: Callabl
     path = Path(model)
     if path.exists():
         found, default = path, path.resolve().stem if path.is_file() else path.resolve().name
-    elif is_name(model) and not path.is_absolute():
+    elif model in known_models():
         found, default = _fetch(model, cache_dir, report), model
     else:
         raise CheckpointError(
-            f"{model} does not exist; give a checkpoint directory, a .gguf file or a known model's name."
+            f"{model} is neither a path that exists nor a known model; `python -m registry list` names those."
         )
     return ModelSource(found, _public_name(name, default))
 
@@ -52,7 +53,7 @@ def _fetch(model: str, cache_dir: Path, report: Callable[[str], None]) -> Path:
     # Reading safetensors needs no dequantization, so a converted model starts faster every time but the first.
     converted = fetched.parent / f"{model}-safetensors"
     if not converted.is_dir():
-        convert_checkpoint(fetched, converted, dtype=None, report=report)
+        convert_checkpoint(fetched, converted, report=report)
     return converted
 
 

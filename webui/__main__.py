@@ -12,13 +12,11 @@ from urllib.parse import urlsplit
 # Gradio reads this while it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
-import uvicorn
-
 from webui.app import create_app
 from webui.client import ApiClient
+from webui.server import Server
 
 API_KEY_VARIABLE = "ROOTGRAFT_API_KEY"
-SHUTDOWN_TIMEOUT_S = 3
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
@@ -26,16 +24,14 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     try:
         sock = socket.create_server((options.host, options.port), family=_family(options.host))
     except OSError as error:
-        print(f"error: cannot listen on {options.host}:{options.port}: {error.strerror}; choose another --port or --host",
-              file=sys.stderr)  # fmt: skip
+        where = f"{options.host}:{options.port}"
+        print(f"error: cannot listen on {where}: {error.strerror}; choose another --port or --host", file=sys.stderr)
         return 1
-    app = create_app(ApiClient(options.controller, api_key=options.api_key or environ.get(API_KEY_VARIABLE) or None))
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S, server_header=False
-    )
+    client = ApiClient(options.controller, api_key=options.api_key or environ.get(API_KEY_VARIABLE) or None)
+    server = Server(create_app(client))
     host, port = sock.getsockname()[:2]
     print(f"Web UI at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    uvicorn.Server(config).run(sockets=[sock])
+    server.run(sockets=[sock])
     return 0
 
 

@@ -66,8 +66,9 @@ class Answer:
             self._task.cancel()
 
     async def changes(self) -> AsyncGenerator[None, None]:
-        """Yields whenever there is news, at most every DISPLAY_INTERVAL_S, and once after the last of them."""
+        """Yields at once, then whenever there is news, at most every DISPLAY_INTERVAL_S, and after the last of them."""
         assert self._task is not None
+        yield
         while not self._task.done():
             await self._news.wait()
             self._news.clear()

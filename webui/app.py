@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.routing import Mount
 
 from webui.chat import Chat, Serving
 from webui.client import ApiClient, SamplingOptions
@@ -15,11 +16,19 @@ from webui.conversation import Conversation, Message, ask, edited, for_display, 
 from webui.theme import CSS, make_theme
 
 POLL_INTERVAL_S = 5.0
+_DOT = '<span class="dot {}"></span>'
+CLOSE_SIDEBAR_ON_TELEPHONES = """() => {
+  if (window.innerWidth < 768) document.querySelector(".sidebar .toggle-button")?.click();
+}"""
 PLACEHOLDER = "## What would you like to know?\nThe answer comes from the model chosen at the left."
 
 
 def create_app(client: ApiClient) -> FastAPI:
-    """The web UI as an ASGI application; it closes `client` when it ends."""
+    """The web UI as an ASGI application; it closes `client` when it ends.
+
+    Its `state.end_streams` is a function that ends the connections that open pages hold, for the server to call before
+    it waits for connections to close.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -27,7 +36,7 @@ def create_app(client: ApiClient) -> FastAPI:
         await client.close()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         _Page(Chat(client), client.url).blocks,
         path="/",
@@ -40,6 +49,11 @@ def create_app(client: ApiClient) -> FastAPI:
         theme=make_theme(),
         css=CSS,
     )
+    mount = app.routes[-1]
+    assert isinstance(mount, Mount)
+    assert isinstance(mount.app, gr.routes.App)
+    app.state.end_streams = mount.app.stop_event.set
+    return app
 
 
 class _Page:
@@ -71,9 +85,14 @@ class _Page:
             self._model = gr.Dropdown([], label="Model", allow_custom_value=True, elem_id="model")
             self._refresh = gr.Button("Refresh models", size="sm", elem_id="refresh")
         self._status = gr.Markdown("Looking for the controller …", elem_id="serving")
-        self._new = gr.Button("New chat", elem_id="new")
+        self._new = gr.Button("New chat", size="md", elem_id="new")
         self._system = gr.Textbox(
-            label="System prompt", lines=3, max_lines=8, placeholder="You are a helpful assistant.", elem_id="system"
+            "",
+            elem_id="system",
+            label="System prompt",
+            lines=3,
+            max_lines=8,
+            placeholder="You are a helpful assistant.",
         )
         defaults = SamplingOptions()
         with gr.Accordion("Sampling", open=True, elem_classes="sampling"):
@@ -87,7 +106,7 @@ class _Page:
             presence = gr.Slider(-2, 2, defaults.presence_penalty, step=0.05, label="Presence penalty")
             frequency = gr.Slider(-2, 2, defaults.frequency_penalty, step=0.05, label="Frequency penalty")
             seed = gr.Number(None, label="Seed", info="the same seed gives the same answer", precision=0)
-            stop = gr.Textbox(label="Stop strings", info="one a line", lines=1, max_lines=4)
+            stop = gr.Textbox("", label="Stop strings", info="one a line", lines=1, max_lines=4)
         self._sampling = [
             temperature, top_p, max_tokens, top_k, min_p, repetition, presence, frequency, seed, stop,
         ]  # fmt: skip
@@ -109,6 +128,7 @@ class _Page:
         )
         self._speed = gr.Markdown("", elem_id="speed")
         self._question = gr.Textbox(
+            "",
             elem_id="question",
             show_label=False,
             container=False,
@@ -122,6 +142,7 @@ class _Page:
     # ---------------------------------------------------------------------------------------- events
 
     def _connect(self) -> None:
+        self.blocks.load(js=CLOSE_SIDEBAR_ON_TELEPHONES)
         private: dict[str, Any] = {"api_visibility": "private"}
         quick: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
         shown = [self._chatbot, self._conversation, self._speed, self._question]
@@ -152,7 +173,7 @@ class _Page:
         gr.on([self.blocks.load, self._timer.tick], self._on_poll, known, found, **private, show_progress="hidden")
 
     async def _on_send(
-        self, question: str, conversation: Conversation, *settings: Any, request: gr.Request
+        self, request: gr.Request, question: str, conversation: Conversation, *settings: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         if not question.strip():
             yield (gr.skip(),) * 4
@@ -164,7 +185,7 @@ class _Page:
                 yield step
 
     async def _on_retry(
-        self, conversation: Conversation, *settings: Any, request: gr.Request
+        self, request: gr.Request, conversation: Conversation, *settings: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         asked = until_last_question(conversation)
         yield for_display(asked), asked, "", gr.Textbox(submit_btn=False, stop_btn=True)
@@ -173,7 +194,7 @@ class _Page:
                 yield step
 
     async def _on_edit(
-        self, conversation: Conversation, *settings: Any, edit: gr.EditData, request: gr.Request
+        self, request: gr.Request, edit: gr.EditData, conversation: Conversation, *settings: Any
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         index = edit.index if isinstance(edit.index, int) else edit.index[0]
         changed, asks = edited(conversation, index, str(edit.value))
@@ -199,7 +220,7 @@ class _Page:
     def _on_stop(self, request: gr.Request) -> None:
         self._chat.stop(_tab(request))
 
-    def _on_undo(self, conversation: Conversation, request: gr.Request) -> tuple[Any, ...]:
+    def _on_undo(self, request: gr.Request, conversation: Conversation) -> tuple[Any, ...]:
         """Take the last question back into the input field."""
         self._chat.stop(_tab(request))
         asked = until_last_question(conversation)
@@ -224,12 +245,14 @@ class _Page:
     def _found(self, model: str | None, serving: Serving) -> tuple[Any, str]:
         """The model list and the line below it."""
         if serving.error is not None:
-            return gr.skip(), f"🔴 {serving.error}"
+            return gr.skip(), f"{_DOT.format('away')} {serving.error}"
         if not serving.models:
-            return gr.Dropdown(choices=[]), f"🟡 The controller at {self._url} serves no model yet; start a worker."
+            return gr.Dropdown(choices=[]), (
+                f"{_DOT.format('empty')} The controller at {self._url} serves no model yet; start a worker."
+            )
         chosen = model if model in serving.models else serving.models[0]
         count = f"{len(serving.models)} model" + ("s" if len(serving.models) > 1 else "")
-        return gr.Dropdown(choices=list(serving.models), value=chosen), f"🟢 {count} at {self._url}"
+        return gr.Dropdown(choices=list(serving.models), value=chosen), f"{_DOT.format('ready')} {count} at {self._url}"
 
 
 def _tab(request: gr.Request) -> str:

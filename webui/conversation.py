@@ -66,7 +66,7 @@ def for_request(conversation: Sequence[Message], system_prompt: str) -> list[dic
 def for_display(conversation: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages of `gr.Chatbot`."""
     return [
-        {"role": "assistant", "content": entry.text, "metadata": {"title": "⚠️ No answer"}}
+        {"role": "assistant", "content": f"⚠ {entry.text}"}
         if entry.role == "notice"
         else {"role": entry.role, "content": entry.text}
         for entry in conversation

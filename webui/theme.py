@@ -12,9 +12,20 @@ footer { display: none !important; }
 #serving p { margin: 0; }
 #speed { min-height: 1.5rem; padding: 0 0.25rem; color: var(--body-text-color-subdued); font-size: var(--text-sm); }
 #speed p { margin: 0; }
-#chat { border: none; }
+#serving a { color: inherit; text-decoration: none; }
+.dot { display: inline-block; width: 0.6em; height: 0.6em; border-radius: 50%; margin-right: 0.2em; }
+.dot.ready { background: #10b981; }
+.dot.empty { background: #f59e0b; }
+.dot.away { background: #ef4444; }
+#chat .placeholder-content { padding-top: 18vh; }
+#chat .placeholder { text-align: center; }
 #chat .message { line-height: 1.55; }
-.sampling .form { gap: 0.25rem; }
+#new { font-weight: 500; }
+#question { border: 1px solid var(--border-color-primary); border-radius: var(--radius-xl); padding: 0.35rem 0.5rem;
+  background: var(--input-background-fill); }
+#question:focus-within { border-color: var(--primary-500); }
+#question textarea { border: none; box-shadow: none; }
+#question .submit-button, #question .stop-button { background: var(--primary-600); color: white; }
 """
 
 

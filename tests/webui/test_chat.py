@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import pytest
 
@@ -38,7 +39,7 @@ async def test_the_answer_grows_and_ends_with_its_speed(chat: Chat, server: Fake
     steps = await steps_of(chat)
     texts = [step[0][-1].text for step in steps if step[0][-1].role == "assistant"]
     assert texts[-1] == "You said: hello there "
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
     assert steps[-1][1].startswith("**4 tokens**")
     assert server.requests[0]["messages"] == [
         {"role": "system", "content": "Be brief."},
@@ -81,7 +82,8 @@ async def test_a_closed_page_closes_the_connection(chat: Chat, server: FakeOpenA
     server.reply = lambda body: ["x "] * 100_000
     server.delay_s = 0.001
     running = chat.answer("tab", ASKED, "tiny-chat", "", SamplingOptions())
-    await anext(running)
+    while (await anext(running))[0][-1].role == "user":
+        pass
     await running.aclose()
     await until(lambda: server.num_disconnects == 1)
 

@@ -48,7 +48,9 @@ async def test_the_request_holds_what_was_chosen_and_nothing_that_is_off(
     client: ApiClient, server: FakeOpenAIServer
 ) -> None:
     await chunks_of(client, SamplingOptions())
-    await chunks_of(client, SamplingOptions(temperature=0, top_k=5, min_p=0.1, seed=0, stop=("a", "b"), max_tokens=None))
+    await chunks_of(
+        client, SamplingOptions(temperature=0, top_k=5, min_p=0.1, seed=0, stop=("a", "b"), max_tokens=None)
+    )
     always = {
         "model": "tiny-chat",
         "messages": HELLO,
@@ -81,11 +83,10 @@ async def test_an_error_in_the_middle_of_a_stream_keeps_what_came_before(
     client: ApiClient, server: FakeOpenAIServer
 ) -> None:
     server.error_after = 2
-    texts: list[str] = []
+    stream = client.stream_chat("tiny-chat", HELLO, SamplingOptions())
+    assert (await anext(stream)).text + (await anext(stream)).text == "You said: "
     with pytest.raises(ApiError, match=r"The worker failed\."):
-        async for chunk in client.stream_chat("tiny-chat", HELLO, SamplingOptions()):
-            texts.append(chunk.text)
-    assert "".join(texts) == "You said: "
+        await anext(stream)
 
 
 @pytest.mark.parametrize("position", [0, 2])

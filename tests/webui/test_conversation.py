@@ -44,4 +44,4 @@ def test_the_model_sees_the_system_prompt_and_no_notices() -> None:
 def test_one_bubble_for_each_entry() -> None:
     shown = for_display(notice(TALK, "failed"))
     assert [bubble["role"] for bubble in shown] == ["user", "assistant", "user", "assistant", "assistant"]
-    assert "title" in shown[-1]["metadata"]
+    assert shown[-1]["content"] == "⚠ failed"

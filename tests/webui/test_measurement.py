@@ -21,7 +21,9 @@ def test_while_it_runs_chunks_are_counted() -> None:
 
 
 def test_at_the_end_the_servers_count_is_taken() -> None:
-    done = measure((1.0, Chunk("a")), (1.0, Chunk("b")), (5.0, Chunk(finish_reason="stop")), (0.0, Chunk(usage=Usage(7, 11))))
+    done = measure(
+        (1.0, Chunk("a")), (1.0, Chunk("b")), (5.0, Chunk(finish_reason="stop")), (0.0, Chunk(usage=Usage(7, 11)))
+    )
     assert done.summary() == "**11 tokens** · **10.0 tokens/s** · first token after 1.00 s · prompt 7 tokens"
 
 
