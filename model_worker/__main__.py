@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     try:
         config = parse_config(argv, worker_token=environ.get(TOKEN_VARIABLE))
         logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
         with bind(config.host, config.port) as sock:
             return _serve(config, sock, environ)
     except RootgraftError as error:
