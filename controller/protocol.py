@@ -3,18 +3,20 @@
 A leaf module: standard library, pydantic and nothing else, so that both sides can import it without pulling in the
 other's dependencies. All messages are JSON over HTTP.
 
-    worker → controller    POST /internal/workers/register            RegisterRequest   → RegisterReply
-                           POST /internal/workers/{id}/heartbeat      HeartbeatRequest  → 204, or 404: register again
-                           POST /internal/workers/{id}/leave          no body           → 204
-    controller → worker    POST /internal/generate                    GenerateRequest   → NDJSON, one GenerateEvent a line
-                           POST /internal/tokenize                    TokenizeRequest   → TokenizeReply
-                           POST /internal/detokenize                  DetokenizeRequest → DetokenizeReply
-                           GET  /internal/stats                       WorkerStats
+    worker → controller
+        POST /internal/workers/register          RegisterRequest   → RegisterReply
+        POST /internal/workers/{id}/heartbeat    HeartbeatRequest  → 204; 404: register again
+        POST /internal/workers/{id}/leave        no body           → 204
+    controller → worker
+        POST /internal/generate                  GenerateRequest   → NDJSON, one GenerateEvent a line
+        POST /internal/tokenize                  TokenizeRequest   → TokenizeReply
+        POST /internal/detokenize                DetokenizeRequest → DetokenizeReply
+        GET  /internal/stats                     WorkerStats
 
-Both directions carry the shared token in the header WORKER_TOKEN_HEADER when one is configured. Errors outside a stream
-have a status of 4xx or 5xx and the body ErrorEvent. A generate stream that was accepted (status 200) ends in exactly one
-terminal event, `done` or `error`; a connection that closes before it is a failed worker. Closing the connection from the
-controller's side cancels the request in the engine.
+Both directions carry the shared token in the header WORKER_TOKEN_HEADER when one is configured. Errors outside a
+stream have a status of 4xx or 5xx and the body ErrorEvent. A generate stream that was accepted (status 200) ends in
+exactly one terminal event, `done` or `error`; a connection that closes before it is a failed worker. Closing the
+connection from the controller's side cancels the request in the engine.
 """
 
 from __future__ import annotations
