@@ -64,10 +64,14 @@ def openapi_body(model: type[RequestModel]) -> dict[str, Any]:
     schema = _inlined(schema, definitions)
     required = schema.get("required", [])
     schema["properties"] = {
-        name: field if name in required else {"anyOf": [field, {"type": "null"}]}
+        name: field if name in required or _nullable(field) else {"anyOf": [field, {"type": "null"}]}
         for name, field in schema["properties"].items()
     }
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _nullable(field: dict[str, Any]) -> bool:
+    return {"type": "null"} in field.get("anyOf", []) or field.get("type") == "null"
 
 
 def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:

@@ -31,7 +31,7 @@ def create_models_router(backend: Backend) -> APIRouter:
         PATH + "/{model_id:path}",
         summary="Describe a model that is served now",
         response_model=None,
-        responses={200: {"model": ModelObject}, 404: error_responses()[404]},
+        responses={200: {"model": ModelObject}, "default": error_responses()[404]},  # FastAPI would add a 422
     )
     async def retrieve_model(model_id: str) -> Response:
         for model in backend.gateway.models():
