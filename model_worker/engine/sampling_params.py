@@ -85,7 +85,9 @@ class SamplingParams:
             _require_finite("logit_bias", bias)
             _require(-100.0 <= bias <= 100.0, "logit_bias", "values must be between -100 and 100", bias)
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "must fit 64 bits", self.seed)
-        _require(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"holds at most {MAX_STOP_STRINGS} strings", len(self.stop))
+        _require(
+            len(self.stop) <= MAX_STOP_STRINGS, "stop", f"holds at most {MAX_STOP_STRINGS} strings", len(self.stop)
+        )
         _require(all(self.stop), "stop", "must not hold an empty string", "")
         _require(all(i >= 0 for i in self.stop_token_ids), "stop_token_ids", "must be token ids", self.stop_token_ids)
         _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "must be at least 1", self.max_tokens)
