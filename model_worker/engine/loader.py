@@ -121,7 +121,7 @@ class _Filler:
 
     def _known(self, name: str) -> str | None:
         """The model's own name: checkpoints of a bare decoder lack the prefix, tied weights have two names."""
-        for candidate in (name, f"{self._model.base_model_prefix}.{name}"):
+        for candidate in (name, f"{self._model.decoder_prefix}.{name}"):
             candidate = self._model.ties.get(candidate, candidate)
             if candidate in self._weights:
                 return candidate
@@ -146,7 +146,7 @@ class _Filler:
         if place.index is not None:
             if place.index >= len(weight) or _Place(place.weight) in self._filled:
                 raise CheckpointError(
-                    f"The checkpoint holds {name!r}, but the model has {len(weight)} stacked experts."
+                    f"The checkpoint holds {name!r}, but the model has {len(weight)} experts."
                 )
             weight = weight[place.index]
             if place.half is not None:

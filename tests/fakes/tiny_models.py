@@ -40,12 +40,14 @@ class TinyModel:
         config: beside or instead of the common values.
         without: common values that the family does not have.
         reference_attention: of transformers; sdpa where its eager attention is wrong.
+        seed: of the weights; chosen so that the greedy tokens vary.
     """
 
     model_type: str
     config: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     reference_attention: str = "eager"
+    seed: int = 0
 
 
 def _mixture(**more: Any) -> dict[str, Any]:
@@ -110,13 +112,14 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     "phi3": TinyModel("phi3", {"sliding_window": 24}),
     "falcon-multi-query": TinyModel("falcon", {"multi_query": True, **_FALCON}, _GPT_STYLE),
     "falcon-new-arch": TinyModel(
-        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, **_FALCON}, _GPT_STYLE
+        "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, **_FALCON}, _GPT_STYLE, seed=1
     ),
     "falcon-alibi": TinyModel(
         "falcon",
         {"alibi": True, "multi_query": False, "parallel_attn": False, **_FALCON},
         _GPT_STYLE,
         reference_attention="sdpa",
+        seed=1,
     ),
     "starcoder2-window": TinyModel("starcoder2", {"sliding_window": 24}),
     "olmo2": TinyModel("olmo2"),
@@ -186,21 +189,25 @@ TINY_MODELS: Mapping[str, TinyModel] = {
 }
 
 
-def build_tiny_model(name: str, *, seed: int = 0) -> PreTrainedModel:
+def build_tiny_model(name: str) -> PreTrainedModel:
     """The model with transformers' own attention, in float32. Norms and biases are random too: no part can hide."""
     tiny = TINY_MODELS[name]
     values = {key: value for key, value in _COMMON.items() if key not in tiny.without} | dict(tiny.config)
     config = CONFIG_MAPPING[tiny.model_type](**values)
-    torch.manual_seed(seed)
+    torch.manual_seed(tiny.seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=tiny.reference_attention
     )
+    embedding = model.get_input_embeddings().weight
     with torch.no_grad():
         for tensor_name, tensor in model.state_dict().items():
             if not tensor.is_floating_point():
                 continue
-            if tensor.ndim >= 2:
-                tensor.normal_(0.0, 0.25)
+            if tensor.data_ptr() == embedding.data_ptr():
+                # Small, so that the layers decide the next token even where the output head is the same matrix.
+                tensor.normal_(0.0, 0.02)
+            elif tensor.ndim >= 2:
+                tensor.normal_(0.0, 0.3)
             elif "norm" in tensor_name.lower() or "ln_" in tensor_name:
                 tensor.add_(torch.randn_like(tensor) * 0.2)
             else:

@@ -77,12 +77,14 @@ class TransformersModel:
         return self._head.out_features
 
     @property
-    def base_model_prefix(self) -> str:
-        return str(self.causal_lm.base_model_prefix)
+    def decoder_prefix(self) -> str:
+        """The first part of the names of the decoder's weights; checkpoints of a bare decoder leave it out."""
+        ((name, _),) = self._decoders()
+        return name
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden], after the final norm."""
-        out = self._base(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
+        out = self._decoder(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
@@ -138,10 +140,13 @@ class TransformersModel:
 
     # ------------------------------------------------------------------------------------------ internal
 
+    def _decoders(self) -> list[tuple[str, nn.Module]]:
+        return [(name, child) for name, child in self.causal_lm.named_children() if isinstance(child, PreTrainedModel)]
+
     @property
-    def _base(self) -> nn.Module:
-        base: nn.Module = self.causal_lm.base_model
-        return base
+    def _decoder(self) -> nn.Module:
+        ((_, decoder),) = self._decoders()
+        return decoder
 
     @property
     def _head(self) -> Linear:

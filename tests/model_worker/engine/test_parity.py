@@ -50,6 +50,23 @@ def _reference(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     return tokens
 
 
+def _reference_prompt_logprobs(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
+    """Logprob of each token of the prompt but the first. -> [len(prompt) - 1]"""
+    ids = torch.tensor(prompt)
+    with torch.inference_mode():
+        logprobs = model(input_ids=ids[None]).logits[0].log_softmax(dim=1)
+    return logprobs[:-1].gather(1, ids[1:, None]).squeeze(1)
+
+
+def _prompt_logprobs(runner: ModelRunner, prompt: list[int]) -> torch.Tensor:
+    engine = LLMEngine(EngineConfig(), runner, ByteTokenizer(), stop_token_ids=(), max_model_len=MAX_MODEL_LEN)
+    engine.add_request("0", prompt, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
+    (output,) = engine.step()
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    return torch.tensor([entry.logprob for entry in output.prompt_logprobs[1:] if entry is not None])
+
+
 def _run(
     runner: ModelRunner, prompts: list[list[int]], *, max_num_batched_tokens: int = 512, max_num_seqs: int = 8
 ) -> tuple[list[list[int]], LLMEngine]:
@@ -88,6 +105,10 @@ def test_greedy_tokens_equal_those_of_generate(name: str, tmp_path: Path) -> Non
 
     alone, _ = _run(runner, prompts[2:3])
     assert alone == expected[2:3]
+
+    torch.testing.assert_close(
+        _prompt_logprobs(runner, prompts[2]), _reference_prompt_logprobs(model, prompts[2]), rtol=1e-4, atol=1e-4
+    )
 
     together, _ = _run(runner, prompts)
     assert together == expected
