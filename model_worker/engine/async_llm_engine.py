@@ -132,7 +132,7 @@ class AsyncLLMEngine:
             while self._obey_commands(loop):
                 if self._engine.has_unfinished_requests:
                     self._deliver(loop, [(output.request_id, output) for output in self._engine.step()])
-                else:
+                if not self._engine.has_unfinished_requests:
                     self._engine.check_integrity()
                 self._stats = self._engine.stats()
         except BaseException as error:  # a bug in scheduling or accounting: nothing it holds can be trusted any more
