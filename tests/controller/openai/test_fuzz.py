@@ -10,6 +10,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from controller.openai.body import RequestModel
 from controller.openai.schemas_chat import ChatCompletionRequest
 from controller.openai.schemas_completions import CompletionRequest
 from controller.openai.schemas_tokenize import DetokenizeBody, TokenizeBody
@@ -22,7 +23,7 @@ BASES: dict[str, dict[str, Any]] = {
     "/tokenize": {"model": MODEL, "prompt": "Once"},
     "/detokenize": {"model": MODEL, "tokens": [1]},
 }
-MODELS = {
+MODELS: dict[str, type[RequestModel]] = {
     CHAT: ChatCompletionRequest,
     COMPLETIONS: CompletionRequest,
     "/tokenize": TokenizeBody,
