@@ -53,7 +53,11 @@ def _fetch(model: str, cache_dir: Path, report: Callable[[str], None]) -> Path:
     # Reading safetensors needs no dequantization, so a converted model starts faster every time but the first.
     converted = fetched.parent / f"{model}-safetensors"
     if not converted.is_dir():
-        convert_checkpoint(fetched, converted, report=report)
+        try:
+            convert_checkpoint(fetched, converted, report=report)
+        except CheckpointError:
+            if not converted.is_dir():  # it is there when another worker was quicker
+                raise
     return converted
 
 

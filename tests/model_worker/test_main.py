@@ -86,6 +86,22 @@ def test_a_known_model_is_fetched_and_converted_once(tmp_path: Path, monkeypatch
     assert converted == [tmp_path / "weights.gguf"]
 
 
+def test_two_workers_that_convert_at_once_both_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(source: Path, target: Path, *, report: object) -> None:
+        if not tmp_path.joinpath("never").exists():
+            target.mkdir()
+        raise CheckpointError("exists already")
+
+    monkeypatch.setattr(model_source, "fetch_model", lambda name, cache_dir, *, report: tmp_path / "weights.gguf")
+    monkeypatch.setattr(model_source, "convert_checkpoint", convert)
+    path, _ = find("smollm2-135m-instruct")
+    assert path.is_dir()
+    path.rmdir()
+    tmp_path.joinpath("never").touch()
+    with pytest.raises(CheckpointError, match="exists already"):
+        find("smollm2-135m-instruct")
+
+
 def test_neither_a_path_nor_a_known_model() -> None:
     with pytest.raises(CheckpointError, match="no-such"):
         find("no-such")
