@@ -17,6 +17,7 @@ from adapters.plan_report import plan_rows
 from model_worker.config import WorkerConfig, parse_config
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.llm_engine import LLMEngine
+from model_worker.identity import weights_digest
 from model_worker.model_source import find_model
 from model_worker.worker import Worker, bind
 from registry.errors import RootgraftError
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 
 
 def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]) -> int:
-    source = find_model(config.model, name=config.model_name, cache_dir=default_cache_dir(environ), report=_say)
+    cache_dir = default_cache_dir(environ)
+    source = find_model(config.model, name=config.model_name, cache_dir=cache_dir, report=_say)
     plan = plan_load(
         source.path,
         dtype=config.dtype,
@@ -53,14 +55,15 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     for row, text in plan_rows(plan):
         _say(f"  {row:<14} {text}")
     engine_died = asyncio.Event()
-    engine = AsyncLLMEngine(LLMEngine.from_plan(plan, config.engine), on_failure=engine_died.set)
+    digest = weights_digest(plan, cache_dir)
+    engine = AsyncLLMEngine(LLMEngine.from_plan(plan, config.engine, variant_digest=digest), on_failure=engine_died.set)
     resident = psutil.Process().memory_info().rss
     _say(
         f"Loaded: {engine.stats().kv_blocks_total} KV blocks of {config.engine.cache.block_size} tokens, at most "
         f"{engine.max_model_len} tokens a request, {torch.get_num_threads()} threads, "
         f"{resident / 2**30:.2f} GiB of memory."
     )
-    worker = Worker(engine, plan, config, sock, model_name=source.name, engine_died=engine_died)
+    worker = Worker(engine, plan, config, sock, model_name=source.name, digest=digest, engine_died=engine_died)
     return asyncio.run(worker.run())
 
 

@@ -52,7 +52,7 @@ class Engine(Protocol):
 class WorkerService:
     """One served model: checks requests, feeds the engine, and speaks of its state."""
 
-    def __init__(self, engine: Engine, plan: LoadPlan, model_name: str) -> None:
+    def __init__(self, engine: Engine, plan: LoadPlan, model_name: str, *, digest: str | None = None) -> None:
         self.drain = Drain()
         self._engine = engine
         self._tokenizer = engine.tokenizer
@@ -65,6 +65,7 @@ class WorkerService:
             max_model_len=engine.max_model_len,
             chat=plan.chat_template is not None,
             dtype=plan.dtype,
+            digest=digest,
         )
 
     @property

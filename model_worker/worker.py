@@ -98,6 +98,7 @@ class Worker:
         sock: socket.socket,
         *,
         model_name: str,
+        digest: str | None = None,
         engine_died: asyncio.Event,
     ) -> None:
         """`engine_died` is set by the engine, in the event loop's thread, when it can serve no more."""
@@ -107,7 +108,7 @@ class Worker:
         self._config = config
         self._sock = sock
         self._url = reachable_url(config, sock)
-        self._service = WorkerService(engine, plan, model_name)
+        self._service = WorkerService(engine, plan, model_name, digest=digest)
         self._stop = asyncio.Event()
 
     async def run(self) -> int:

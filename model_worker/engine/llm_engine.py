@@ -100,7 +100,7 @@ class LLMEngine:
         self._failed = 0
 
     @classmethod
-    def from_plan(cls, plan: LoadPlan, config: EngineConfig) -> LLMEngine:
+    def from_plan(cls, plan: LoadPlan, config: EngineConfig, *, variant_digest: str = "") -> LLMEngine:
         """Load the model of a plan; blocks until it is ready.
 
         Raises:
@@ -114,6 +114,7 @@ class LLMEngine:
             tokenizer,
             stop_token_ids=plan.stop_token_ids,
             max_model_len=plan.max_model_len,
+            variant_digest=variant_digest,
         )
 
     # ------------------------------------------------------------------------------------------ requests

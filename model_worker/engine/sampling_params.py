@@ -10,7 +10,7 @@ from registry.errors import InvalidRequestError
 
 MAX_N = 16
 MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
+MAX_STOP_STRINGS = 32
 
 
 @dataclass(frozen=True, slots=True)
