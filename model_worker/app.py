@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import logging
 import math
 from typing import TypeVar
 
@@ -33,8 +32,6 @@ from registry.errors import (
     RequestTooLargeError,
     RootgraftError,
 )
-
-logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 * 2**20
 
