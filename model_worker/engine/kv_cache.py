@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import psutil
 import torch
 
@@ -80,11 +82,11 @@ class KVCache:
         for attention in attentions:
             shape = attention.kv_shape
             lead = (num_blocks, block_size, shape.num_kv_heads)
-            attention.key_cache = torch.zeros(*lead, shape.key_dim, dtype=dtype, device=device)
-            attention.value_cache = torch.zeros(*lead, shape.value_dim, dtype=dtype, device=device)
+            attention.key_cache = _zeros((*lead, shape.key_dim), dtype, device)
+            attention.value_cache = _zeros((*lead, shape.value_dim), dtype, device)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (source, destination) in all layers; no destination is also a source."""
+        """Copy blocks (source, destination) in all layers; every source is read before any destination is written."""
         if not copies:
             return
         device = self._attentions[0].key_cache.device if self._attentions[0].key_cache is not None else None
@@ -93,3 +95,14 @@ class KVCache:
             for cache in (attention.key_cache, attention.value_cache):
                 assert cache is not None
                 cache.index_copy_(0, destinations, cache.index_select(0, sources))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose memory, on CPUs, is taken from the system page by page when it is first written.
+
+    torch.zeros writes every page at once: seconds for a large cache of which most may never be used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    data = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(data).view(dtype).view(shape)
