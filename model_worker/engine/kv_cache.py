@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from model_worker.engine.config import CacheConfig
 from model_worker.engine.layers.attention import KVShape, PagedAttention
@@ -64,7 +65,7 @@ def free_memory_bytes(device: torch.device) -> int:
 class KVCache:
     """Keys and values of all layers: for each, [num_blocks, block_size, Hkv, D] and [num_blocks, block_size, Hkv, Dv].
 
-    Starts as zeros: slots that nothing was written to are read (with weight zero) and must be finite.
+    Starts as zeros: attention reads whole blocks, and what it reads must be finite.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class KVCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._attentions = attentions
+        self._device = device
         for attention in attentions:
             shape = attention.kv_shape
             lead = (num_blocks, block_size, shape.num_kv_heads)
@@ -89,15 +91,30 @@ class KVCache:
         """Copy blocks (source, destination) in all layers; every source is read before any destination is written."""
         if not copies:
             return
-        device = self._attentions[0].key_cache.device if self._attentions[0].key_cache is not None else None
-        sources, destinations = torch.tensor(copies, device=device).unbind(1)
+        sources, destinations = torch.tensor(copies, device=self._device).unbind(1)
+        for cache in self._tensors():
+            cache.index_copy_(0, destinations, cache.index_select(0, sources))
+
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        """Fill blocks with zeros in all layers.
+
+        Attention reads whole blocks and gives weight zero to the slots past the end of a sequence, and zero times NaN
+        is NaN. So a block gets a new owner clean: what a failed sequence left there must not spoil the next one.
+        """
+        if not blocks:
+            return
+        index = torch.tensor(blocks, device=self._device)
+        for cache in self._tensors():
+            cache.index_fill_(0, index, 0.0)
+
+    def _tensors(self) -> Iterator[Tensor]:
         for attention in self._attentions:
             for cache in (attention.key_cache, attention.value_cache):
                 assert cache is not None
-                cache.index_copy_(0, destinations, cache.index_select(0, sources))
+                yield cache
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros whose memory, on CPUs, is taken from the system page by page when it is first written.
 
     torch.zeros writes every page at once: seconds for a large cache of which most may never be used.

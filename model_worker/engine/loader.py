@@ -145,9 +145,7 @@ class _Filler:
             raise CheckpointError(f"The checkpoint holds {name!r} and also parts of it under other names.")
         if place.index is not None:
             if place.index >= len(weight) or _Place(place.weight) in self._filled:
-                raise CheckpointError(
-                    f"The checkpoint holds {name!r}, but the model has {len(weight)} experts."
-                )
+                raise CheckpointError(f"The checkpoint holds {name!r}, but the model has {len(weight)} experts.")
             weight = weight[place.index]
             if place.half is not None:
                 weight = weight.chunk(2)[place.half]

@@ -77,6 +77,7 @@ class ModelRunner:
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Copy blocks, write K and V of all scheduled tokens, and sample where asked. Blocks until done."""
         self._cache.copy_blocks(output.block_copies)
+        self._cache.clear_blocks([block for item in output.scheduled for block in self._blocks_begun(item)])
         hidden = self._forward(output.scheduled)  # [T, hidden]
         sampled: list[Sequence] = []
         rows: list[int] = []  # of `hidden`, one for each of `sampled`
@@ -123,6 +124,12 @@ class ModelRunner:
         last = int(positions[-1]) // self.block_size
         blocks = np.array(block_table[first : last + 1], dtype=np.int64)
         return blocks[positions // self.block_size - first] * self.block_size + positions % self.block_size
+
+    def _blocks_begun(self, item: ScheduledSequence) -> list[int]:
+        """Blocks whose first slot is written by the item, but not all of them. At most one, the last."""
+        end = item.start + item.num_tokens
+        begun = end // self.block_size * self.block_size  # where the last block begins, if it stays incomplete
+        return [item.sequence.block_table[begun // self.block_size]] if item.start <= begun < end else []
 
     def _block_tables(self, scheduled: SequenceOf[ScheduledSequence]) -> Tensor:
         """[S, max_blocks] int32, padded with block 0."""

@@ -16,14 +16,12 @@ Terms of options that are off fall away. key[s, j] is key_cache[block_tables[s, 
         key_cache    [num_blocks, block_size, Hkv, D]        the same dtype; the step's own keys are in it already
         value_cache  [num_blocks, block_size, Hkv, Dv]       Dv may differ from D; H is a multiple of Hkv
 
-Softmax and sums are float32 whatever the dtype. Slots that no token of J owns must hold finite numbers, which
-`write_kv` sees to: they are multiplied by zero, not left out.
+Softmax and sums are float32 whatever the dtype. All slots of a sequence's blocks must hold finite numbers, those past
+its end too: they are multiplied by zero, not left out (see `KVCache.clear_blocks`).
 
     write_kv(key, value, key_cache, value_cache, slot_mapping)      in place
 
-        key [T, Hkv, D], value [T, Hkv, Dv]; slot_mapping [T] int64: block number * block_size + offset, all distinct.
-        Numbers that are not finite are stored as 0: the sequence that made them fails by its own NaN logits, but the
-        slots outlive it and must not spoil their next owner.
+        key [T, Hkv, D], value [T, Hkv, Dv]; slot_mapping [T] int64: block number * block_size + offset, all distinct
 
 Raises ValueError where shapes or dtypes do not fit. `reference.py` is the definition; `torch_cpu.py` the fast version.
 Source: PagedAttention, Kwon et al., arXiv 2309.06180, section 4.1.
@@ -31,7 +29,6 @@ Source: PagedAttention, Kwon et al., arXiv 2309.06180, section 4.1.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from model_worker.engine.ops.paged_attention.metadata import Alibi, AttentionMetadata, AttentionParams
@@ -61,5 +58,5 @@ def paged_attention(
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """See the module's docstring."""
-    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, torch.nan_to_num(key, 0.0, 0.0, 0.0))
-    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, torch.nan_to_num(value, 0.0, 0.0, 0.0))
+    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
+    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)

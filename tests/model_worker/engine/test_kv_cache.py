@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from model_worker.engine.config import CacheConfig
+from model_worker.engine.kv_cache import KVCache, bytes_per_block, choose_num_blocks
+from model_worker.engine.layers.attention import ForwardContext, KVShape, PagedAttention
+from model_worker.engine.ops.paged_attention import AttentionParams
+from registry.errors import InsufficientMemoryError
+
+CPU = torch.device("cpu")
+GIB = 2**30
+
+
+def test_a_block_counts_keys_and_values_of_all_layers() -> None:
+    shapes = [KVShape(2, 8, 8), KVShape(4, 24, 16)]
+    assert bytes_per_block(shapes, 16, torch.bfloat16) == 16 * 2 * (2 * 16 + 4 * 40)
+
+
+@pytest.mark.parametrize(
+    ("config", "free", "expected"),
+    [
+        (CacheConfig(num_blocks=7, kv_cache_gib=1.0), GIB, 7),
+        (CacheConfig(kv_cache_gib=0.5), GIB, 512),
+        (CacheConfig(), GIB, 512),  # half of what is free
+        (CacheConfig(), 100 * GIB, 4096),  # no more than 4 GiB unless asked
+    ],
+)
+def test_number_of_blocks(config: CacheConfig, free: int, expected: int) -> None:
+    num_blocks = choose_num_blocks(config, 2**20, max_useful_tokens=10**9, free_bytes=free, device=CPU)
+    assert num_blocks == expected
+
+
+def test_no_more_blocks_than_can_be_in_use() -> None:
+    config = CacheConfig(block_size=16)
+    assert choose_num_blocks(config, 2**10, max_useful_tokens=100, free_bytes=GIB, device=CPU) == 7
+
+
+@pytest.mark.parametrize("config", [CacheConfig(), CacheConfig(kv_cache_gib=2.0), CacheConfig(num_blocks=0)])
+def test_too_little_memory_is_an_error(config: CacheConfig) -> None:
+    with pytest.raises(InsufficientMemoryError, match="--kv-cache-gib"):
+        choose_num_blocks(config, 2**30, max_useful_tokens=100, free_bytes=GIB, device=CPU)
+
+
+def test_blocks_are_copied_and_cleared_in_all_layers() -> None:
+    attentions = [
+        PagedAttention(ForwardContext(), AttentionParams(scale=1.0), KVShape(1, 4, value_dim)) for value_dim in (4, 2)
+    ]
+    cache = KVCache(attentions, num_blocks=5, block_size=2, dtype=torch.float32, device=CPU)
+    tensors = [tensor for a in attentions for tensor in (a.key_cache, a.value_cache) if tensor is not None]
+    assert [list(tensor.shape) for tensor in tensors] == [[5, 2, 1, 4], [5, 2, 1, 4], [5, 2, 1, 4], [5, 2, 1, 2]]
+    for tensor in tensors:
+        assert not tensor.any()
+        tensor.normal_()
+    before = [tensor.clone() for tensor in tensors]
+    cache.copy_blocks([(1, 3), (0, 4)])
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor[3], old[1])
+        assert torch.equal(tensor[4], old[0])
+        assert torch.equal(tensor[:3], old[:3])
+    cache.clear_blocks([2])
+    for tensor, old in zip(tensors, before, strict=True):
+        assert not tensor[2].any()
+        assert torch.equal(tensor[:2], old[:2])
+    cache.copy_blocks([])
+    cache.clear_blocks([])
