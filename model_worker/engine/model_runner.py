@@ -123,7 +123,8 @@ class ModelRunner:
         first = int(positions[0]) // self.block_size
         last = int(positions[-1]) // self.block_size
         blocks = np.array(block_table[first : last + 1], dtype=np.int64)
-        return blocks[positions // self.block_size - first] * self.block_size + positions % self.block_size
+        slots: np.ndarray = blocks[positions // self.block_size - first] * self.block_size + positions % self.block_size
+        return slots
 
     def _blocks_begun(self, item: ScheduledSequence) -> list[int]:
         """Blocks whose first slot is written by the item, but not all of them. At most one, the last."""

@@ -67,6 +67,13 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.1, 1.2, 1.3, 1.4],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": MAX_MODEL_LEN,
+}
 _GPT_STYLE = ("intermediate_size", "num_key_value_heads")
 _FALCON = {"ffn_hidden_size": 48, "bias": True}
 
@@ -110,6 +117,14 @@ TINY_MODELS: Mapping[str, TinyModel] = {
     "gemma3_text": TinyModel("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 24, **_sliding(24, 3)}),
     "phi": TinyModel("phi", {"partial_rotary_factor": 0.5}),
     "phi3": TinyModel("phi3", {"sliding_window": 24}),
+    "phi3-longrope": TinyModel(
+        "phi3",
+        {
+            "rope_parameters": _LONGROPE,
+            "original_max_position_embeddings": MAX_MODEL_LEN,
+            "max_position_embeddings": 4 * MAX_MODEL_LEN,
+        },
+    ),
     "falcon-multi-query": TinyModel("falcon", {"multi_query": True, **_FALCON}, _GPT_STYLE),
     "falcon-new-arch": TinyModel(
         "falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, **_FALCON}, _GPT_STYLE, seed=1

@@ -114,7 +114,7 @@ def choose_method(layer: Linear, *, shared_weight: bool) -> LinearMethod:
 
 
 def _onednn_knows(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
+    if not torch._C._has_mkldnn:
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -69,7 +68,7 @@ class AttentionProbe:
     context: ForwardContext
     calls: list[tuple[nn.Module, PagedAttention]] = field(default_factory=list)
 
-    def record(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def record(self, module: Any, query: Tensor, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> Tensor:
         """query [T, H, D], key [T, Hkv, D], value [T, Hkv, Dv] -> zeros [T, H, Dv]"""
         extras: AttentionExtras = getattr(module, EXTRAS, AttentionExtras())
         scale = arguments.get("scaling")
@@ -117,12 +116,10 @@ def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, arguments:
 
 
 def _layer_type(module: nn.Module) -> str | None:
-    types = getattr(module.config, "layer_types", None) if hasattr(module, "config") else None
-    index = getattr(module, "layer_idx", None)
-    if types is None or not isinstance(index, int):
-        return None
-    assert not isinstance(types, torch.Tensor)
-    return str(types[index])
+    """What the config says about this layer: "full_attention", "sliding_attention", "chunked_attention", or nothing."""
+    types: Any = getattr(getattr(module, "config", None), "layer_types", None)
+    index: Any = getattr(module, "layer_idx", None)
+    return None if types is None or index is None else str(types[index])
 
 
 AttentionInterface.register(PAGED_ATTENTION, attention_forward)

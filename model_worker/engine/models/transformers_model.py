@@ -10,7 +10,7 @@ do, and the logits must be what transformers' own head makes of the same hidden 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,9 +53,8 @@ class TransformersModel:
         hf_config = CONFIG_MAPPING[model_type].from_dict(dict(config))
         with torch.device("meta"):
             # "eager": some families choose classes by this name while they are built.
-            self.causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-                hf_config, dtype=dtype, attn_implementation="eager"
-            )
+            build: Callable[..., Any] = AutoModelForCausalLM.from_config
+            self.causal_lm = build(hf_config, dtype=dtype, attn_implementation="eager")
         self.causal_lm.requires_grad_(False).eval()
         self.config = hf_config
         self.dtype = dtype
@@ -189,7 +188,7 @@ class TransformersModel:
         """Buffers that no checkpoint holds (rotary frequencies, embedding scales) are set by transformers' own code."""
         loaded = set()
         for name, tensor in self.causal_lm.state_dict(keep_vars=True).items():
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # read by transformers
+            tensor._is_hf_initialized = True  # read by transformers
             loaded.add(name)
         for path, module in self.causal_lm.named_modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
@@ -227,14 +226,17 @@ class TransformersModel:
 
 def _refuse_batch_dependent_rope(model: nn.Module, max_model_len: int) -> None:
     """Rotary frequencies that depend on the longest sequence of the batch would let requests change each other."""
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
-        if "dynamic" in kinds:
-            raise UnsupportedModelError("Rope scaling 'dynamic' makes answers depend on other requests in the batch.")
-        if "longrope" in kinds:
-            original = module.config.rope_parameters["original_max_position_embeddings"]
-            if max_model_len > original:
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
+    for module in modules:
+        parameters = module.config.rope_parameters  # of the model, or of each layer type
+        for rope in parameters.values() if isinstance(module.rope_type, dict) else [parameters]:
+            if rope["rope_type"] == "dynamic":
                 raise UnsupportedModelError(
-                    f"Rope scaling 'longrope' is exact up to {original} tokens only: use --max-model-len {original}."
+                    "Rope scaling 'dynamic' makes answers depend on other requests in the batch; use a release of the "
+                    "model with 'yarn' or 'linear' scaling."
+                )
+            if rope["rope_type"] == "longrope" and max_model_len > rope["original_max_position_embeddings"]:
+                raise UnsupportedModelError(
+                    "Rope scaling 'longrope' makes answers depend on other requests once one of them is long; use "
+                    f"--max-model-len {rope['original_max_position_embeddings']}."
                 )

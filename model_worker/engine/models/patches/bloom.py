@@ -14,7 +14,7 @@ from model_worker.engine.ops.paged_attention import Alibi
 
 def patch_bloom(model: nn.Module) -> None:
     """Let each BloomAttention call our attention; scores are q . k / sqrt(D) + slope * position."""
-    modules = [module for module in model.modules() if type(module).__name__ == "BloomAttention"]
+    modules: list[Any] = [module for module in model.modules() if type(module).__name__ == "BloomAttention"]
     alibi = Alibi(alibi_slopes(modules[0].num_heads))
     for module in modules:
         setattr(module, EXTRAS, AttentionExtras(alibi=alibi))

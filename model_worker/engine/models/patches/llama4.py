@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from model_worker.engine.layers.attention import QueryTemperature
@@ -10,8 +12,9 @@ from model_worker.engine.models.attention_interface import EXTRAS, AttentionExtr
 
 def patch_llama4(model: nn.Module) -> None:
     """Switch the temperature off in the module and have it applied by our attention, which knows the positions."""
-    for module in model.modules():
-        if type(module).__name__ == "Llama4TextAttention" and module.attn_temperature_tuning and not module.use_rope:
+    modules: list[Any] = [module for module in model.modules() if type(module).__name__ == "Llama4TextAttention"]
+    for module in modules:
+        if module.attn_temperature_tuning and not module.use_rope:
             module.attn_temperature_tuning = False
             temperature = QueryTemperature(scale=module.attn_scale, floor_scale=module.floor_scale)
             setattr(module, EXTRAS, AttentionExtras(query_temperature=temperature))

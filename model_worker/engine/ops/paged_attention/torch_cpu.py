@@ -130,7 +130,7 @@ def _extend(query: Tensor, chunk: _Chunk, key_cache: Tensor, value_cache: Tensor
     if mask.shape[0] != 1:
         mask = mask.view(num_kv_heads, num_shared, *mask.shape[1:])
     sinks = None if params.sinks is None else params.sinks.view(num_kv_heads, num_shared, 1, 1)
-    out = _attention(q.unflatten(0, (num_kv_heads, num_shared)), k[:, None], v[:, None], mask, sinks, params)
+    out = _attention(q.reshape(num_kv_heads, num_shared, *q.shape[1:]), k[:, None], v[:, None], mask, sinks, params)
     return out.flatten(0, 1).transpose(0, 1)
 
 
