@@ -120,3 +120,18 @@ def test_greedy_tokens_equal_those_of_generate(name: str, tmp_path: Path) -> Non
     scarce, engine = _run(_runner(tmp_path, block_size=8, num_blocks=20), prompts, max_num_batched_tokens=64)
     assert scarce == expected
     assert engine.stats().preemptions_total > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral-window", "gpt2", "bloom", "gemma2", "falcon-alibi", "deepseek_v3", "gpt_oss"]
+)
+def test_half_precision_stays_close(name: str, dtype: str, tmp_path: Path) -> None:
+    """The median, because rounding may send a token to another expert."""
+    model = build_tiny_model(name)
+    model.save_pretrained(tmp_path)
+    config = EngineConfig(CacheConfig(num_blocks=64), SchedulerConfig(max_num_batched_tokens=32))
+    runner = ModelRunner(make_tiny_plan(tmp_path, dtype=dtype), config)
+    prompt = _prompts()[2]
+    difference = _prompt_logprobs(runner, prompt) - _reference_prompt_logprobs(model, prompt)
+    assert difference.abs().median() < (0.15 if dtype == "bfloat16" else 0.02)
