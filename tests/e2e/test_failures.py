@@ -51,7 +51,7 @@ def test_a_replica_killed_under_sixteen_streams(cluster: Cluster) -> None:
     victim = cluster.start_worker()
     cluster.start_worker()
     client = make_client(cluster)
-    streaming = [Reader(client, max_tokens=600) for _ in range(16)]
+    streaming = [Reader(client, max_tokens=200) for _ in range(16)]
     for reader in streaming:
         reader.start()
     wait_until(lambda: all(reader.first_at for reader in streaming), 60, "sixteen streams")
