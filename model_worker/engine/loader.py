@@ -11,7 +11,7 @@ from torch import Tensor
 from adapters.load_plan import LoadPlan
 from adapters.weights import iterate_weights
 from model_worker.engine.models.transformers_model import TransformersModel
-from registry.errors import CheckpointError
+from registry.errors import CheckpointError, UnsupportedModelError
 
 # Names that older checkpoints use for what transformers calls otherwise now.
 _RENAMES = (
@@ -58,6 +58,10 @@ def load_model(plan: LoadPlan, device: torch.device) -> TransformersModel:
         CheckpointError: tensors are missing, unknown, given twice or of the wrong shape; names them.
         UnsupportedModelError: the model cannot be computed exactly.
     """
+    if plan.quantization is not None:
+        raise UnsupportedModelError(
+            f"Weights cannot be kept in {plan.quantization}; load the model without --quantization."
+        )
     dtype = getattr(torch, plan.dtype)
     assert isinstance(dtype, torch.dtype)
     model = TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
-from registry.errors import CheckpointError
+from registry.errors import CheckpointError, UnsupportedModelError
 from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
 
 Weights = dict[str, Tensor]
@@ -142,6 +143,12 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     _save(name, tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         load_model(make_tiny_plan(tmp_path), torch.device("cpu"))
+
+
+def test_a_quantized_plan_is_refused(tmp_path: Path) -> None:
+    _save("llama", tmp_path)
+    with pytest.raises(UnsupportedModelError, match="int4"):
+        load_model(dataclasses.replace(make_tiny_plan(tmp_path), quantization="int4"), torch.device("cpu"))
 
 
 def test_weights_take_the_dtype_of_the_plan(tmp_path: Path) -> None:
