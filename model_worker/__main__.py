@@ -9,6 +9,10 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+# Read by OpenMP when torch is loaded. The engine shares its cores with event loops, here and in the controller: long
+# spinning at barriers then loses whole time slices, ten times the step (benchmarks/LOG.md).
+os.environ.setdefault("GOMP_SPINCOUNT", "500")
+
 import psutil
 import torch
 
