@@ -33,7 +33,7 @@ class _Group:
     Attributes:
         rows: [B] int64 tokens of the batch; None: tokens 0 ... B - 1 in this order.
         blocks: [B * N] int32, the blocks each one reads; short ones are padded with their own first block.
-        mask: [B, 1 or H, 1, L] additive, in the dtype of the query; L = N * block_size.
+        mask: [B, 1 or H, 1, L] additive; L = N * block_size. See `_finish_mask` for its dtype.
     """
 
     num_sequences: int
@@ -50,7 +50,7 @@ class _Chunk:
         rows: its tokens of the batch.
         blocks: [N] int32.
         num_keys: L, positions read; those after them in the last block are cut off.
-        mask: [1 or H, n, L] additive, in the dtype of the query; None: plainly causal and n = L.
+        mask: [1 or H, n, L] additive; None: plainly causal and n = L. See `_finish_mask` for its dtype.
     """
 
     rows: slice
@@ -218,14 +218,15 @@ def _make_group(
     mask = torch.zeros(positions.shape, device=device).masked_fill_(hidden, -torch.inf)[:, None, None, :]
     if params.alibi is not None:
         bias = torch.stack([params.alibi.bias(row) for row in positions])  # [B, H, L]
-        mask = bias[:, :, None, :] + mask
+        own_bias = torch.stack([params.alibi.bias(row) for row in last])  # [B, H, 1]
+        mask = _add_bias(mask, bias[:, :, None, :], own_bias[:, :, None, :], params)
     rows = [metadata.query_start[s] for s in members]
     in_order = rows == list(range(len(rows)))
     return _Group(
         num_sequences=len(members),
         rows=None if in_order else torch.tensor(rows, device=device),
         blocks=blocks.flatten(),
-        mask=mask.to(dtype),
+        mask=_finish_mask(mask, params, dtype),
     )
 
 
@@ -252,5 +253,21 @@ def _make_chunk(
         hidden |= j < p - p % params.chunk_size
     mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -torch.inf)[None]  # [1, n, L]
     if params.alibi is not None:
-        mask = params.alibi.bias(j)[:, None, :] + mask  # [H, n, L]
-    return _Chunk(rows, blocks, seq_len - first, mask.to(dtype))
+        bias, own_bias = params.alibi.bias(j), params.alibi.bias(p.squeeze(1))  # [H, L], [H, n]
+        mask = _add_bias(mask, bias[:, None, :], own_bias[:, :, None], params)  # [H, n, L]
+    return _Chunk(rows, blocks, seq_len - first, _finish_mask(mask, params, dtype))
+
+
+def _add_bias(mask: Tensor, bias: Tensor, own_bias: Tensor, params: AttentionParams) -> Tensor:
+    """Add position biases to a mask, for the fused operator less the bias of the query's own position.
+
+    That shifts all scores of a row alike, which changes nothing, and makes the biases of the nearest keys, which matter
+    most, the smallest: in half precision those of far positions would be rounded to steps larger than one slope. Where
+    attention is written out the mask is float32, and a row may have a sink, whose score must not be shifted against.
+    """
+    return bias + mask if _written_out(params) else (bias - own_bias) + mask
+
+
+def _finish_mask(mask: Tensor, params: AttentionParams, dtype: torch.dtype) -> Tensor:
+    """The fused operator wants the dtype of the query; written-out attention adds to float32 scores."""
+    return mask if _written_out(params) else mask.to(dtype)

@@ -89,14 +89,28 @@ def test_equals_the_reference(
         chunk_size=chunk,
         softcap=softcap,
         sinks=torch.randn(num_heads) if with_sinks else None,
-        # Rounding of the mask to half precision grows with the bias, so that the slopes are kept small.
-        alibi=None if alibi_dtype is None else Alibi((torch.rand(num_heads) * 0.05).to(alibi_dtype), 0.5),
+        alibi=None if alibi_dtype is None else Alibi(torch.rand(num_heads).to(alibi_dtype), 0.5),
     )
     out = paged_attention(query, key_cache, value_cache, metadata, params)
     expected = paged_attention_reference(query, key_cache, value_cache, metadata, params)
     assert out.shape == (len(query), num_heads, dims[1])
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("softcap", [None, 50.0])
+@pytest.mark.parametrize("lengths", [[(1990, 1), (1000, 1)], [(1990, 20)]])
+def test_position_biases_of_far_positions_are_exact_in_half_precision(
+    lengths: list[tuple[int, int]], softcap: float | None
+) -> None:
+    torch.manual_seed(3)
+    metadata, num_blocks = _metadata(lengths, 16)
+    key_cache, value_cache = torch.randn(2, num_blocks, 16, 4, 16).bfloat16().unbind(0)
+    query = torch.randn(metadata.query_start[-1], 4, 16).bfloat16()
+    params = AttentionParams(scale=0.25, softcap=softcap, alibi=Alibi(torch.tensor([0.71, 0.5, 0.25, 0.0625])))
+    out = paged_attention(query, key_cache, value_cache, metadata, params)
+    expected = paged_attention_reference(query, key_cache, value_cache, metadata, params)
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.05)
 
 
 def test_the_reference_is_plain_attention() -> None:
