@@ -77,6 +77,7 @@ class AsyncLLMEngine:
         self._tracker = RequestTracker()
         self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._stopped = False
         self._stats = engine.stats()
 
     async def start(self) -> None:
@@ -87,12 +88,13 @@ class AsyncLLMEngine:
         self._thread.start()
 
     async def stop(self) -> None:
-        """End the engine thread after the step that it is in; requests still open get an error."""
+        """End the engine thread after the step that it is in; requests still open, and later ones, get an error."""
+        self._stopped = True
         if self._thread is not None:
             self._commands.put(_Stop())
             await asyncio.to_thread(self._thread.join)
             self._thread = None
-        self._tracker.fail_all(InternalError("The model worker is shutting down; send the request again."))
+        self._tracker.fail_all(_shutting_down())
 
     async def generate(
         self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
@@ -101,8 +103,10 @@ class AsyncLLMEngine:
 
         Raises:
             ClientError: the request was not accepted (before anything was yielded).
-            InternalError: the engine has died.
+            InternalError: the engine has died, or was stopped.
         """
+        if self._stopped:  # nobody reads the commands any more
+            raise _shutting_down()
         if self.failed is not None:
             raise InternalError("The engine of this model worker has failed; see its log.")
         news = self._tracker.open(request_id)
@@ -165,3 +169,7 @@ class AsyncLLMEngine:
     def _deliver(self, loop: asyncio.AbstractEventLoop, news: list[tuple[str, RequestOutput | RootgraftError]]) -> None:
         if news:
             loop.call_soon_threadsafe(self._tracker.deliver, news)
+
+
+def _shutting_down() -> InternalError:
+    return InternalError("The model worker is shutting down; send the request again.")

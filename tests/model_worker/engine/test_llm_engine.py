@@ -237,6 +237,15 @@ async def test_stopping_ends_open_streams_with_an_error() -> None:
         await collect(stream)
 
 
+async def test_a_stopped_engine_refuses_instead_of_waiting() -> None:
+    engine = AsyncLLMEngine(make_engine())
+    await engine.start()
+    await engine.stop()
+    async with asyncio.timeout(5):
+        with pytest.raises(InternalError, match="shutting down"):
+            await collect(engine.generate("r", [1], SamplingParams(max_tokens=2)))
+
+
 async def test_a_dead_engine_thread_fails_everything_and_says_so() -> None:
     died = asyncio.Event()
     inner = make_engine()
