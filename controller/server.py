@@ -71,6 +71,7 @@ class ControllerServer(uvicorn.Server):
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._state.workers.stop_expiry()
         timer = asyncio.get_running_loop().call_later(self._stop_after_s, self._state.gateway.stop_streams)
         try:
             await super().shutdown(sockets)

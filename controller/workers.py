@@ -10,6 +10,7 @@ restarted controller needs nothing but the next heartbeats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,6 +125,10 @@ class WorkerTable:
         for worker in gone:
             del self._workers[worker.worker_id]
         return gone
+
+    def stop_expiry(self) -> None:
+        """Let nobody expire from now on: this controller stops listening, so silence says nothing about a worker."""
+        self._expiry_s = math.inf
 
     def mark_failed(self, worker: Worker) -> None:
         """Route nothing more to `worker` until its next heartbeat: a connection to it was refused or broke."""

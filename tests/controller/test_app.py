@@ -170,3 +170,15 @@ async def test_stopping_ends_streams_with_an_error_event(start_controller: Start
             rest = (await response.content.read()).decode().strip().splitlines()
         assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "overloaded"
         assert "data: [DONE]" not in rest
+
+
+async def test_stopping_outlasts_the_heartbeats_that_can_no_longer_arrive(start_controller: StartController) -> None:
+    controller = await start_controller(shutdown_timeout_s=30.0, heartbeat_interval_s=1.0, missed_heartbeats=1)
+    async with FakeWorker("w1", Script(deltas=("a",) * 20, delay_s=0.1)) as worker:  # two seconds, expiry is one
+        await worker.register(controller.url)
+        request = controller.client.post(controller.url + "/v1/chat/completions", json={**CHAT, "stream": True})
+        async with request as response:
+            await response.content.readline()
+            controller.server.should_exit = True
+            rest = (await response.content.read()).decode().strip().splitlines()
+    assert rest[-1] == "data: [DONE]"

@@ -70,6 +70,14 @@ def test_expiry_counts_from_the_last_heartbeat(table: WorkerTable, clock: Clock)
     assert not table.heartbeat("w1", WorkerStats())
 
 
+def test_nobody_expires_once_heartbeats_cannot_arrive(table: WorkerTable, clock: Clock) -> None:
+    worker, _ = table.register(request())
+    table.stop_expiry()
+    clock.now += 1e6
+    assert table.expire() == []
+    assert table.serving("m") == [worker]
+
+
 def test_leave(table: WorkerTable) -> None:
     worker, _ = table.register(request())
     assert table.leave("w1") is worker
