@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
+from adapters.memory import available_memory_bytes
 from model_worker.engine.config import CacheConfig
 from model_worker.engine.layers.attention import KVShape, PagedAttention
 from registry.errors import InsufficientMemoryError
@@ -57,9 +57,10 @@ def choose_num_blocks(
 
 
 def free_memory_bytes(device: torch.device) -> int:
+    """What may still be taken on a device; for CPUs less than the machine has free under a container's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    return available_memory_bytes()
 
 
 class KVCache:
