@@ -6,17 +6,33 @@ flags of the worker are generated from these fields and their help texts (regist
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from registry.errors import InvalidRequestError
 from registry.flags import flag
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
+    """The KV cache; `num_blocks` goes before `kv_cache_gib`.
+
+    Raises:
+        InvalidRequestError: a value that no cache can have.
+    """
+
     block_size: int = flag(16, "tokens in one KV cache block")
     num_blocks: int | None = flag(None, "number of KV cache blocks; default: from --kv-cache-gib")
     kv_cache_gib: float | None = flag(None, "memory for the KV cache in GiB; default: a share of the free memory")
     enable_prefix_caching: bool = flag(True, "share KV blocks between requests that begin alike")
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise InvalidRequestError(f"--block-size must be at least 1, got {self.block_size}.", param="block_size")
+        if self.kv_cache_gib is not None and not (math.isfinite(self.kv_cache_gib) and self.kv_cache_gib > 0):
+            raise InvalidRequestError(
+                f"--kv-cache-gib must be a positive number, got {self.kv_cache_gib}.", param="kv_cache_gib"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +44,16 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
+    """All settings of the engine.
+
+    Raises:
+        InvalidRequestError: num_threads is not positive.
+    """
+
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     num_threads: int | None = flag(None, "threads for tensor work; default: one per core")
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InvalidRequestError(f"--num-threads must be at least 1, got {self.num_threads}.", param="num_threads")

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from model_worker.engine.config import CacheConfig, EngineConfig
+from registry.errors import InvalidRequestError
+
+
+@pytest.mark.parametrize(
+    ("make", "param"),
+    [
+        (lambda: CacheConfig(block_size=0), "block_size"),
+        (lambda: CacheConfig(kv_cache_gib=math.nan), "kv_cache_gib"),
+        (lambda: CacheConfig(kv_cache_gib=math.inf), "kv_cache_gib"),
+        (lambda: CacheConfig(kv_cache_gib=-1.0), "kv_cache_gib"),
+        (lambda: EngineConfig(num_threads=0), "num_threads"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_name(make: Callable[[], object], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        make()
+    assert caught.value.param == param
+    assert param.replace("_", "-") in str(caught.value)
