@@ -157,7 +157,7 @@ class Scheduler:
             self.waiting.popleft()
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
-            if cacheable and sequence.num_output_tokens == 0:
+            if cacheable and not sequence.preempted:  # else it would find the blocks that it computed itself
                 self.num_prefix_queried_tokens += sequence.num_tokens
                 self.num_prefix_hit_tokens += sequence.num_computed_tokens
                 sequence.num_cached_tokens = sequence.num_computed_tokens
@@ -173,6 +173,7 @@ class Scheduler:
         step.remove(sequence)
         self.block_manager.release(sequence)
         sequence.status = SequenceStatus.WAITING
+        sequence.preempted = True
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1

@@ -47,6 +47,7 @@ class Sequence:
         "num_entered_blocks",
         "num_prompt_tokens",
         "output_counts",
+        "preempted",
         "prompt_unique_ids",
         "sampling",
         "seed",
@@ -75,6 +76,7 @@ class Sequence:
         self.seed = seed
         self.variant_digest = variant_digest
         self.status = SequenceStatus.WAITING
+        self.preempted = False  # at least once
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first scheduled
         self.block_table: list[int] = []

@@ -126,6 +126,20 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert (harness.scheduler.num_prefix_queried_tokens, harness.scheduler.num_prefix_hit_tokens) == (26, 12)
 
 
+def test_a_prompt_preempted_half_way_is_counted_once() -> None:
+    harness = Harness(num_blocks=14, max_num_seqs=4, max_num_batched_tokens=5)
+    for i in range(2):
+        harness.add([200 + i] * 3, max_tokens=24)
+    harness.step()
+    long = harness.add(list(range(32)), max_tokens=1)
+    while harness.scheduler.num_preemptions == 0:
+        harness.step()
+    assert long.sequences[0].num_output_tokens == 0
+    harness.run()
+    assert harness.scheduler.num_prefix_queried_tokens == 3 + 3 + 32
+    assert long.sequences[0].num_cached_tokens == 0
+
+
 def test_abort_releases_waiting_and_running() -> None:
     harness = Harness(max_num_seqs=1)
     running, waiting = harness.add([1] * 9, max_tokens=9), harness.add([2], max_tokens=9)
