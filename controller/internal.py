@@ -68,6 +68,7 @@ def create_router(state: ControllerState, trusted: TrustedNetworks) -> APIRouter
     async def register(request: Request) -> Response:
         message = _parse_registration(await request.body())
         await trusted.check_url(message.url)
+        state.workers.check(message)
         created_at = await record_models(state.catalog, message.models, worker_id=message.worker_id)
         worker, replaced = state.workers.register(message)
         for model in worker.models:

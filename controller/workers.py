@@ -89,19 +89,32 @@ class WorkerTable:
             The worker, and those that it replaced.
 
         Raises:
-            InvalidRequestError: another protocol version.
+            InvalidRequestError: as `check`.
         """
-        check_protocol_version(request.protocol_version)
-        replaced = [
-            worker
-            for worker in self._workers.values()
-            if worker.worker_id == request.worker_id or worker.url == request.url
-        ]
+        self.check(request)
+        replaced = [worker for worker in self._workers.values() if _is_same(worker, request)]
         for worker in replaced:
             del self._workers[worker.worker_id]
         added = Worker(request.worker_id, request.url, tuple(request.models), request.stats, self._clock())
         self._workers[added.worker_id] = added
         return added, replaced
+
+    def check(self, request: RegisterRequest) -> None:
+        """Whether a worker may register. Replicas of a name are interchangeable, so their weights must be the same.
+
+        Raises:
+            InvalidRequestError: another protocol version, or a name that live workers serve with other weights.
+        """
+        check_protocol_version(request.protocol_version)
+        digests = {model.name: model.digest for model in request.models}
+        for worker in self._workers.values():
+            for model in worker.models:
+                if not _is_same(worker, request) and digests.get(model.name, model.digest) != model.digest:
+                    raise InvalidRequestError(
+                        f"{model.name} is served by {worker.worker_id} with other weights ({model.digest}, here "
+                        f"{digests[model.name]}); give this one another --model-name, or stop the others first",
+                        param="models",
+                    )
 
     def heartbeat(self, worker_id: str, stats: WorkerStats) -> bool:
         """Take a worker's sign of life; False when it is unknown and must register again."""
@@ -176,3 +189,7 @@ def check_protocol_version(version: int) -> None:
             "install the same release of rootgraft on both",
             param="protocol_version",
         )
+
+
+def _is_same(worker: Worker, request: RegisterRequest) -> bool:
+    return worker.worker_id == request.worker_id or worker.url == request.url

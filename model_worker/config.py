@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,8 +123,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> WorkerConfig:
-    """Read the command line; `worker_token` is what the environment says, and a flag wins over it."""
+    """Read the command line; `worker_token` is what the environment says, and a flag wins over it.
+
+    Raises:
+        InvalidRequestError: a token that no header can hold, or none for a worker that a network can reach.
+    """
     args = build_parser().parse_args(argv)
+    token = _token(args.worker_token if args.worker_token is not None else worker_token)
+    if token is None and not _is_loopback(args.host):
+        raise InvalidRequestError(
+            f"A worker that listens on {args.host} would answer anybody; give it and the controller the same "
+            "--worker-token (or ROOTGRAFT_WORKER_TOKEN), or listen on a loopback address."
+        )
     return WorkerConfig(
         model=args.model_path,
         model_name=args.model_name,
@@ -131,7 +142,7 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
         host=args.host,
         port=args.port,
         advertise_url=args.advertise_url,
-        worker_token=_token(args.worker_token if args.worker_token is not None else worker_token),
+        worker_token=token,
         dtype=args.dtype,
         chat_template=args.chat_template,
         max_model_len=args.max_model_len,
@@ -140,6 +151,13 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
         log_level=args.log_level,
         engine=config_from_args(args, EngineConfig),
     )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def _token(text: str | None) -> str | None:

@@ -15,12 +15,20 @@ class Clock:
         return self.now
 
 
-def request(worker_id: str = "w1", port: int = 1, *, model: str = "m", stats: WorkerStats | None = None, version=1):
+def request(
+    worker_id: str = "w1",
+    port: int = 1,
+    *,
+    model: str = "m",
+    stats: WorkerStats | None = None,
+    version: int = 1,
+    digest: str | None = None,
+) -> RegisterRequest:
     return RegisterRequest(
         protocol_version=version,
         worker_id=worker_id,
         url=f"http://127.0.0.1:{port}",
-        models=[ServedModel(name=model, family="llama", max_model_len=64, chat=True, dtype="fp32")],
+        models=[ServedModel(name=model, family="llama", max_model_len=64, chat=True, dtype="fp32", digest=digest)],
         stats=stats or WorkerStats(),
     )
 
@@ -47,6 +55,22 @@ def test_same_id_or_same_url_replaces(table: WorkerTable, worker_id: str, port: 
     second, replaced = table.register(request(worker_id, port))
     assert replaced == [first]
     assert list(table) == [second]
+
+
+def test_other_weights_under_a_live_name_are_refused_and_the_same_weights_are_a_replica(table: WorkerTable) -> None:
+    table.register(request("w1", 1, digest="sha256:a"))
+    with pytest.raises(InvalidRequestError, match="other weights"):
+        table.register(request("w2", 2, digest="sha256:b"))
+    assert len(table) == 1
+    table.register(request("w2", 2, digest="sha256:a"))
+    table.register(request("w3", 3, model="other", digest="sha256:b"))
+    assert len(table) == 3
+
+
+def test_a_worker_started_again_at_its_address_may_bring_other_weights(table: WorkerTable) -> None:
+    table.register(request("w1", 1, digest="sha256:a"))
+    table.register(request("w2", 1, digest="sha256:b"))
+    assert [worker.worker_id for worker in table] == ["w2"]
 
 
 def test_two_workers_stay_two(table: WorkerTable) -> None:

@@ -72,3 +72,15 @@ def test_bad_flags_are_a_usage_error(flags: list[str], capsys: pytest.CaptureFix
         parse_config([*MODEL, *flags], worker_token=None)
     assert caught.value.code == 2
     assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org"])
+def test_a_worker_that_a_network_can_reach_needs_a_token(host: str) -> None:
+    with pytest.raises(InvalidRequestError, match="--worker-token"):
+        parse_config(["--model-path", "x", "--host", host], worker_token=None)
+    assert parse_config(["--model-path", "x", "--host", host], worker_token="secret").host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
+def test_a_worker_on_loopback_needs_none(host: str) -> None:
+    assert parse_config(["--model-path", "x", "--host", host], worker_token=None).worker_token is None
