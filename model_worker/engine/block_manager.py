@@ -132,6 +132,11 @@ class BlockManager:
         sequence.num_computed_tokens = 0
         sequence.num_entered_blocks = 0
 
+    def forget(self, sequence: Sequence) -> None:
+        """Let nobody find the blocks of a sequence any more: what it computed cannot be trusted."""
+        for block in sequence.block_table:
+            self._forget_name(block)
+
     # ------------------------------------------------------------------------------------------ checks
 
     def check_integrity(self, holders: Iterable[Sequence]) -> None:
@@ -156,12 +161,15 @@ class BlockManager:
     def _take_free(self) -> int:
         block = next(iter(self._free))
         del self._free[block]
+        self._forget_name(block)
+        self._ref_count[block] = 1
+        return block
+
+    def _forget_name(self, block: int) -> None:
         name = self._hash_of[block]
         if name is not None:
             del self._block_of[name]
             self._hash_of[block] = None
-        self._ref_count[block] = 1
-        return block
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         num_candidates = (sequence.num_tokens - 1) // self.block_size

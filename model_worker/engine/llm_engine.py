@@ -327,6 +327,8 @@ class LLMEngine:
 
     def _fail(self, request_id: str, error: RootgraftError) -> RequestOutput:
         state = self._states.pop(request_id)
+        for sequence in state.group.sequences:
+            self._block_manager.forget(sequence)  # else whoever begins alike would get the same broken keys and values
         self._scheduler.abort(request_id)
         self._failed += 1
         return RequestOutput(

@@ -188,6 +188,18 @@ def test_logits_that_are_not_finite_end_one_request_only() -> None:
     assert tokens_of(news["good"]) == continuation([1], 4)
 
 
+def test_what_a_failed_request_computed_is_not_shared() -> None:
+    broken = InternalError("not finite")
+    executor = FakeExecutor(
+        vocab_size=128, fail_sample=lambda s: broken if s.group and s.group.request_id == "bad" else None
+    )
+    engine = make_engine(executor)
+    for request_id in ("bad", "good", "again"):
+        engine.add_request(request_id, [7] * 12, SamplingParams(max_tokens=2))
+        news = run(engine)[request_id]
+        assert news[-1].num_cached_tokens == (8 if request_id == "again" else 0)
+
+
 async def collect(stream: AsyncGenerator[RequestOutput]) -> list[RequestOutput]:
     return [output async for output in stream]
 
