@@ -53,7 +53,6 @@ def prepare(extras: str) -> Path:
         every = ",".join(sorted(installed | set(extras.split(","))))
         gpu = ",gpu" if _has_cuda() else ""
         say(f"Installing packages ({torch}, then rootgraft[{every}{gpu}]); the first time takes a few minutes ...")
-        _pip("install", "--upgrade", "pip")
         _pip("install", torch)
         _pip("install", "-e", f"{ROOT}[{every}{gpu}]")
         stamp.write_text(f"{wanted}\n{every}")
@@ -170,7 +169,7 @@ def _pip(*arguments: str) -> None:
 def _pip_hint(output: str) -> str:
     if "No space left" in output:
         return "The disk is full. "
-    if "Failed to establish a new connection" in output or "Name or service not known" in output:
+    if any(sign in output for sign in ("connection broken by", "Failed to establish a new connection")):
         return "The package index cannot be reached: check the network or pip's configuration. "
     return ""
 
