@@ -96,7 +96,7 @@ def create_app(
     @app.get("/health", tags=["operations"])
     async def health() -> JSONResponse:
         """Liveness: 200 as long as the controller answers, with or without workers."""
-        return JSONResponse({"status": "ok", "workers": len(state.workers)})
+        return JSONResponse({"status": "ok", "workers": state.workers.num_ready})
 
     @app.get("/metrics", tags=["operations"])
     async def metrics() -> Response:

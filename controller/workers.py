@@ -76,6 +76,11 @@ class WorkerTable:
     def __len__(self) -> int:
         return len(self._workers)
 
+    @property
+    def num_ready(self) -> int:
+        """Workers that can take a request now."""
+        return sum(worker.state == "ready" for worker in self._live())
+
     def __iter__(self) -> Iterator[Worker]:
         return iter(tuple(self._workers.values()))
 
