@@ -211,7 +211,7 @@ async def run(
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(
-        headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+        headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0, force_close=True)
     ) as session:
         include_usage = await warm_up(session, load)
         print(TABLE_HEAD, flush=True)

@@ -42,6 +42,7 @@ from registry.errors import (
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+R = TypeVar("R", TokenizeReply, DetokenizeReply)
 ResolveName = Callable[[str], Awaitable[str | None]]
 
 
@@ -146,27 +147,11 @@ class Gateway:
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         """Tokenize on one of the model's workers. Raises: as `stream`."""
-        model = await self._served_name(request.model)
-        body = request.model_copy(update={"model": model})
-        with contextlib.ExitStack() as in_flight:
-            return await self._try_replicas(
-                model,
-                None,
-                lambda worker: self._client.call(worker, "/internal/tokenize", body, TokenizeReply),
-                in_flight,
-            )
+        return await self._call("/internal/tokenize", request, TokenizeReply)
 
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeReply:
         """Detokenize on one of the model's workers. Raises: as `stream`."""
-        model = await self._served_name(request.model)
-        body = request.model_copy(update={"model": model})
-        with contextlib.ExitStack() as in_flight:
-            return await self._try_replicas(
-                model,
-                None,
-                lambda worker: self._client.call(worker, "/internal/detokenize", body, DetokenizeReply),
-                in_flight,
-            )
+        return await self._call("/internal/detokenize", request, DetokenizeReply)
 
     def models(self) -> list[ServedModelInfo]:
         """The models that live workers serve now, by name."""
@@ -197,6 +182,15 @@ class Gateway:
         self._abort(list(self._open_streams), event)
 
     # -------------------------------------------------------------------------------------------- replicas
+
+    async def _call(self, path: str, request: TokenizeRequest | DetokenizeRequest, reply: type[R]) -> R:
+        """One request and one reply, from any replica."""
+        model = await self._served_name(request.model)
+        body = request.model_copy(update={"model": model})
+        with contextlib.ExitStack() as in_flight:
+            return await self._try_replicas(
+                model, None, lambda worker: self._client.call(worker, path, body, reply), in_flight
+            )
 
     async def _try_replicas(
         self,
