@@ -42,6 +42,7 @@ def test_two_workers_arguments_passed_on_and_a_clean_end_on_ctrl_c() -> None:
             "--worker-args", "--max-num-seqs 3 --num-threads 1", "--controller-args", "--routing round_robin",
         ),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell starts a background job
     )  # fmt: skip
     try:
         assert demo.stdout is not None
