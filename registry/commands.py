@@ -115,6 +115,7 @@ def verify(
         "header_digest": None if checkpoint.format == "bin" else header_digest(checkpoint),
         "expected_digest": expected,
         "digest": None,
+        "verdict": "headers and sizes are right; --full reads every byte",
     }
     if full:
         report["digest"] = base_digest(checkpoint, progress)
@@ -123,6 +124,8 @@ def verify(
                 f"{path} has the digest {report['digest']} but {expected} is recorded: it was changed or damaged; "
                 "fetch it again, or `add` it again if the change is meant"
             )
+        matches = "and the digest is the recorded one" if expected else "but no digest is recorded to compare with"
+        report["verdict"] = f"every byte was read, {matches}"
     return report
 
 
@@ -134,7 +137,7 @@ def _locate(target: str, catalog: Catalog | None, cache_dir: Path) -> tuple[Path
         records = catalog.list_models() if catalog else []
         return path.resolve(), next((record.digest for record in records if record.path == resolved), None)
     record = _find_record(target, catalog)
-    if record is not None:
+    if record is not None and record.path:  # else only a worker told of it, and its path is that worker's affair
         return Path(record.path), record.digest
     known = known_models().get(target)
     cached = None if known is None else cached_checkpoint(known, cache_dir)
@@ -142,6 +145,8 @@ def _locate(target: str, catalog: Catalog | None, cache_dir: Path) -> tuple[Path
         return cached, known.digest
     if known is not None and known.fetch is not None:
         raise ModelNotFoundError(f"{target} is not fetched yet; run `python -m registry fetch {target}`")
+    if record is not None:
+        raise ModelNotFoundError(f"{target} is served by a worker, but where its files are is not recorded here")
     raise ModelNotFoundError(f"{target[:200]!a} is no path, and no model of the catalog has that name")
 
 

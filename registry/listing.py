@@ -10,19 +10,24 @@ def format_listing(listing: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """One table each for the catalog, the known models and the families."""
     models = [(m["name"], m["family"], m["digest"][:19], m["path"]) for m in listing["models"]]
     aliases = [(a["name"], a["target"]) for a in listing["aliases"]]
+    engine = {f["name"]: "served" if f["refused"] is None else "refused" for f in listing["families"]}
     known = [
-        (m["name"], m["family"], str(m["context_length"]), m["licence"], "yes" if m["fetch"] else "")
+        (
+            m["name"],
+            m["family"],
+            engine[m["family"]],
+            str(m["context_length"]),
+            m["licence"],
+            "registry fetch" if m["fetch"] else "",
+        )
         for m in listing["known_models"]
     ]
-    families = [
-        (f["name"], str(f["context_length"]), f["licence"], "served" if f["refused"] is None else "refused")
-        for f in listing["families"]
-    ]
+    families = [(f["name"], engine[f["name"]], str(f["context_length"]), f["licence"]) for f in listing["families"]]
     sections = [_section("Catalog", ("model", "family", "digest", "path"), models)]
     if aliases:
         sections.append(_section("Aliases", ("alias", "target"), aliases))
-    sections.append(_section("Known models", ("model", "family", "context", "licence", "fetch"), known))
-    sections.append(_section("Families", ("family", "context", "licence", ""), families))
+    sections.append(_section("Known models", ("model", "family", "engine", "context", "licence", "get it with"), known))
+    sections.append(_section("Families", ("family", "engine", "context", "licence"), families))
     return "\n\n".join(sections)
 
 

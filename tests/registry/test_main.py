@@ -59,7 +59,8 @@ def test_list_before_there_is_a_catalog_creates_none(registry: CommandLine) -> N
     out = registry("list")
     assert "Catalog: empty" in out
     assert "smollm2-135m-instruct" in out
-    assert any(line.split()[0] == "mamba" and line.endswith("refused") for line in out.splitlines() if line.strip())
+    assert ["mamba", "refused"] in [line.split()[:2] for line in out.splitlines()]
+    assert ["chatglm3-6b", "chatglm", "refused"] in [line.split()[:3] for line in out.splitlines()]
     assert not registry.state.exists()
 
 
@@ -97,6 +98,22 @@ def test_verify_full_notices_a_changed_value(registry: CommandLine, checkpoint: 
     status, _, err = registry.run("verify", "tiny", "--full")
     assert status == 1
     assert "is recorded: it was changed or damaged" in err
+
+
+def test_verify_says_what_it_found(registry: CommandLine, checkpoint: Path) -> None:
+    assert "verdict: headers and sizes are right" in registry("verify", str(checkpoint))
+    assert "no digest is recorded" in registry("verify", str(checkpoint), "--full")
+    registry("add", "tiny", str(checkpoint))
+    assert "verdict: every byte was read, and the digest is the recorded one" in registry("verify", "tiny", "--full")
+
+
+def test_verify_a_model_that_only_a_worker_told_of(registry: CommandLine) -> None:
+    registry.state.joinpath("rootgraft").mkdir(parents=True)
+    with Catalog.open(f"sqlite:///{registry.state}/rootgraft/catalog.sqlite3") as catalog:
+        for name in ("elsewhere", "smollm2-135m-instruct"):
+            catalog.upsert_model(name, family="llama", digest="sha256:" + "0" * 64, path="", actor="test")
+    assert "where its files are is not recorded here" in registry.refused("verify", "elsewhere")
+    assert "run `python -m registry fetch" in registry.refused("verify", "smollm2-135m-instruct")
 
 
 def test_verify_a_path_that_is_in_no_catalog(registry: CommandLine, checkpoint: Path) -> None:
