@@ -63,6 +63,14 @@ def test_links_lead_to_files() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
+def test_paths_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    roots = "|".join(["tests", "docs", "scripts", "benchmarks", *PACKAGES])
+    paths = re.findall(rf"`((?:{roots})/[\w./-]*)`", text)
+    assert len(paths) > 10
+    assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_flag_of_a_command_is_in_its_help(words: list[str]) -> None:
     if words[0].startswith("scripts/"):
