@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adapters.load_plan import LoadPlan
 from adapters.weights import iterate_weights
+from model_worker.engine.load_report import LoadReport, Outcome
 from model_worker.engine.models.transformers_model import TransformersModel
 from registry.errors import CheckpointError, UnsupportedModelError
 
@@ -51,8 +52,11 @@ class _Place:
 
 
 @torch.no_grad()
-def load_model(plan: LoadPlan, device: torch.device) -> TransformersModel:
+def load_model(plan: LoadPlan, device: torch.device, report: LoadReport | None = None) -> TransformersModel:
     """Build the planned model and fill it; at most one tensor is in memory beside it.
+
+    Args:
+        report: takes note of what happens to each tensor.
 
     Raises:
         CheckpointError: tensors are missing, unknown, given twice or of the wrong shape; names them.
@@ -64,21 +68,27 @@ def load_model(plan: LoadPlan, device: torch.device) -> TransformersModel:
         )
     dtype = getattr(torch, plan.dtype)
     assert isinstance(dtype, torch.dtype)
-    model = TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len)
-    filler = _Filler(model, device)
-    for name, tensor in iterate_weights(plan):
-        filler.put(name, tensor)
-    filler.check_complete()
-    model.finish()
+    report = LoadReport() if report is None else report
+    with report.phase("build"):
+        model = TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len)
+        filler = _Filler(model, device, report)
+    for name, tensor in report.timed("read", iterate_weights(plan)):
+        with report.phase("fill"):
+            filler.put(name, tensor)
+    with report.phase("finish"):
+        filler.check_complete()
+        model.finish()
+    report.ties.update(model.ties)
     return model
 
 
 class _Filler:
     """Puts tensors into a model and keeps account of them."""
 
-    def __init__(self, model: TransformersModel, device: torch.device) -> None:
+    def __init__(self, model: TransformersModel, device: torch.device, report: LoadReport) -> None:
         self._model = model
         self._device = device
+        self._report = report
         self._weights = dict(model.weights())  # on meta until they are filled
         self._filled: dict[_Place, str] = {}  # to the name in the checkpoint
 
@@ -90,11 +100,15 @@ class _Filler:
                     f"The checkpoint holds {name!r}, for which this model has no place; config.json and the weights "
                     "are of different models."
                 )
+            outcome = Outcome.IGNORED
         elif place in self._filled:
             self._check_tied(name, place, tensor)
+            outcome = Outcome.TIED
         else:
             self._filled[place] = name
             self._fill(name, place, tensor)
+            outcome = Outcome.FILLED if place.index is None else Outcome.FUSED
+        self._report.add(name, outcome, None if place is None else place.weight, tensor.nbytes)
 
     def check_complete(self) -> None:
         wanted = {name: self._parts(name) for name in self._weights}

@@ -11,6 +11,7 @@ from torch import Tensor
 from adapters.load_plan import LoadPlan
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.kv_cache import KVCache, bytes_per_block, choose_num_blocks, free_memory_bytes
+from model_worker.engine.load_report import LoadReport
 from model_worker.engine.loader import load_model
 from model_worker.engine.ops.paged_attention import AttentionMetadata
 from model_worker.engine.outputs import TokenLogprobs
@@ -33,6 +34,7 @@ class ModelRunner:
     Attributes:
         num_blocks, block_size: of the KV cache.
         vocab_size: rows of the model's output head.
+        load_report: what loading did with each tensor.
 
     Raises:
         ClientError: the checkpoint or the memory does not allow it.
@@ -42,7 +44,8 @@ class ModelRunner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.device = torch.device(device)
-        self.model = load_model(plan, self.device)
+        self.load_report = LoadReport()
+        self.model = load_model(plan, self.device, self.load_report)
         self.vocab_size = self.model.vocab_size
         # An id past the vocabulary ends nothing: the model cannot produce it.
         stop_token_ids = tuple(token_id for token_id in plan.stop_token_ids if token_id < self.vocab_size)
