@@ -146,6 +146,8 @@ class AsyncLLMEngine:
             loop.call_soon_threadsafe(self._tracker.fail_all, failure)
             if self._on_failure is not None:
                 loop.call_soon_threadsafe(self._on_failure)
+        finally:
+            self._engine.profiler.close()
 
     def _obey_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Carry out what is queued, waiting for it only when there is nothing to compute; False: stop."""
@@ -168,7 +170,8 @@ class AsyncLLMEngine:
 
     def _deliver(self, loop: asyncio.AbstractEventLoop, news: list[tuple[str, RequestOutput | RootgraftError]]) -> None:
         if news:
-            loop.call_soon_threadsafe(self._tracker.deliver, news)
+            with self._engine.profiler.span("deliver", requests=len(news)):
+                loop.call_soon_threadsafe(self._tracker.deliver, news)
 
 
 def _shutting_down() -> InternalError:

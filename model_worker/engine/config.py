@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from registry.errors import InvalidRequestError
 from registry.flags import flag
@@ -43,6 +44,27 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileConfig:
+    """What is recorded of the first steps; see `engine/step_profiler.py`.
+
+    Raises:
+        InvalidRequestError: profile_steps is not positive.
+    """
+
+    profile: Path | None = flag(None, "write a trace for Perfetto into this directory or .json file; default: none")
+    profile_steps: int = flag(100, "steps that the trace holds")
+    profile_detail: str = flag(
+        "spans", "parts of each step, or every operator of torch as well (slow)", choices=("spans", "torch")
+    )
+
+    def __post_init__(self) -> None:
+        if self.profile_steps < 1:
+            raise InvalidRequestError(
+                f"--profile-steps must be at least 1, got {self.profile_steps}.", param="profile_steps"
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """All settings of the engine.
 
@@ -52,6 +74,7 @@ class EngineConfig:
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     num_threads: int | None = flag(None, "threads for tensor work; default: one per core")
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.scheduler import Scheduler
 from model_worker.engine.sequence import Sequence, SequenceGroup
 from model_worker.engine.step import SchedulerOutput, StepResult
+from model_worker.engine.step_profiler import Profiler, make_profiler
 from registry.errors import (
     ContextLengthError,
     InternalError,
@@ -60,6 +61,7 @@ class LLMEngine:
         max_model_len: most tokens of prompt and output; lowered to what the KV cache can hold for one sequence.
         variant_digest: identity of the weights, part of the prefix cache's key.
         clock: seconds, monotonic.
+        profiler: records where the time of the steps goes.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class LLMEngine:
         max_model_len: int,
         variant_digest: str = "",
         clock: Callable[[], float] = time.monotonic,
+        profiler: Profiler | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.profiler = profiler or Profiler()
         self.max_model_len = min(max_model_len, executor.num_blocks * executor.block_size)
         if self.max_model_len < max_model_len:
             logger.warning(
@@ -107,7 +111,8 @@ class LLMEngine:
             ClientError: the checkpoint, the memory or the configuration does not allow it.
         """
         tokenizer = load_tokenizer(plan.tokenizer_path)
-        runner = ModelRunner(plan, config)
+        profiler = make_profiler(config.profile, title=f"model_worker {plan.path.name}")
+        runner = ModelRunner(plan, config, profiler=profiler)
         return cls(
             config,
             runner,
@@ -115,6 +120,7 @@ class LLMEngine:
             stop_token_ids=plan.stop_token_ids,
             max_model_len=plan.max_model_len,
             variant_digest=variant_digest,
+            profiler=profiler,
         )
 
     # ------------------------------------------------------------------------------------------ requests
@@ -168,16 +174,23 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Compute one step and return what each request of it gained."""
-        output = self._scheduler.schedule()
+        with self.profiler.step():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
+        with self.profiler.span("schedule"):
+            output = self._scheduler.schedule()
         if not output.scheduled:
             return []
         try:
-            result = self._executor.execute(output)
+            with self.profiler.span("execute", tokens=output.num_tokens, sequences=len(output.scheduled)):
+                result = self._executor.execute(output)
         except Exception as error:  # whatever a kernel or an allocator throws ends this step's requests, not the server
             logger.exception("A step of %d tokens failed.", output.num_tokens)
             return self._fail_step(output, error)
-        self._scheduler.complete(output)
-        return self._process(output, result)
+        with self.profiler.span("detokenize", tokens=len(result.samples)):
+            self._scheduler.complete(output)
+            return self._process(output, result)
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler

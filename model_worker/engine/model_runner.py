@@ -19,6 +19,7 @@ from model_worker.engine.sampler import Sampler
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput, StepResult
+from model_worker.engine.step_profiler import Profiler
 
 _LOGPROB_ROWS = 64  # prompt rows whose logits are held at once
 
@@ -30,6 +31,7 @@ class ModelRunner:
         plan: what to load.
         config: cache, batch bounds, threads.
         device: where it runs.
+        profiler: records where the time of a step goes.
 
     Attributes:
         num_blocks, block_size: of the KV cache.
@@ -40,7 +42,10 @@ class ModelRunner:
         ClientError: the checkpoint or the memory does not allow it.
     """
 
-    def __init__(self, plan: LoadPlan, config: EngineConfig, *, device: str = "cpu") -> None:
+    def __init__(
+        self, plan: LoadPlan, config: EngineConfig, *, device: str = "cpu", profiler: Profiler | None = None
+    ) -> None:
+        self.profiler = profiler or Profiler()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.device = torch.device(device)
@@ -95,11 +100,26 @@ class ModelRunner:
             start = end
         if not sampled:
             return StepResult((), prompt_logprobs)
-        samples = self._sampler.sample(self._logits(hidden, rows), sampled)
+        with self.profiler.span("logits", rows=len(rows)):
+            logits = self._logits(hidden, rows)
+        with self.profiler.span("sample", rows=len(rows)):
+            samples = self._sampler.sample(logits, sampled)
         return StepResult(tuple(samples), prompt_logprobs)
 
     def _forward(self, scheduled: SequenceOf[ScheduledSequence]) -> Tensor:
         """Run the model once over all scheduled tokens. -> [T, hidden]"""
+        context = self.model.context
+        with self.profiler.span("prepare"):
+            input_ids, metadata, slot_mapping = self._batch(scheduled)
+        context.metadata, context.slot_mapping = metadata, slot_mapping
+        try:
+            with self.profiler.span("forward", rows=len(input_ids)):
+                return self.model(input_ids, metadata.positions)
+        finally:
+            context.metadata = context.slot_mapping = None
+
+    def _batch(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata, Tensor]:
+        """Token ids [T], what attention needs to know of them, and the KV cache slot [T] of each."""
         input_ids, positions, slots = [], [], []
         query_start = [0]
         for item in scheduled:
@@ -108,18 +128,14 @@ class ModelRunner:
             input_ids += item.sequence.token_ids[item.start : end]
             positions.append(np.arange(item.start, end))
             slots.append(self._slots(item.sequence.block_table, positions[-1]))
-        context = self.model.context
-        context.metadata = AttentionMetadata(
+        metadata = AttentionMetadata(
             block_tables=self._block_tables(scheduled),
             query_start=tuple(query_start),
             seq_lens=tuple(item.start + item.num_tokens for item in scheduled),
             positions=torch.from_numpy(np.concatenate(positions)).to(self.device),
         )
-        context.slot_mapping = torch.from_numpy(np.concatenate(slots)).to(self.device)
-        try:
-            return self.model(torch.tensor(input_ids, device=self.device), context.metadata.positions)
-        finally:
-            context.metadata = context.slot_mapping = None
+        slot_mapping = torch.from_numpy(np.concatenate(slots)).to(self.device)
+        return torch.tensor(input_ids, device=self.device), metadata, slot_mapping
 
     def _slots(self, block_table: list[int], positions: np.ndarray) -> np.ndarray:
         """KV cache slots of consecutive positions. -> int64"""
