@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from registry.errors import InvalidRequestError
 from registry.flags import flag
@@ -51,7 +50,7 @@ class ProfileConfig:
         InvalidRequestError: profile_steps is not positive.
     """
 
-    profile: Path | None = flag(None, "write a trace for Perfetto into this directory or .json file; default: none")
+    profile: str | None = flag(None, "directory or .json file for a trace of the steps, for Perfetto; default: none")
     profile_steps: int = flag(100, "steps that the trace holds")
     profile_detail: str = flag(
         "spans", "parts of each step, or every operator of torch as well (slow)", choices=("spans", "torch")

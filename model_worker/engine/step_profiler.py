@@ -66,7 +66,7 @@ def make_profiler(config: ProfileConfig, *, title: str) -> Profiler:
     """
     if config.profile is None:
         return Profiler()
-    destination = config.profile
+    destination = Path(config.profile)
     if destination.is_dir() or destination.suffix != ".json":
         destination = destination / f"profile-{os.getpid()}.json"
     try:
@@ -75,7 +75,8 @@ def make_profiler(config: ProfileConfig, *, title: str) -> Profiler:
             pass
     except OSError as error:
         raise InvalidRequestError(
-            f"--profile {config.profile}: {destination.parent} cannot be written ({error.strerror}); choose another place."
+            f"--profile {config.profile}: {destination.parent} cannot be written ({error.strerror}); choose another "
+            "place."
         ) from error
     kind = TorchProfiler if config.profile_detail == "torch" else SpanProfiler
     return kind(destination, max_steps=config.profile_steps, title=title)

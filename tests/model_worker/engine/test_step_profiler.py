@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _spans_in(events: list[dict[str, Any]], outer: dict[str, Any]) -> list[str]:
 def test_every_part_of_a_step_lies_within_it(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     build_tiny_model("llama").save_pretrained(tmp_path)
-    config = ProfileConfig(tmp_path / "trace.json", profile_steps=3)
+    config = ProfileConfig(str(tmp_path / "trace.json"), profile_steps=3)
     profiler = make_profiler(config, title="worker tiny")
     engine_config = EngineConfig(CacheConfig(num_blocks=8), SchedulerConfig(max_num_batched_tokens=16))
     runner = ModelRunner(make_tiny_plan(tmp_path), engine_config, profiler=profiler)
@@ -68,7 +69,7 @@ def test_every_part_of_a_step_lies_within_it(tmp_path: Path) -> None:
 
 def test_a_full_trace_is_written_while_the_engine_goes_on_and_never_again(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
-    profiler = make_profiler(ProfileConfig(path, profile_steps=2), title="t")
+    profiler = make_profiler(ProfileConfig(str(path), profile_steps=2), title="t")
     engine = _engine(profiler)
     _run(engine, 2)
     content = path.read_bytes()
@@ -78,14 +79,8 @@ def test_a_full_trace_is_written_while_the_engine_goes_on_and_never_again(tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-async def test_a_drain_writes_what_there_is_and_names_the_engines_thread(tmp_path: Path) -> None:
-    profiler = make_profiler(ProfileConfig(tmp_path), title="t")
-    engine = AsyncLLMEngine(_engine(profiler))
-    await engine.start()
-    async for _ in engine.generate("r", [1, 2], SamplingParams(max_tokens=4)):
-        pass
-    assert list(tmp_path.iterdir()) == []
-    await engine.stop()
+def test_a_drain_writes_what_there_is_and_names_the_engines_thread(tmp_path: Path) -> None:
+    asyncio.run(_serve_one_request(make_profiler(ProfileConfig(str(tmp_path)), title="t")))
     (path,) = tmp_path.iterdir()
     assert path.name.startswith("profile-")
     names = [event["name"] for event in _events(path)]
@@ -93,23 +88,31 @@ async def test_a_drain_writes_what_there_is_and_names_the_engines_thread(tmp_pat
     assert "engine" in [event["args"]["name"] for event in _events(path, "M")]
 
 
+async def _serve_one_request(profiler: Profiler) -> None:
+    engine = AsyncLLMEngine(_engine(profiler))
+    await engine.start()
+    async for _ in engine.generate("r", [1, 2], SamplingParams(max_tokens=4)):
+        pass
+    await engine.stop()
+
+
 def test_the_detail_of_torch_shows_its_operators_and_our_spans(tmp_path: Path) -> None:
-    profiler = make_profiler(ProfileConfig(tmp_path / "t.json", 2, "torch"), title="t")
+    profiler = make_profiler(ProfileConfig(str(tmp_path / "t.json"), 2, "torch"), title="t")
     _run(_engine(profiler, FakeExecutor(vocab_size=128, before_step=lambda output: torch.ones(3).add_(1))), 2)
     names = {event.get("name") for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]}
     assert {"step", "schedule", "execute", "aten::add_"} <= names
 
 
 def test_nothing_is_written_without_a_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    make_profiler(ProfileConfig(tmp_path / "t.json"), title="t").close()
+    make_profiler(ProfileConfig(str(tmp_path / "t.json")), title="t").close()
     assert list(tmp_path.iterdir()) == []
     assert "No step" in caplog.text
 
 
 def test_a_disk_that_fails_does_not_end_the_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "gone"
-    profiler = make_profiler(ProfileConfig(folder / "t.json", profile_steps=1), title="t")
-    (folder).rmdir()
+    profiler = make_profiler(ProfileConfig(str(folder / "t.json"), profile_steps=1), title="t")
+    folder.rmdir()
     folder.write_text("a file where the directory was")
     _run(_engine(profiler), 3)
     assert "not written" in caplog.text
@@ -118,7 +121,7 @@ def test_a_disk_that_fails_does_not_end_the_engine(tmp_path: Path, caplog: pytes
 def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidRequestError, match="--profile"):
-        make_profiler(ProfileConfig(tmp_path / "file" / "t.json"), title="t")
+        make_profiler(ProfileConfig(str(tmp_path / "file" / "t.json")), title="t")
 
 
 def test_without_the_flag_nothing_is_recorded() -> None:
