@@ -15,8 +15,9 @@ an old name can therefore never serve stale blocks. Source of the idea: vLLM's a
 from __future__ import annotations
 
 import hashlib
-from array import array
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections import OrderedDict
+from collections.abc import Iterable
+from struct import Struct
 
 from model_worker.engine.sequence import Sequence
 
@@ -36,10 +37,12 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self._pack = Struct(f"{block_size}i").pack
         self._ref_count = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        self._free: dict[int, None] = dict.fromkeys(range(num_blocks))  # an ordered set
+        # An ordered set. Not a plain dict: finding its first key takes a walk over all that were deleted before it.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
 
     @property
     def num_free_blocks(self) -> int:
@@ -82,9 +85,11 @@ class BlockManager:
         written next is shared with a fork, else none. Returns None, with nothing changed, when blocks are lacking.
         """
         table = sequence.block_table
-        num_new = self.num_blocks_for(sequence.num_tokens) - len(table)
+        num_new = -(-len(sequence.token_ids) // self.block_size) - len(table)
         first_written = sequence.num_computed_tokens // self.block_size
         copy = first_written < len(table) and self._ref_count[table[first_written]] > 1
+        if num_new == 0 and not copy:
+            return []
         if num_new + copy > len(self._free):
             return None
         copies = []
@@ -110,16 +115,16 @@ class BlockManager:
 
     def enter_computed(self, sequence: Sequence) -> None:
         """Make the full blocks that have been computed since the last call findable by their content."""
-        if not self.enable_prefix_caching:
-            return
         num_full = sequence.num_computed_tokens // self.block_size
+        if num_full <= sequence.num_entered_blocks or not self.enable_prefix_caching:
+            return
         self._extend_hashes(sequence, num_full)
         for i in range(sequence.num_entered_blocks, num_full):
             block, name = sequence.block_table[i], sequence.block_hashes[i]
             if name not in self._block_of:  # else another block with the same content is known already
                 self._block_of[name] = block
                 self._hash_of[block] = name
-        sequence.num_entered_blocks = max(sequence.num_entered_blocks, num_full)
+        sequence.num_entered_blocks = num_full
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from a sequence. Its last blocks are reused first: prefixes are worth more than tails."""
@@ -159,8 +164,7 @@ class BlockManager:
     # ------------------------------------------------------------------------------------------ internal
 
     def _take_free(self) -> int:
-        block = next(iter(self._free))
-        del self._free[block]
+        block, _ = self._free.popitem(last=False)
         self._forget_name(block)
         self._ref_count[block] = 1
         return block
@@ -172,11 +176,10 @@ class BlockManager:
             self._hash_of[block] = None
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
-        num_candidates = (sequence.num_tokens - 1) // self.block_size
-        self._extend_hashes(sequence, num_candidates)
-        found = []
-        for name in sequence.block_hashes[:num_candidates]:
-            block = self._block_of.get(name)
+        found: list[int] = []
+        for i in range((sequence.num_tokens - 1) // self.block_size):
+            self._extend_hashes(sequence, i + 1)  # no further than blocks are found
+            block = self._block_of.get(sequence.block_hashes[i])
             if block is None:
                 break
             found.append(block)
@@ -187,8 +190,5 @@ class BlockManager:
         while len(hashes) < num_blocks:
             start = len(hashes) * self.block_size
             parent = hashes[-1] if hashes else hashlib.sha256(sequence.variant_digest.encode()).digest()
-            hashes.append(_chain(parent, sequence.token_ids[start : start + self.block_size]))
-
-
-def _chain(parent: bytes, token_ids: SequenceOf[int]) -> bytes:
-    return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+            token_ids = sequence.token_ids[start : start + self.block_size]
+            hashes.append(hashlib.sha256(parent + self._pack(*token_ids)).digest())

@@ -16,12 +16,11 @@ cache alone, every accepted sequence finishes.
 
 from __future__ import annotations
 
-from collections import deque
-
 from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import SchedulerConfig
 from model_worker.engine.outputs import FinishReason
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
+from model_worker.engine.sequence_queue import SequenceQueue
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
 from registry.errors import InvalidRequestError, RateLimitError
 
@@ -43,8 +42,9 @@ class Scheduler:
         self.config = config
         self.block_manager = block_manager
         self.groups: dict[str, SequenceGroup] = {}
-        self.waiting: deque[Sequence] = deque()  # in order of seq_id
-        self.running: list[Sequence] = []  # in order of seq_id
+        self.waiting = SequenceQueue()
+        self.running = SequenceQueue()
+        self._num_used_slots = 0  # of max_num_seqs, by running sequences
         self.num_preemptions = 0
         self.num_prefix_queried_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -73,7 +73,7 @@ class Scheduler:
                 retry_after_s=1.0,
             )
         self.groups[group.request_id] = group
-        self.waiting.append(group.sequences[0])
+        self.waiting.add(group.sequences[0])
 
     def abort(self, request_id: str) -> SequenceGroup | None:
         """Forget a request and release all that it holds; None when it is not (or no longer) here."""
@@ -100,22 +100,22 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Choose the work of the next step; empty when there is none."""
         step = _Step(self.config.max_num_batched_tokens)
-        for sequence in list(self.running):
+        for sequence in self.running.snapshot():
             self._continue(sequence, step)
         if not step.preempted:
             self._admit(step)
-        assert step.chunks or not self.running
-        return SchedulerOutput(
-            scheduled=tuple(self._with_samples(*item) for item in step.chunks.items()),
-            block_copies=tuple(copy for copies in step.copies.values() for copy in copies),
-        )
+        assert step.scheduled or not self.running
+        return SchedulerOutput(tuple(step.scheduled), tuple(step.block_copies))
 
     def complete(self, output: SchedulerOutput) -> None:
         """Account for an executed step, before its samples are appended."""
-        for item in output.scheduled:
-            for sequence in {item.sequence, *item.sampled}:
-                sequence.num_computed_tokens = item.start + item.num_tokens
-                self.block_manager.enter_computed(sequence)
+        enter_computed = self.block_manager.enter_computed
+        for sequence, start, num_tokens, sampled in output.scheduled:
+            sequence.num_computed_tokens = start + num_tokens
+            enter_computed(sequence)
+            for sibling in sampled[1:]:
+                sibling.num_computed_tokens = start + num_tokens
+                enter_computed(sibling)
 
     def check_integrity(self) -> None:
         """Recount blocks and queues.
@@ -124,8 +124,9 @@ class Scheduler:
             AssertionError: something leaked or is held twice.
         """
         self.block_manager.check_integrity(self.running)
-        assert [s.seq_id for s in self.running] == sorted(s.seq_id for s in self.running)
-        assert [s.seq_id for s in self.waiting] == sorted(s.seq_id for s in self.waiting)
+        for queue in (self.running, self.waiting):
+            assert [s.rank for s in queue] == sorted(s.rank for s in queue)
+        assert self._num_used_slots == sum(self._num_slots(s) for s in self.running)
         live = {s for g in self.groups.values() for s in (g.sequences if g.forked else g.sequences[:1])}
         assert {s for s in live if not s.finished} == {*self.running, *self.waiting}
         assert all(not s.block_table and s.num_computed_tokens == 0 for s in self.waiting)
@@ -137,31 +138,34 @@ class Scheduler:
         if sequence.status is not SequenceStatus.RUNNING or step.budget == 0:
             return
         while (copies := self.block_manager.grow(sequence)) is None:
-            victim = self.running[-1]
-            self._preempt(victim, step)
+            victim = self.running.last  # not scheduled yet: the walk is in the order of the queue
+            self._preempt(victim)
+            step.preempted = True
             if victim is sequence:
                 return
-        step.add(sequence, copies)
+        if copies:
+            step.block_copies += copies
+        self._schedule_tokens(sequence, step)
 
     def _admit(self, step: _Step) -> None:
-        num_slots = self.config.max_num_seqs - sum(self._num_slots(s) for s in self.running)
         while self.waiting and step.budget > 0:
-            sequence = self.waiting[0]
+            sequence = self.waiting.first
+            num_slots = self._num_slots(sequence)
             # A block for each running sequence stays free, so that admission does not cause the next preemption.
             cacheable = sequence.sampling.prompt_logprobs is None
-            if self._num_slots(sequence) > num_slots or not self.block_manager.admit(
+            if self._num_used_slots + num_slots > self.config.max_num_seqs or not self.block_manager.admit(
                 sequence, reserve=len(self.running), use_prefix_cache=cacheable
             ):
                 return
-            num_slots -= self._num_slots(sequence)
-            self.waiting.popleft()
+            self._num_used_slots += num_slots
+            self.waiting.remove(sequence)
             sequence.status = SequenceStatus.RUNNING
-            self.running.append(sequence)
+            self.running.add(sequence)
             if cacheable and not sequence.preempted:  # else it would find the blocks that it computed itself
                 self.num_prefix_queried_tokens += sequence.num_tokens
                 self.num_prefix_hit_tokens += sequence.num_computed_tokens
                 sequence.num_cached_tokens = sequence.num_computed_tokens
-            step.add(sequence, [])
+            self._schedule_tokens(sequence, step)
 
     def _num_slots(self, sequence: Sequence) -> int:
         """Sequences that this one stands for: an unforked prompt keeps room for all choices of its request."""
@@ -169,58 +173,57 @@ class Scheduler:
         assert group is not None
         return 1 if group.forked else len(group.sequences)
 
-    def _preempt(self, sequence: Sequence, step: _Step) -> None:
-        step.remove(sequence)
-        self.block_manager.release(sequence)
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave_running(sequence)
         sequence.status = SequenceStatus.WAITING
         sequence.preempted = True
-        self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.add(sequence)
         self.num_preemptions += 1
 
-    def _with_samples(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    def _schedule_tokens(self, sequence: Sequence, step: _Step) -> None:
         start = sequence.num_computed_tokens
+        num_left = len(sequence.token_ids) - start
+        num_tokens = min(num_left, step.budget)
+        step.budget -= num_tokens
+        sampled = self._sampled(sequence) if num_tokens == num_left else ()
+        step.scheduled.append(ScheduledSequence(sequence, start, num_tokens, sampled))
+
+    def _sampled(self, sequence: Sequence) -> tuple[Sequence, ...]:
+        """Who samples when all tokens of a sequence are computed; makes the other choices of a prompt."""
         group = sequence.group
         assert group is not None
-        if start + num_tokens < sequence.num_tokens:
-            return ScheduledSequence(sequence, start, num_tokens)
-        sampled = [sequence]
-        if not group.forked:
-            group.forked = True
-            position = self.running.index(sequence) + 1
-            for sibling in group.sequences[1:]:
-                self.block_manager.fork(sequence, sibling)
-                sibling.num_cached_tokens = sequence.num_cached_tokens
-                sibling.status = SequenceStatus.RUNNING
-                sampled.append(sibling)
-            self.running[position:position] = group.sequences[1:]
-        return ScheduledSequence(sequence, start, num_tokens, tuple(sampled))
+        if group.forked:
+            return (sequence,)
+        group.forked = True
+        for sibling in group.sequences[1:]:
+            self.block_manager.fork(sequence, sibling)
+            sibling.num_cached_tokens = sequence.num_cached_tokens
+            sibling.status = SequenceStatus.RUNNING
+            self.running.add(sibling)
+        return tuple(group.sequences)
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        self._num_used_slots -= self._num_slots(sequence)
+        self.running.remove(sequence)
+        self.block_manager.release(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
+        group = sequence.group
+        assert group is not None
         if sequence.status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
-            self.block_manager.release(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+            self._leave_running(sequence)
+        elif sequence.status is SequenceStatus.WAITING and (group.forked or sequence is group.sequences[0]):
+            self.waiting.remove(sequence)  # the other choices of a prompt are not queued before it is forked
         sequence.status = SequenceStatus.FINISHED
 
 
 class _Step:
-    """A step while it is being put together: what each sequence computes, and the block copies it needs first."""
+    """A step while it is being put together."""
+
+    __slots__ = ("block_copies", "budget", "preempted", "scheduled")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self.chunks: dict[Sequence, int] = {}
-        self.copies: dict[Sequence, list[tuple[int, int]]] = {}
+        self.scheduled: list[ScheduledSequence] = []
+        self.block_copies: list[tuple[int, int]] = []
         self.preempted = False
-
-    def add(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
-        num_tokens = min(sequence.num_tokens - sequence.num_computed_tokens, self.budget)
-        self.chunks[sequence] = num_tokens
-        self.copies[sequence] = copies
-        self.budget -= num_tokens
-
-    def remove(self, sequence: Sequence) -> None:
-        self.preempted = True
-        self.budget += self.chunks.pop(sequence, 0)
-        self.copies.pop(sequence, None)

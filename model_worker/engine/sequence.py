@@ -29,6 +29,7 @@ class Sequence:
     Attributes:
         seq_id: unique in the engine's life; also the order of arrival.
         index: number of the choice in its request.
+        rank: place in the order of service.
         variant_digest: identity of the weights that compute it; part of the prefix cache's key.
         seed: of the sequence's own random stream; the draw for position p depends on (seed, p) only.
         block_table: physical block numbers, one per block_size tokens.
@@ -49,6 +50,7 @@ class Sequence:
         "output_counts",
         "preempted",
         "prompt_unique_ids",
+        "rank",
         "sampling",
         "seed",
         "seq_id",
@@ -70,6 +72,7 @@ class Sequence:
     ) -> None:
         self.seq_id = seq_id
         self.index = index
+        self.rank = seq_id
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling = sampling
@@ -121,16 +124,17 @@ class SequenceGroup:
     """One request: `sampling.n` sequences over one prompt.
 
     The prompt is computed once, by `sequences[0]`; when it is complete the others are forked from it and share its
-    blocks (see Scheduler).
+    blocks (see Scheduler). `forked` says that all sequences exist on their own, which a single one does from the start.
     """
 
     request_id: str
     sequences: list[Sequence]
     sampling: SamplingParams
     arrival_s: float
-    forked: bool = field(default=False)
+    forked: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.forked = len(self.sequences) == 1
         for sequence in self.sequences:
             sequence.group = self
 
