@@ -65,7 +65,10 @@ class Bench:
     def __init__(self, size: Size) -> None:
         self.size = size
         num_blocks = size.num_seqs * (-(-(size.num_tokens + size.num_steps) // size.block_size) + 2)
-        config = SchedulerConfig(max_num_seqs=size.num_seqs, max_num_batched_tokens=size.num_seqs + size.num_tokens)
+        budget = size.num_seqs + size.num_tokens + size.block_size  # a whole prompt in one step
+        config = SchedulerConfig(
+            max_num_seqs=size.num_seqs, max_num_batched_tokens=budget, max_mixed_prefill_tokens=budget
+        )
         self.scheduler = Scheduler(config, BlockManager(num_blocks, size.block_size))
         self._random = random.Random(0)
         self._shared = self._random.choices(range(_VOCAB_SIZE), k=size.num_tokens // 2)

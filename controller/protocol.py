@@ -138,6 +138,7 @@ class Sampling(Message):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    priority: int = 0
 
 
 class GenerateRequest(Message):

@@ -19,6 +19,7 @@ from registry.errors import InvalidRequestError
 MAX_N = 16
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_PRIORITY = 1000
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
 MAX_INT = 2**31 - 1
@@ -71,6 +72,12 @@ class GenerationRequest(RequestModel):
     ignore_eos: bool = False
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     skip_special_tokens: bool = True
+    priority: int = Field(
+        default=0,
+        ge=-MAX_PRIORITY,
+        le=MAX_PRIORITY,
+        description="Requests with a lower number are served earlier by the model worker; strictly so.",
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -122,6 +129,7 @@ class GenerationRequest(RequestModel):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             skip_special_tokens=self.skip_special_tokens,
+            priority=self.priority,
         )
 
 

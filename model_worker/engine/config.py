@@ -39,6 +39,7 @@ class CacheConfig:
 class SchedulerConfig:
     max_num_seqs: int = flag(64, "most sequences in one step")
     max_num_batched_tokens: int = flag(512, "most tokens computed in one step; longer prompts are computed in chunks")
+    max_mixed_prefill_tokens: int = flag(128, "most tokens of prompts in a step in which other sequences stream")
     max_num_waiting: int = flag(1024, "requests that may wait; more are refused with 429")
 
 

@@ -93,7 +93,7 @@ class LLMEngine:
         self._block_manager = BlockManager(
             executor.num_blocks, executor.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
         )
-        self._scheduler = Scheduler(config.scheduler, self._block_manager)
+        self._scheduler = Scheduler(config.scheduler, self._block_manager, clock=clock)
         self._states: dict[str, _RequestState] = {}
         self._next_seq_id = 0
         self._random = random.Random()

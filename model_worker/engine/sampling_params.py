@@ -11,6 +11,7 @@ from registry.errors import InvalidRequestError
 MAX_N = 16
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 32
+MAX_PRIORITY = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class SamplingParams:
         logprobs: for each token, the logprobs of it and of this many most probable; None: none.
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
+        priority: of the request; a lower number is served earlier, and preempted later. It is strict: while requests of
+            a lower number leave no room, those of a higher one wait.
 
     Raises:
         InvalidRequestError: a value outside its range, naming the field.
@@ -64,6 +67,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    priority: int = 0
 
     def __post_init__(self) -> None:
         _require(1 <= self.n <= MAX_N, "n", f"must be between 1 and {MAX_N}", self.n)
@@ -94,6 +98,12 @@ class SamplingParams:
         _require(self.min_tokens >= 0, "min_tokens", "must not be negative", self.min_tokens)
         if self.max_tokens is not None:
             _require(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens", self.min_tokens)
+        _require(
+            -MAX_PRIORITY <= self.priority <= MAX_PRIORITY,
+            "priority",
+            f"must be between -{MAX_PRIORITY} and {MAX_PRIORITY}",
+            self.priority,
+        )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"must be between 0 and {MAX_LOGPROBS}", value)

@@ -1,26 +1,39 @@
 """Which tokens are computed in the next step. Pure Python; no torch.
 
-Continuous batching with chunked prefill (Orca, OSDI'22; Sarathi-Serve, arXiv 2403.02310). Every step has a budget of
-`max_num_batched_tokens`, spent in this order:
+Continuous batching with chunked prefill (Orca, OSDI'22; Sarathi-Serve, arXiv 2403.02310). Sequences are served in the
+order of (priority, arrival). Every step has a budget of `max_num_batched_tokens`, spent in this order:
 
-    1. running sequences   oldest first: a decoding one takes one token, a prompt under way as large a chunk as is left;
-                           the latter is always the youngest, so it never holds up one that decodes
-    2. waiting sequences   first come, first served; admitted with blocks for all their tokens, so that a prompt under
-                           way never lacks blocks half-way
+    1. decoding sequences   one token each; there is always room for all of them
+    2. prompts              in chunks; beside decoding sequences no more than `max_mixed_prefill_tokens` in all, so that
+                            a long prompt does not hold up those that stream
 
-When a decoding sequence needs a block and none is free, the youngest running sequence is preempted: it loses its
-blocks, waits at the head of the queue, and is computed again from its tokens (whose full blocks the prefix cache may
-still hold). Because the oldest is never preempted while others run, and a sequence is accepted only when it fits the
-cache alone, every accepted sequence finishes.
+    the prompts' budget     [ first half            | second half                                        ]
+                            the first one in order    the one with the fewest tokens left, then the next
+
+So a short prompt passes a long one, and the long one still advances in every step. A waiting prompt is admitted when
+tokens of this budget fall to it, with blocks for all its tokens, so that a prompt under way never lacks blocks
+half-way. It may pass others that wait only while there would still be room for the first of them: nobody waits for
+ever.
+
+When a decoding sequence needs a block and none is free, the last running sequence in order is preempted: it loses its
+blocks, waits in its old place, and is computed again from its tokens (whose full blocks the prefix cache may still
+hold). Because the first in order is never preempted while others run, and a sequence is accepted only when it fits the
+cache alone, every accepted sequence finishes, unless requests of a better priority never end.
 """
 
 from __future__ import annotations
 
+import time
+from bisect import insort
+from collections.abc import Callable
+from itertools import islice, takewhile
+
 from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import SchedulerConfig
 from model_worker.engine.outputs import FinishReason
+from model_worker.engine.queue_pace import QueuePace
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
-from model_worker.engine.sequence_queue import SequenceQueue
+from model_worker.engine.sequence_queue import SequenceQueue, rank
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
 from registry.errors import InvalidRequestError, RateLimitError
 
@@ -32,12 +45,19 @@ class Scheduler:
         InvalidRequestError: the configuration cannot work.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+    def __init__(
+        self, config: SchedulerConfig, block_manager: BlockManager, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         if not 1 <= config.max_num_seqs <= config.max_num_batched_tokens:
             raise InvalidRequestError(
                 f"--max-num-seqs ({config.max_num_seqs}) must be at least 1 and at most --max-num-batched-tokens "
                 f"({config.max_num_batched_tokens}), because every running sequence takes a token of each step.",
                 param="max_num_seqs",
+            )
+        if config.max_mixed_prefill_tokens < 1:
+            raise InvalidRequestError(
+                f"--max-mixed-prefill-tokens must be at least 1, got {config.max_mixed_prefill_tokens}.",
+                param="max_mixed_prefill_tokens",
             )
         self.config = config
         self.block_manager = block_manager
@@ -45,6 +65,7 @@ class Scheduler:
         self.waiting = SequenceQueue()
         self.running = SequenceQueue()
         self._num_used_slots = 0  # of max_num_seqs, by running sequences
+        self._pace = QueuePace(clock)
         self.num_preemptions = 0
         self.num_prefix_queried_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -70,8 +91,10 @@ class Scheduler:
         if len(self.waiting) >= self.config.max_num_waiting:
             raise RateLimitError(
                 f"{len(self.waiting)} requests are waiting already, which is this server's limit; try again later.",
-                retry_after_s=1.0,
+                retry_after_s=self._pace.refuse(),
             )
+        if not self.waiting:
+            self._pace.queue_begins()
         self.groups[group.request_id] = group
         self.waiting.add(group.sequences[0])
 
@@ -99,11 +122,9 @@ class Scheduler:
 
     def schedule(self) -> SchedulerOutput:
         """Choose the work of the next step; empty when there is none."""
-        step = _Step(self.config.max_num_batched_tokens)
-        for sequence in self.running.snapshot():
-            self._continue(sequence, step)
-        if not step.preempted:
-            self._admit(step)
+        step = _Step()
+        prompts = self._schedule_decodes(step)
+        self._schedule_prompts(prompts, step)
         assert step.scheduled or not self.running
         return SchedulerOutput(tuple(step.scheduled), tuple(step.block_copies))
 
@@ -133,39 +154,85 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ internal
 
-    def _continue(self, sequence: Sequence, step: _Step) -> None:
-        """Schedule a running sequence, preempting younger ones, or at last itself, when blocks are lacking."""
-        if sequence.status is not SequenceStatus.RUNNING or step.budget == 0:
-            return
-        while (copies := self.block_manager.grow(sequence)) is None:
-            victim = self.running.last  # not scheduled yet: the walk is in the order of the queue
-            self._preempt(victim)
-            step.preempted = True
-            if victim is sequence:
-                return
-        if copies:
-            step.block_copies += copies
-        self._schedule_tokens(sequence, step)
+    def _schedule_decodes(self, step: _Step) -> list[Sequence]:
+        """Schedule the running sequences that have one token left to compute; returns the others, in order."""
+        prompts: list[Sequence] = []
+        for sequence in self.running.snapshot():
+            if sequence.status is not SequenceStatus.RUNNING:  # preempted in this step
+                continue
+            start = sequence.num_computed_tokens
+            if len(sequence.token_ids) - start > 1:
+                prompts.append(sequence)
+                continue
+            while (copies := self.block_manager.grow(sequence)) is None:
+                victim = self.running.last  # not scheduled yet: the walk is in the order of the queue
+                self._preempt(victim)
+                step.preempted = True
+                if victim is sequence:
+                    break
+            else:
+                if copies:
+                    step.block_copies += copies
+                step.scheduled.append(ScheduledSequence(sequence, start, 1, self._sampled(sequence)))
+        return prompts
 
-    def _admit(self, step: _Step) -> None:
-        while self.waiting and step.budget > 0:
-            sequence = self.waiting.first
-            num_slots = self._num_slots(sequence)
-            # A block for each running sequence stays free, so that admission does not cause the next preemption.
-            cacheable = sequence.sampling.prompt_logprobs is None
-            if self._num_used_slots + num_slots > self.config.max_num_seqs or not self.block_manager.admit(
-                sequence, reserve=len(self.running), use_prefix_cache=cacheable
-            ):
-                return
-            self._num_used_slots += num_slots
-            self.waiting.remove(sequence)
-            sequence.status = SequenceStatus.RUNNING
-            self.running.add(sequence)
-            if cacheable and not sequence.preempted:  # else it would find the blocks that it computed itself
-                self.num_prefix_queried_tokens += sequence.num_tokens
-                self.num_prefix_hit_tokens += sequence.num_computed_tokens
-                sequence.num_cached_tokens = sequence.num_computed_tokens
-            self._schedule_tokens(sequence, step)
+    def _schedule_prompts(self, prompts: list[Sequence], step: _Step) -> None:
+        """Share what is left of the step's budget among the prompts under way, in order, and those that wait."""
+        budget = self.config.max_num_batched_tokens - len(step.scheduled)
+        if step.scheduled:
+            budget = min(budget, self.config.max_mixed_prefill_tokens)
+        share = _PromptShare(budget)
+        may_admit = not step.preempted
+        if may_admit and self.waiting and budget and not (prompts and prompts[0].rank < self.waiting.first.rank):
+            may_admit = self._admit(self.waiting.first, prompts)
+        if prompts:
+            share.give(prompts[0], -(-budget // 2))
+        while share.budget:
+            shortest = min((p for p in prompts if share.num_left(p)), key=share.urgency, default=None)
+            newcomer = self._shortest_waiting() if may_admit and self.waiting else None
+            if newcomer is not None and (shortest is None or share.urgency(newcomer) < share.urgency(shortest)):
+                may_admit = self._admit(newcomer, prompts) or (
+                    newcomer is not self.waiting.first and self._admit(self.waiting.first, prompts)
+                )
+            elif shortest is not None:
+                share.give(shortest, share.budget)
+            else:
+                break
+        for sequence, num_tokens in share.chunks.items():
+            start = sequence.num_computed_tokens
+            sampled = self._sampled(sequence) if start + num_tokens == sequence.num_tokens else ()
+            step.scheduled.append(ScheduledSequence(sequence, start, num_tokens, sampled))
+
+    def _shortest_waiting(self) -> Sequence:
+        """Of those of the best priority that wait; the oldest of them where several are equally short."""
+        first = self.waiting.first
+        best = takewhile(lambda s: s.priority == first.priority, islice(self.waiting, self.config.max_num_seqs))
+        return min(best, key=lambda s: s.num_tokens)
+
+    def _admit(self, sequence: Sequence, prompts: list[Sequence]) -> bool:
+        """Let a waiting sequence run, if there is room for it and for the first one that waits."""
+        num_slots = num_slots_wanted = self._num_slots(sequence)
+        # A block for each running sequence stays free, so that admission does not cause the next preemption.
+        reserve = len(self.running)
+        if sequence is not self.waiting.first:
+            num_slots_wanted += self._num_slots(self.waiting.first)
+            reserve += self.block_manager.num_blocks_for(self.waiting.first.num_tokens) + 1
+        cacheable = sequence.sampling.prompt_logprobs is None
+        if self._num_used_slots + num_slots_wanted > self.config.max_num_seqs or not self.block_manager.admit(
+            sequence, reserve=reserve, use_prefix_cache=cacheable
+        ):
+            return False
+        self._num_used_slots += num_slots
+        self.waiting.remove(sequence)
+        self._pace.one_starts()
+        sequence.status = SequenceStatus.RUNNING
+        self.running.add(sequence)
+        insort(prompts, sequence, key=rank)
+        if cacheable and not sequence.preempted:  # else it would find the blocks that it computed itself
+            self.num_prefix_queried_tokens += sequence.num_tokens
+            self.num_prefix_hit_tokens += sequence.num_computed_tokens
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        return True
 
     def _num_slots(self, sequence: Sequence) -> int:
         """Sequences that this one stands for: an unforked prompt keeps room for all choices of its request."""
@@ -179,14 +246,6 @@ class Scheduler:
         sequence.preempted = True
         self.waiting.add(sequence)
         self.num_preemptions += 1
-
-    def _schedule_tokens(self, sequence: Sequence, step: _Step) -> None:
-        start = sequence.num_computed_tokens
-        num_left = len(sequence.token_ids) - start
-        num_tokens = min(num_left, step.budget)
-        step.budget -= num_tokens
-        sampled = self._sampled(sequence) if num_tokens == num_left else ()
-        step.scheduled.append(ScheduledSequence(sequence, start, num_tokens, sampled))
 
     def _sampled(self, sequence: Sequence) -> tuple[Sequence, ...]:
         """Who samples when all tokens of a sequence are computed; makes the other choices of a prompt."""
@@ -220,10 +279,29 @@ class Scheduler:
 class _Step:
     """A step while it is being put together."""
 
-    __slots__ = ("block_copies", "budget", "preempted", "scheduled")
+    __slots__ = ("block_copies", "preempted", "scheduled")
 
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
+    def __init__(self) -> None:
         self.scheduled: list[ScheduledSequence] = []
         self.block_copies: list[tuple[int, int]] = []
         self.preempted = False
+
+
+class _PromptShare:
+    """How the tokens for prompts in one step are divided among them."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: dict[Sequence, int] = {}
+
+    def num_left(self, prompt: Sequence) -> int:
+        """Tokens of it that this step does not compute yet."""
+        return prompt.num_tokens - prompt.num_computed_tokens - self.chunks.get(prompt, 0)
+
+    def urgency(self, prompt: Sequence) -> tuple[int, int]:
+        return prompt.priority, self.num_left(prompt)
+
+    def give(self, prompt: Sequence, most: int) -> None:
+        num_tokens = min(self.num_left(prompt), most)
+        self.chunks[prompt] = self.chunks.get(prompt, 0) + num_tokens
+        self.budget -= num_tokens

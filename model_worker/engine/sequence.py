@@ -29,7 +29,7 @@ class Sequence:
     Attributes:
         seq_id: unique in the engine's life; also the order of arrival.
         index: number of the choice in its request.
-        rank: place in the order of service.
+        rank: place in the order of service: (priority, seq_id).
         variant_digest: identity of the weights that compute it; part of the prefix cache's key.
         seed: of the sequence's own random stream; the draw for position p depends on (seed, p) only.
         block_table: physical block numbers, one per block_size tokens.
@@ -49,6 +49,7 @@ class Sequence:
         "num_prompt_tokens",
         "output_counts",
         "preempted",
+        "priority",
         "prompt_unique_ids",
         "rank",
         "sampling",
@@ -72,7 +73,8 @@ class Sequence:
     ) -> None:
         self.seq_id = seq_id
         self.index = index
-        self.rank = seq_id
+        self.priority = sampling.priority
+        self.rank = (sampling.priority, seq_id)
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling = sampling

@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from model_worker.engine.sequence import Sequence
 
-_rank = attrgetter("rank")
+rank = attrgetter("rank")
 
 
 class SequenceQueue:
@@ -28,10 +28,10 @@ class SequenceQueue:
         return self._sequences[-1]
 
     def add(self, sequence: Sequence) -> None:
-        insort(self._sequences, sequence, key=_rank)
+        insort(self._sequences, sequence, key=rank)
 
     def remove(self, sequence: Sequence) -> None:
-        position = bisect_left(self._sequences, sequence.rank, key=_rank)
+        position = bisect_left(self._sequences, sequence.rank, key=rank)
         assert self._sequences[position] is sequence
         del self._sequences[position]
 

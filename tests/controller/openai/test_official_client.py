@@ -64,10 +64,14 @@ async def test_completions(client: AsyncOpenAI) -> None:
 
 async def test_our_own_sampling_fields(client: AsyncOpenAI, gateway: FakeGateway) -> None:
     await client.chat.completions.create(
-        model=MODEL, messages=MESSAGES, logit_bias={"5": 10}, extra_body={"top_k": 5, "min_p": 0.1, "ignore_eos": True}
+        model=MODEL,
+        messages=MESSAGES,
+        logit_bias={"5": 10},
+        extra_body={"top_k": 5, "min_p": 0.1, "ignore_eos": True, "priority": -1},
     )
     sampling = gateway.requests[0].sampling
     assert (sampling.top_k, sampling.min_p, sampling.ignore_eos, sampling.logit_bias) == (5, 0.1, True, {5: 10.0})
+    assert sampling.priority == -1
 
 
 async def test_models(client: AsyncOpenAI) -> None:

@@ -59,6 +59,7 @@ sampling_fields = st.fixed_dictionaries(
         "max_tokens": st.integers(1, 2**31 - 1),
         "prompt_logprobs": st.integers(0, 20),
         "logprobs": st.integers(0, 20),
+        "priority": st.integers(-1000, 1000),
         "echo": st.booleans(),
     },
 )

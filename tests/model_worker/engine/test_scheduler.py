@@ -11,6 +11,7 @@ from model_worker.engine.scheduler import Scheduler
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from model_worker.engine.step import SchedulerOutput
 from registry.errors import InvalidRequestError, RateLimitError
+from tests.fakes.fake_clock import FakeClock
 from tests.fakes.fake_executor import FakeExecutor, next_token
 
 VOCAB = 256
@@ -22,12 +23,15 @@ class Harness:
     def __init__(self, *, num_blocks: int = 64, block_size: int = 4, caching: bool = True, **config: int) -> None:
         settings_ = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_num_waiting": 100, **config}
         self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
-        self.scheduler = Scheduler(SchedulerConfig(**settings_), self.manager)
+        self.clock = FakeClock()
+        self.scheduler = Scheduler(SchedulerConfig(**settings_), self.manager, clock=self.clock)
         self.executor = FakeExecutor(num_blocks, block_size, VOCAB)
         self.next_id = 0
 
-    def add(self, prompt: list[int], *, n: int = 1, max_tokens: int = 5, name: str | None = None) -> SequenceGroup:
-        sampling = SamplingParams(n=n, max_tokens=max_tokens)
+    def add(
+        self, prompt: list[int], *, n: int = 1, max_tokens: int = 5, name: str | None = None, priority: int = 0
+    ) -> SequenceGroup:
+        sampling = SamplingParams(n=n, max_tokens=max_tokens, priority=priority)
         sequences = [Sequence(self.next_id + i, i, prompt, sampling, seed=i) for i in range(n)]
         group = SequenceGroup(name or f"r{self.next_id}", sequences, sampling, 0.0)
         self.next_id += n
@@ -73,6 +77,88 @@ def test_a_long_prompt_is_computed_in_chunks_while_others_decode() -> None:
     assert [output.num_tokens for output in outputs] == [16, 16, 16, 16]
     assert all(output.scheduled[0].sequence is short.sequences[0] for output in outputs)
     assert [bool(output.scheduled[1].sampled) for output in outputs] == [False, False, False, True]
+
+
+def chunks_of(output: SchedulerOutput) -> dict[str, int]:
+    """Request id to the tokens that a step computes of it."""
+    assert all(item.sequence.group is not None for item in output.scheduled)
+    return {item.sequence.group.request_id: item.num_tokens for item in output.scheduled if item.sequence.group}
+
+
+def test_beside_streams_prompts_get_a_bounded_share_and_alone_the_whole_step() -> None:
+    harness = Harness(max_num_batched_tokens=40, max_mixed_prefill_tokens=8)
+    harness.add(list(range(100)), max_tokens=1, name="alone")
+    assert chunks_of(harness.step()) == {"alone": 40}
+    harness.run()
+    streams = [harness.add([i], max_tokens=30, name=f"s{i}") for i in range(3)]
+    harness.step()
+    harness.add(list(range(100, 160)), max_tokens=1, name="long")
+    for _ in range(7):
+        assert chunks_of(harness.step()) == {"s0": 1, "s1": 1, "s2": 1, "long": 8}
+    assert all(stream.sequences[0].num_output_tokens == 8 for stream in streams)
+
+
+def test_short_prompts_pass_a_long_one_that_keeps_half_of_the_share() -> None:
+    harness = Harness(max_num_batched_tokens=16, num_blocks=100)
+    harness.add(list(range(100)), max_tokens=1, name="long")
+    harness.step()
+    harness.add(list(range(100, 170)), max_tokens=1, name="second")
+    for i in range(3):
+        harness.add([i] * 6, max_tokens=1, name=f"short{i}")
+    assert chunks_of(harness.step()) == {"long": 8, "short0": 6, "short1": 2}
+    assert chunks_of(harness.step()) == {"long": 8, "short1": 4, "short2": 4}
+    # What no shorter one takes goes to that with the fewest tokens left: the second has 70, the long one 60 of 100.
+    assert chunks_of(harness.step()) == {"long": 14, "short2": 2}
+
+
+def test_prompts_of_equal_length_are_computed_one_after_the_other() -> None:
+    harness = Harness(max_num_batched_tokens=16)
+    for name in ("a", "b"):
+        harness.add([ord(name)] * 40, max_tokens=1, name=name)
+    assert [chunks_of(harness.step()) for _ in range(5)] == [
+        {"a": 16},
+        {"a": 16},
+        {"a": 8, "b": 8},
+        {"b": 16},
+        {"b": 16},
+    ]
+
+
+def test_nobody_passes_the_first_that_waits_where_room_for_it_would_be_lost() -> None:
+    harness = Harness(num_blocks=14, max_num_batched_tokens=8, caching=False)
+    harness.add(list(range(20)), max_tokens=1, name="running")  # 5 blocks
+    harness.step()
+    harness.add(list(range(20, 44)), max_tokens=1, name="first")  # 6 blocks
+    harness.add([1] * 5, max_tokens=1, name="short")  # 2 blocks
+    order = []
+    while harness.scheduler.has_unfinished:
+        order += [name for name in chunks_of(harness.step()) if name not in order]
+    assert order == ["running", "first", "short"]
+
+
+def test_a_better_priority_is_served_first_and_equal_ones_in_order() -> None:
+    harness = Harness(max_num_seqs=1)
+    for number, priority in enumerate((5, 5, 0, -1, 5)):
+        harness.add([number] * 4, max_tokens=2, priority=priority, name=f"{priority}/{number}")
+    order: list[str] = []
+    while harness.scheduler.has_unfinished:
+        order += [name for name in chunks_of(harness.step()) if name not in order]
+    assert order == ["-1/3", "0/2", "5/0", "5/1", "5/4"]
+
+
+def test_the_victim_is_the_youngest_of_the_worst_priority() -> None:
+    harness = Harness(num_blocks=10, caching=False)
+    bulk = [harness.add([i] * 6, max_tokens=20, priority=1) for i in range(2)]
+    harness.step()
+    urgent = [harness.add([9 + i] * 6, max_tokens=20, priority=0) for i in range(2)]
+    while harness.scheduler.num_preemptions == 0:
+        harness.step()
+    assert bulk[1].sequences[0].preempted
+    assert not bulk[0].sequences[0].preempted
+    harness.run()
+    assert not any(group.sequences[0].preempted for group in urgent)
+    for i, group in enumerate(urgent):
+        assert group.sequences[0].output_token_ids == expected_output([9 + i] * 6, 0, 20)
 
 
 def test_first_come_first_served() -> None:
@@ -160,12 +246,33 @@ def test_a_full_queue_refuses_with_a_retry_time() -> None:
     harness.add([1])
     with pytest.raises(RateLimitError) as caught:
         harness.add([1])
-    assert caught.value.retry_after_s is not None
+    assert caught.value.retry_after_s == 1.0  # nothing is known yet
+
+
+def test_the_retry_time_is_that_of_the_queue() -> None:
+    harness = Harness(max_num_waiting=2, max_num_seqs=1)
+    harness.add([1], max_tokens=1)
+    for _ in range(4):  # one starts every 5 seconds
+        harness.add([1], max_tokens=1)
+        harness.clock.advance(5.0)
+        harness.step()
+    harness.add([1])
+    retry_times = []
+    for _ in range(2):
+        with pytest.raises(RateLimitError) as caught:
+            harness.add([1])
+        retry_times.append(caught.value.retry_after_s)
+    assert retry_times == [5.0, 10.0]
 
 
 def test_more_choices_than_sequences_are_refused() -> None:
     with pytest.raises(InvalidRequestError, match="at most 2"):
         Harness(max_num_seqs=2).add([1], n=3)
+
+
+def test_a_share_of_no_tokens_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="max-mixed-prefill-tokens"):
+        Harness(max_mixed_prefill_tokens=0)
 
 
 @pytest.mark.parametrize(("seqs", "tokens"), [(0, 16), (17, 16)])
@@ -181,6 +288,7 @@ REQUEST = st.tuples(
     st.integers(1, 16),  # max_tokens
     st.integers(0, 12),  # arrives at step
     st.one_of(st.none(), st.integers(0, 30)),  # is cancelled at step
+    st.integers(0, 2),  # priority
 )
 
 
@@ -189,21 +297,32 @@ REQUEST = st.tuples(
     requests=st.lists(REQUEST, min_size=1, max_size=12),
     num_blocks=st.integers(10, 30),
     budget=st.integers(4, 20),
+    mixed=st.integers(1, 20),
     caching=st.booleans(),
 )
 def test_any_mix_ends_with_the_right_tokens_and_nothing_held(
-    requests: list[tuple[int, int, int, int, int, int | None]], num_blocks: int, budget: int, caching: bool
+    requests: list[tuple[int, int, int, int, int, int | None, int]],
+    num_blocks: int,
+    budget: int,
+    mixed: int,
+    caching: bool,
 ) -> None:
     """No leak, no double use, no starvation, whatever arrives, is cancelled or is preempted."""
-    harness = Harness(num_blocks=num_blocks, caching=caching, max_num_seqs=4, max_num_batched_tokens=budget)
+    harness = Harness(
+        num_blocks=num_blocks,
+        caching=caching,
+        max_num_seqs=4,
+        max_num_batched_tokens=budget,
+        max_mixed_prefill_tokens=mixed,
+    )
     groups: dict[int, SequenceGroup] = {}
     prompts: dict[int, list[int]] = {}
     cancelled: set[int] = set()
     for step in range(31):
-        for number, (length, values, n, max_tokens, arrival, _) in enumerate(requests):
+        for number, (length, values, n, max_tokens, arrival, _, priority) in enumerate(requests):
             if arrival == step:
                 prompts[number] = [i % values for i in range(length)]
-                groups[number] = harness.add(prompts[number], n=n, max_tokens=max_tokens)
+                groups[number] = harness.add(prompts[number], n=n, max_tokens=max_tokens, priority=priority)
         for number, request in enumerate(requests):
             if request[5] == step and number in groups and not groups[number].finished:
                 harness.scheduler.abort(groups[number].request_id)
@@ -219,6 +338,35 @@ def test_any_mix_ends_with_the_right_tokens_and_nothing_held(
     assert harness.manager.num_used_blocks == 0
     assert not harness.scheduler.running
     assert not harness.scheduler.waiting
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    hot_length=st.integers(1, 30),
+    hot_priority=st.integers(0, 3),
+    mixed=st.integers(1, 12),
+    num_blocks=st.integers(12, 40),
+)
+def test_neither_prompts_nor_streams_starve_under_endless_arrivals(
+    lengths: list[int], hot_length: int, hot_priority: int, mixed: int, num_blocks: int
+) -> None:
+    """Requests of the best class present end although others of the same class or worse ones never stop coming."""
+    harness = Harness(
+        num_blocks=num_blocks, max_num_seqs=4, max_num_batched_tokens=12, max_mixed_prefill_tokens=mixed, caching=False
+    )
+    watched = [harness.add([number] * length, max_tokens=10) for number, length in enumerate(lengths)]
+    for _ in range(1_500):
+        if len(harness.scheduler.waiting) < 20:
+            harness.add([99] * hot_length, max_tokens=3, priority=hot_priority)
+        decoding = [s for s in harness.scheduler.running if s.num_tokens - s.num_computed_tokens == 1]
+        before = harness.scheduler.num_preemptions
+        scheduled = {item.sequence for item in harness.step().scheduled}
+        if harness.scheduler.num_preemptions == before:
+            assert scheduled >= set(decoding)
+        if all(group.finished for group in watched):
+            return
+    raise AssertionError("somebody starves")
 
 
 def test_a_hot_stream_of_arrivals_starves_nobody() -> None:
