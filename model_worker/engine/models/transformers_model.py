@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from model_worker.engine.layers.attention import ForwardContext, PagedAttention
 from model_worker.engine.layers.linear import Linear, choose_method
 from model_worker.engine.models.attention_interface import ATTRIBUTE, PAGED_ATTENTION, AttentionProbe
 from model_worker.engine.models.patches import PATCHES
+from model_worker.engine.models.transformers_trace import trace_modules
+from model_worker.engine.trace import TraceRow
 from registry.errors import UnsupportedModelError
 
 _LINEAR_CLASSES = frozenset({"Linear", "FalconLinear"})  # subclasses with a forward of their own stay as they are
@@ -97,6 +100,10 @@ class TransformersModel:
         if (softcap := getattr(self.config, "final_logit_softcapping", None)) is not None:  # gemma
             logits = torch.tanh(logits / softcap) * softcap
         return logits
+
+    def trace(self) -> AbstractContextManager[list[TraceRow]]:
+        """See `Traceable.trace`."""
+        return trace_modules(self.causal_lm, self.context, self.device)
 
     # ------------------------------------------------------------------------------------------ weights
 

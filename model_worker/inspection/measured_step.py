@@ -1,0 +1,152 @@
+"""Single steps of a loaded model, timed and traced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from model_worker.engine.model_parts import OpKind
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.sequence import Sequence
+from model_worker.engine.step import ScheduledSequence, SchedulerOutput
+from model_worker.engine.step_profiler import Profiler
+from model_worker.engine.trace import TraceRow
+
+Phase = Literal["prefill", "decode"]
+
+_NUM_RUNS = 5  # of a timed step; the quickest counts, the others were disturbed
+_PARTS = {"prepare": OpKind.PREPARE, "sample": OpKind.SAMPLE}  # spans of the model runner that are no operation's
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step computes: `num_rows` sequences that are `context` tokens long at its end.
+
+    Prefill computes all of these tokens, decode the last of each sequence.
+    """
+
+    phase: Phase
+    num_rows: int
+    context: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows * (self.context if self.phase == "prefill" else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """How long a step takes, from scheduler output to sampled tokens; the quickest of several."""
+
+    shape: StepShape
+    duration_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """One traced step.
+
+    Attributes:
+        shape: what was computed.
+        duration_ns: the quickest such step without tracing.
+        traced_ns: this step, with what tracing costs.
+        rows: in the order in which the operations began.
+    """
+
+    shape: StepShape
+    duration_ns: int
+    traced_ns: int
+    rows: tuple[TraceRow, ...]
+
+
+def fits(runner: ModelRunner, shape: StepShape) -> bool:
+    """Whether the KV cache holds the sequences of such a step."""
+    return shape.num_rows * _blocks_of_one(runner, shape) <= runner.num_blocks
+
+
+def time_step(runner: ModelRunner, shape: StepShape, *, num_runs: int = _NUM_RUNS) -> StepTime:
+    """Compute a step several times; its sequences must fit."""
+    output = _step(runner, shape)
+    runner.execute(output)
+    durations = []
+    for _ in range(num_runs):
+        begin = time.perf_counter_ns()
+        runner.execute(output)
+        durations.append(time.perf_counter_ns() - begin)
+    return StepTime(shape, min(durations))
+
+
+def trace_step(runner: ModelRunner, shape: StepShape, *, num_runs: int = _NUM_RUNS) -> StepTrace:
+    """Compute a step several times without, then several times with tracing; the quickest of each counts."""
+    duration_ns = time_step(runner, shape, num_runs=num_runs).duration_ns
+    output = _step(runner, shape)
+    traces = []
+    for _ in range(num_runs):
+        with _parts_of(runner) as parts, runner.model.trace() as rows:
+            begin = time.perf_counter_ns()
+            runner.execute(output)
+            traced_ns = time.perf_counter_ns() - begin
+        ordered = sorted((*rows, *parts), key=lambda row: row.begin_ns)
+        traces.append(StepTrace(shape, duration_ns, traced_ns, tuple(ordered)))
+    return min(traces, key=lambda trace: trace.traced_ns)
+
+
+def _blocks_of_one(runner: ModelRunner, shape: StepShape) -> int:
+    return -(-shape.context // runner.block_size)
+
+
+def _step(runner: ModelRunner, shape: StepShape) -> SchedulerOutput:
+    """The step, with sequences of random tokens over a KV cache whose blocks hold random numbers.
+
+    Zeros would not do: the system lends one page of them to all of an untouched cache, which is then read from the
+    processor's own cache.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_blocks = _blocks_of_one(runner, shape)
+    for attention in runner.model.attentions:
+        for cache in (attention.key_cache, attention.value_cache):
+            assert cache is not None
+            cache[: shape.num_rows * num_blocks].normal_(0.0, 0.1)
+    items = []
+    for row in range(shape.num_rows):
+        token_ids = torch.randint(runner.vocab_size, (shape.context,), generator=generator).tolist()
+        sequence = Sequence(row, 0, token_ids, SamplingParams(temperature=0.0), seed=row)
+        # Neighbouring blocks of one sequence lie apart, as they do in a cache that has been in use.
+        sequence.block_table = list(range(row, shape.num_rows * num_blocks, shape.num_rows))
+        start = 0 if shape.phase == "prefill" else shape.context - 1
+        items.append(ScheduledSequence(sequence, start, shape.context - start, (sequence,)))
+    return SchedulerOutput(tuple(items))
+
+
+@contextmanager
+def _parts_of(runner: ModelRunner) -> Iterator[list[TraceRow]]:
+    """Rows for what the model runner does around the model."""
+    clock = _SpanClock()
+    before, runner.profiler = runner.profiler, clock
+    try:
+        yield clock.rows
+    finally:
+        runner.profiler = before
+
+
+class _SpanClock(Profiler):
+    """Makes rows of the spans that are no operation of the model."""
+
+    def __init__(self) -> None:
+        self.rows: list[TraceRow] = []
+
+    def span(self, name: str, **counts: int) -> AbstractContextManager[None]:
+        return self._timed(name) if name in _PARTS else super().span(name, **counts)
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter_ns()
+        row = TraceRow(None, name, _PARTS[name], (), (), "", begin, 0)
+        yield
+        self.rows.append(replace(row, self_ns=time.perf_counter_ns() - begin))
