@@ -1,0 +1,418 @@
+// Linear layers over packed weights (packed_weight.py draws the layouts), for any number of rows.
+//
+// A tile is a panel of 32 outputs times a block of rows. Sums stay in registers: R rows times kVectors vectors. With
+// few rows the weights stream once from memory and are widened on the way; with many, a part of the panel is widened
+// into scratch memory first and serves all rows of the tile.
+
+#include <algorithm>
+
+#include "../cpu/runtime.h"
+#include "../cpu/simd.h"
+
+#if defined(__AVX512VNNI__)
+#define ROOTGRAFT_VNNI 1
+#endif
+
+namespace rootgraft {
+namespace {
+
+constexpr int kPanel = 32;                  // outputs
+constexpr int kVectors = kPanel / kLanes;   // of one row of a panel
+constexpr int kGroup = 32;                  // weights along K that share a scale
+constexpr int kMaxRows = kLanes == 16 ? 12 : (kLanes == 8 ? 3 : 1);  // rows whose sums fit the registers
+constexpr int kTileRows = 120;              // rows of a tile: what a widened weight is reused for
+constexpr int kChunk = 512;                 // K that is widened at a time; a multiple of kGroup
+
+enum Format : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
+enum Activation : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2 };
+
+// Mirrored by `_LinearArgs` in __init__.py.
+struct LinearArgs {
+  const float* x;         // [T, K], rows x_stride apart
+  int64_t x_stride;
+  const void* weight;     // packed
+  int64_t format;
+  const float* bias;      // [N], in the order of the packed outputs, or null
+  float* out;             // [T, N], or [T, N / 2] where gated; rows out_stride apart
+  int64_t out_stride;
+  int64_t num_inputs;     // K
+  int64_t num_outputs;    // N
+  int64_t activation;     // other than kNone: outputs are gated
+  int64_t accumulate;     // add to `out`
+  float alpha;            // scales the product and its bias
+  const int8_t* quantized_x;   // [T, padded K], or null: K is padded to a multiple of kGroup with zeros
+  const float* x_scales;       // [T, K groups]
+  const int32_t* x_sums;       // [T, K groups] sums of quantized_x
+};
+
+struct Int8Group {
+  Float16 scale[kPanel];
+  uint8_t values[kGroup / 4][kPanel][4];  // weight / scale + 128
+};
+struct Int4Group {
+  Float16 scale[kPanel];
+  Float16 minimum[kPanel];
+  uint8_t values[kGroup / 8][kPanel][4];  // low halves: inputs 0..15, high halves: inputs 16..31 of the group
+};
+static_assert(sizeof(Int8Group) == 64 + 1024 && sizeof(Int4Group) == 128 + 512);
+
+// Asks for weights that are used some microseconds later: the machine's own prefetching ends at each page.
+inline void fetch_ahead(const void* weights, int num_bytes) {
+  constexpr int kAhead = 4096;
+  const char* const start = static_cast<const char*>(weights) + kAhead;
+  for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i);
+}
+
+using Sums = Floats[kVectors];
+
+// sums[r] += x[r, 0:K] * panel[0:K], for R rows.
+template <int R, typename W>
+inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums) {
+  Floats local[R][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) local[r][v] = sums[r][v];
+  // Four rows share a pointer: twelve of them would not fit the integer registers.
+  const float* rows[(R + 3) / 4];
+  for (int i = 0; i < (R + 3) / 4; ++i) rows[i] = x + 4 * i * x_stride;
+  for (int64_t k = 0; k < num_inputs; ++k) {
+    Floats w[kVectors];
+    fetch_ahead(panel + k * kPanel, kPanel * sizeof(W));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) w[v] = load(panel + k * kPanel + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Floats value = broadcast(rows[r / 4][r % 4 * x_stride + k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) local[r][v] += value * w[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = local[r][v];
+}
+
+// The same for one row: four independent sums, so that additions need not wait for each other.
+template <typename W>
+inline void multiply_one(const W* panel, const float* x, int64_t num_inputs, Sums* sums) {
+  constexpr int kUnroll = 4;
+  Floats local[kUnroll][kVectors] = {};
+  int64_t k = 0;
+  for (; k + kUnroll <= num_inputs; k += kUnroll) {
+    fetch_ahead(panel + k * kPanel, kUnroll * kPanel * sizeof(W));
+    for (int u = 0; u < kUnroll; ++u) {
+      const Floats value = broadcast(x[k + u]);
+      for (int v = 0; v < kVectors; ++v) local[u][v] += value * load(panel + (k + u) * kPanel + v * kLanes);
+    }
+  }
+  for (; k < num_inputs; ++k) {
+    for (int v = 0; v < kVectors; ++v) local[0][v] += broadcast(x[k]) * load(panel + k * kPanel + v * kLanes);
+  }
+  for (int v = 0; v < kVectors; ++v) sums[0][v] += (local[0][v] + local[1][v]) + (local[2][v] + local[3][v]);
+}
+
+template <typename W, int R = kMaxRows>
+void multiply_rows(int rows, const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums) {
+  if constexpr (R == 1) {
+    multiply_one(panel, x, num_inputs, sums);
+  } else {
+    if (rows == R) {
+      multiply<R>(panel, x, x_stride, num_inputs, sums);
+    } else {
+      multiply_rows<W, R - 1>(rows, panel, x, x_stride, num_inputs, sums);
+    }
+  }
+}
+
+// Cuts `rows` into blocks of nearly equal size, at most `most` each, and calls f(first row, number of rows).
+template <typename F>
+inline void for_blocks(int rows, int most, F&& f) {
+  const int num_blocks = (rows + most - 1) / most;
+  for (int block = 0; block < num_blocks; ++block) {
+    const int first = rows * block / num_blocks;
+    f(first, rows * (block + 1) / num_blocks - first);
+  }
+}
+
+// -------------------------------------------------------------------------------- widening
+
+template <typename W>
+void widen_panel(const W* panel, int64_t num_inputs, float* out) {
+  for (int64_t i = 0; i < num_inputs * kPanel; i += kLanes) store(out + i, load(panel + i));
+}
+
+inline Ints quad_byte(const uint8_t (*values)[4], int v, int byte) {
+  return (bits_of<Ints>(values[v * kLanes]) >> (8 * byte)) & 0xff;
+}
+
+void widen_group(const Int8Group& group, float* out) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Floats scale = load(group.scale + v * kLanes);
+    for (int k = 0; k < kGroup; ++k) {
+      const Ints value = quad_byte(group.values[k / 4], v, k % 4) - 128;
+      store(out + k * kPanel + v * kLanes, __builtin_convertvector(value, Floats) * scale);
+    }
+  }
+}
+
+void widen_group(const Int4Group& group, float* out) {
+  for (int v = 0; v < kVectors; ++v) {
+    const Floats scale = load(group.scale + v * kLanes), minimum = load(group.minimum + v * kLanes);
+    for (int k = 0; k < kGroup; ++k) {
+      const Ints both = quad_byte(group.values[k % 16 / 4], v, k % 4);
+      const Ints value = k < 16 ? both & 0xf : both >> 4;
+      store(out + k * kPanel + v * kLanes, __builtin_convertvector(value, Floats) * scale + minimum);
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------- one tile
+
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
+
+inline Floats activate(Floats x, int64_t activation) {
+  if (activation == kSilu) return x * sigmoid(x);
+  // 0.5 x (1 + tanh(u)) = x sigmoid(2 u)
+  return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+}
+
+inline void store_partly(float* destination, Floats value, int64_t count) {
+  for (int64_t i = 0; i < std::min<int64_t>(count, kLanes); ++i) destination[i] = value[i];
+}
+
+void finish(const LinearArgs& a, int64_t panel, int64_t row, const Sums& sums) {
+  const int64_t first = panel * kPanel;
+  const bool gated = a.activation != kNone;
+  Floats y[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    y[v] = sums[v];
+    if (a.bias != nullptr) {
+      alignas(64) float bias[kLanes] = {};
+      const int64_t count = std::min<int64_t>(kLanes, a.num_outputs - first - v * kLanes);
+      for (int64_t i = 0; i < count; ++i) bias[i] = a.bias[first + v * kLanes + i];
+      y[v] += load(bias);
+    }
+    y[v] *= a.alpha;
+  }
+  // A gated panel holds 16 gates, then their 16 values.
+  const int num_vectors = gated ? kVectors / 2 : kVectors;
+  const int64_t out_first = gated ? first / 2 : first;
+  const int64_t out_end = gated ? a.num_outputs / 2 : a.num_outputs;
+  float* out = a.out + row * a.out_stride + out_first;
+  for (int v = 0; v < num_vectors; ++v) {
+    const int64_t count = out_end - out_first - v * kLanes;
+    if (count <= 0) break;
+    Floats value = gated ? activate(y[v], a.activation) * y[v + num_vectors] : y[v];
+    if (count >= kLanes) {
+      if (a.accumulate) value += load(out + v * kLanes);
+      store(out + v * kLanes, value);
+    } else {
+      if (a.accumulate)
+        for (int64_t i = 0; i < count; ++i) value[i] += out[v * kLanes + i];
+      store_partly(out + v * kLanes, value, count);
+    }
+  }
+}
+
+template <typename W>
+void dense_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+  const W* const weights = static_cast<const W*>(a.weight) + panel * a.num_inputs * kPanel;
+  const float* const x = a.x + first_row * a.x_stride;
+  if (rows <= kMaxRows) {
+    Sums sums[kMaxRows] = {};
+    multiply_rows(rows, weights, x, a.x_stride, a.num_inputs, sums);
+    for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
+    return;
+  }
+  Sums* const sums = reinterpret_cast<Sums*>(scratch + kChunk * kPanel);
+  std::fill_n(&sums[0][0], rows * kVectors, Floats{});
+  for (int64_t k = 0; k < a.num_inputs; k += kChunk) {
+    const int64_t length = std::min<int64_t>(kChunk, a.num_inputs - k);
+    const float* chunk = scratch;
+    if constexpr (sizeof(W) == sizeof(float)) {
+      chunk = reinterpret_cast<const float*>(weights + k * kPanel);
+    } else {
+      widen_panel(weights + k * kPanel, length, scratch);
+    }
+    for_blocks(rows, kMaxRows, [&](int first, int count) {
+      multiply_rows(count, chunk, x + first * a.x_stride + k, a.x_stride, length, sums + first);
+    });
+  }
+  for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
+}
+
+// Quantized weights, float activations: for machines without integer dot products.
+template <typename Group>
+void widened_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+  const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
+  const Group* const groups = static_cast<const Group*>(a.weight) + panel * num_groups;
+  const float* const x = a.x + first_row * a.x_stride;
+  Sums* const sums = reinterpret_cast<Sums*>(scratch + kChunk * kPanel);
+  std::fill_n(&sums[0][0], rows * kVectors, Floats{});
+  for (int64_t k = 0; k < a.num_inputs; k += kChunk) {
+    const int64_t length = std::min<int64_t>(kChunk, a.num_inputs - k);
+    for (int64_t i = 0; i < length; i += kGroup) widen_group(groups[(k + i) / kGroup], scratch + i * kPanel);
+    for_blocks(rows, kMaxRows, [&](int first, int count) {
+      multiply_rows<float>(count, scratch, x + first * a.x_stride + k, a.x_stride, length, sums + first);
+    });
+  }
+  for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
+}
+
+#if ROOTGRAFT_VNNI
+// Quantized weights and activations: products of four bytes are summed in integers, exactly, group by group:
+//     sum over k of (s q) (t x)            = s t * (dot(q + 128, x) - 128 sum(x))        int8
+//     sum over k of (s q + m) (t x)        = s t * dot(q, x) + m t sum(x)                int4
+constexpr int kMaxIntegerRows = 5;
+
+template <typename Group, int R>
+inline void multiply_integers(const Group* groups, int64_t num_groups, const int8_t* x, const float* scales,
+                              const int32_t* x_sums, Sums* sums) {
+  constexpr bool kIsInt8 = sizeof(Group) == sizeof(Int8Group);
+  const int64_t x_stride = num_groups * kGroup;
+  Floats local[R][kVectors] = {};
+  for (int64_t g = 0; g < num_groups; ++g) {
+    __m512i dots[R][kVectors];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        dots[r][v] = kIsInt8 ? _mm512_set1_epi32(-128 * x_sums[r * num_groups + g]) : _mm512_setzero_si512();
+    const auto add = [&](int quad, const __m512i (&w)[kVectors]) {
+      for (int r = 0; r < R; ++r) {
+        const __m512i value = _mm512_set1_epi32(bits_of<int32_t>(x + r * x_stride + g * kGroup + quad * 4));
+        for (int v = 0; v < kVectors; ++v) dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], w[v], value);
+      }
+    };
+    if constexpr (kIsInt8) {
+      for (int quad = 0; quad < 8; ++quad) {
+        __m512i w[kVectors];
+        fetch_ahead(groups[g].values[quad], 128);
+        for (int v = 0; v < kVectors; ++v) w[v] = bits_of<__m512i>(groups[g].values[quad][v * kLanes]);
+        add(quad, w);
+      }
+    } else {
+      const __m512i low = _mm512_set1_epi8(0x0f);
+      for (int quad = 0; quad < 4; ++quad) {
+        __m512i w[kVectors], high[kVectors];
+        fetch_ahead(groups[g].values[quad], 128);
+        for (int v = 0; v < kVectors; ++v) {
+          const __m512i both = bits_of<__m512i>(groups[g].values[quad][v * kLanes]);
+          w[v] = _mm512_and_si512(both, low);
+          high[v] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        }
+        add(quad, w);
+        add(quad + 4, high);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      const Floats scale = load(groups[g].scale + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const float t = scales[r * num_groups + g];
+        local[r][v] += scale * (reinterpret_cast<Floats>(_mm512_cvtepi32_ps(dots[r][v])) * t);
+        if constexpr (!kIsInt8) {
+          local[r][v] += load(groups[g].minimum + v * kLanes) * (t * static_cast<float>(x_sums[r * num_groups + g]));
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = local[r][v];
+}
+
+template <typename Group, int R = kMaxIntegerRows>
+void multiply_integer_rows(int rows, const Group* groups, int64_t num_groups, const int8_t* x, const float* scales,
+                           const int32_t* x_sums, Sums* sums) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_integer_rows<Group, R - 1>(rows, groups, num_groups, x, scales, x_sums, sums);
+  }
+  multiply_integers<Group, R>(groups, num_groups, x, scales, x_sums, sums);
+}
+
+template <typename Group>
+void integer_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows) {
+  const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
+  const Group* const groups = static_cast<const Group*>(a.weight) + panel * num_groups;
+  for_blocks(rows, kMaxIntegerRows, [&](int first, int count) {
+    const int64_t row = first_row + first;
+    Sums sums[kMaxIntegerRows];
+    multiply_integer_rows(count, groups, num_groups, a.quantized_x + row * num_groups * kGroup,
+                          a.x_scales + row * num_groups, a.x_sums + row * num_groups, sums);
+    for (int r = 0; r < count; ++r) finish(a, panel, row + r, sums[r]);
+  });
+}
+#endif
+
+template <typename Group>
+void quantized_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+#if ROOTGRAFT_VNNI
+  if (a.quantized_x != nullptr) return integer_tile<Group>(a, panel, first_row, rows);
+#endif
+  widened_tile<Group>(a, panel, first_row, rows, scratch);
+}
+
+}  // namespace
+}  // namespace rootgraft
+
+using namespace rootgraft;
+
+extern "C" void rootgraft_linear(const void* args, const Step& step, Worker& worker) {
+  const LinearArgs& a = *static_cast<const LinearArgs*>(args);
+  const int64_t num_panels = (a.num_outputs + kPanel - 1) / kPanel;
+  const int64_t num_blocks = (step.num_rows + kTileRows - 1) / kTileRows;
+  float* const scratch = worker.scratch<float>();
+  for (int64_t tile; (tile = worker.take(num_panels * num_blocks)) >= 0;) {
+    const int64_t panel = tile % num_panels, block = tile / num_panels;
+    const int64_t first = step.num_rows * block / num_blocks;
+    const int rows = static_cast<int>(step.num_rows * (block + 1) / num_blocks - first);
+    switch (a.format) {
+      case kFloat32: dense_tile<float>(a, panel, first, rows, scratch); break;
+      case kBFloat16: dense_tile<BFloat16>(a, panel, first, rows, scratch); break;
+      case kFloat16: dense_tile<Float16>(a, panel, first, rows, scratch); break;
+      case kInt8: quantized_tile<Int8Group>(a, panel, first, rows, scratch); break;
+      case kInt4: quantized_tile<Int4Group>(a, panel, first, rows, scratch); break;
+    }
+  }
+}
+
+// Mirrored by `_QuantizeArgs` in __init__.py.
+struct QuantizeArgs {
+  const float* x;  // [T, K], rows x_stride apart
+  int64_t x_stride;
+  int64_t num_inputs;
+  int8_t* values;  // [T, padded K]
+  float* scales;   // [T, K groups]
+  int32_t* sums;   // [T, K groups]
+};
+
+extern "C" void rootgraft_quantize_rows(const void* args, const Step& step, Worker& worker) {
+  const QuantizeArgs& a = *static_cast<const QuantizeArgs*>(args);
+  const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
+  for (int64_t row; (row = worker.take(step.num_rows)) >= 0;) {
+    for (int64_t g = 0; g < num_groups; ++g) {
+      const float* const x = a.x + row * a.x_stride + g * kGroup;
+      const int count = static_cast<int>(std::min<int64_t>(kGroup, a.num_inputs - g * kGroup));
+      alignas(64) float padded[kGroup] = {};
+      std::memcpy(padded, x, count * sizeof(float));
+      Floats peaks{};
+      for (int i = 0; i < kGroup; i += kLanes) {
+        const Floats value = load(padded + i);
+        peaks = max(peaks, max(value, -value));
+      }
+      const float peak = max(peaks), inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+      int8_t* const values = a.values + row * num_groups * kGroup + g * kGroup;
+      Ints total{};
+      for (int i = 0; i < kGroup; i += kLanes) {
+        const Floats shifted = load(padded + i) * inverse + 12582912.0f;  // 1.5 * 2^23: rounds to nearest even
+        const Ints value = reinterpret_cast<Ints>(shifted) - 0x4b400000;
+        const Bytes narrow = __builtin_convertvector(value, Bytes);
+        std::memcpy(values + i, &narrow, sizeof(narrow));
+        total += value;
+      }
+      int32_t sum = 0;
+      for (int i = 0; i < kLanes; ++i) sum += total[i];
+      a.scales[row * num_groups + g] = peak / 127.0f;
+      a.sums[row * num_groups + g] = sum;
+    }
+  }
+}
