@@ -1,1 +1,1 @@
-"""Running the engine's C++ kernels: building them once, loading them, and running lists of them on a team of threads."""
+"""Running the engine's C++ kernels: building them once, loading them, running lists of them on a team of threads."""
