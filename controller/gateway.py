@@ -98,7 +98,7 @@ class Gateway:
 
     async def stream(
         self, request: GenerateRequest, *, affinity: str | None = None
-    ) -> AsyncGenerator[GenerateEvents, None]:
+    ) -> AsyncGenerator[list[GenerateEvents], None]:
         """Generate on one of the model's workers.
 
         Args:
@@ -107,8 +107,8 @@ class Gateway:
                 allows.
 
         Yields:
-            PromptEvent, DeltaEvents, then exactly one terminal event: DoneEvent or ErrorEvent. Closing the generator
-            early closes the connection to the worker, which cancels the request in the engine.
+            What came together: PromptEvent, DeltaEvents, then exactly one terminal event, DoneEvent or ErrorEvent.
+            Closing the generator early closes the connection to the worker, which cancels the request in the engine.
 
         Raises:
             ModelNotFoundError: no such model.
@@ -121,7 +121,7 @@ class Gateway:
         if model != request.model:
             request = request.model_copy(update={"model": model})
 
-        async def open_stream(worker: Worker) -> tuple[WorkerStream, GenerateEvents]:
+        async def open_stream(worker: Worker) -> tuple[WorkerStream, list[GenerateEvents]]:
             stream = WorkerStream(self._client, worker)
             self._open_streams.add(stream)
             try:
@@ -131,17 +131,17 @@ class Gateway:
                 raise
 
         with contextlib.ExitStack() as in_flight:
-            stream, event = await self._try_replicas(model, affinity, open_stream, in_flight)
+            stream, events = await self._try_replicas(model, affinity, open_stream, in_flight)
             try:
                 while True:
-                    yield event
-                    if event.kind == "done" or event.kind == "error":
+                    yield events
+                    if events[-1].kind in ("done", "error"):
                         return
                     try:
-                        event = await stream.next_event()
+                        events = await stream.next_events()
                     except WorkerConnectionError as error:
                         self._failed(stream.worker, error)
-                        event = ErrorEvent(code=error.code, message=error.message)
+                        events = [ErrorEvent(code=error.code, message=error.message)]
             finally:
                 self._close(stream)
 

@@ -81,11 +81,12 @@ class RequestObserver:
 
         with metrics.start_request("/v1/chat/completions") as observer:
             observer.set_model(name)                       # only names that exist: each one becomes a label
-            async for event in gateway.stream(...):
-                if event.kind == "delta":
-                    observer.delta(event.index, event.num_tokens)
-                elif event.kind == "done":
-                    observer.done(event.num_prompt_tokens)
+            async for events in gateway.stream(...):
+                for event in events:
+                    if event.kind == "delta":
+                        observer.delta(event.index, event.num_tokens)
+                    elif event.kind == "done":
+                        observer.done(event.num_prompt_tokens)
             observer.finish(200)
 
     For a stream, enter it where the request starts and leave it where the stream ends, or call `finish` in a `finally`;

@@ -128,7 +128,7 @@ class WorkerClient:
 class WorkerStream:
     """One generate request on one worker.
 
-    `open()` once, then `next_event()` until a terminal event, then `close()` in any case; close it early to cancel the
+    `open()` once, then `next_events()` until a terminal event, then `close()` in any case; close it early to cancel the
     request in the engine. `abort()` may be called by another task at any time: the reader then gets its event.
     """
 
@@ -142,8 +142,8 @@ class WorkerStream:
         self._partial: list[bytes] = []  # the pieces of a line whose end has not come yet
         self._partial_bytes = 0
 
-    async def open(self, request: GenerateRequest) -> GenerateEvents:
-        """Send the request and wait for its first event, which is no ErrorEvent.
+    async def open(self, request: GenerateRequest) -> list[GenerateEvents]:
+        """Send the request and wait for its first events, which do not begin with an ErrorEvent.
 
         Raises:
             WorkerConnectionError: the connection failed before the first event.
@@ -161,28 +161,24 @@ class WorkerStream:
             raise _connection_error(self.worker, error) from error
         finally:
             self._opening = None
-        event = await self.next_event()
-        if event.kind == "error":
-            raise error_of_event(event)
-        return event
+        events = await self.next_events()
+        first = events[0]
+        if first.kind == "error":
+            raise error_of_event(first)
+        return events
 
-    async def next_event(self) -> GenerateEvents:
-        """The next event.
+    async def next_events(self) -> list[GenerateEvents]:
+        """The events that have come since the last call, at least one.
 
         Raises:
             WorkerConnectionError: the connection failed before a terminal event.
         """
-        lines = self._lines
         while True:
-            while lines:
-                line = lines.popleft()
-                if line:  # a blank line only says that the worker is alive
-                    try:
-                        return GENERATE_EVENT.validate_json(line)
-                    except ValidationError as error:
-                        raise _malformed(self.worker, error) from None
+            events = self._received()
+            if events:
+                return events
             if self._aborted is not None:
-                return self._aborted
+                return [self._aborted]
             await self._read_lines()
 
     def abort(self, event: ErrorEvent) -> None:
@@ -196,6 +192,26 @@ class WorkerStream:
     def close(self) -> None:
         if self._response is not None:
             self._response.close()
+
+    def _received(self) -> list[GenerateEvents]:
+        """The events of `_lines` up to a terminal one or a malformed one, which is raised when it comes first."""
+        lines = self._lines
+        events: list[GenerateEvents] = []
+        while lines:
+            line = lines.popleft()
+            if not line:  # it only says that the worker is alive
+                continue
+            try:
+                event = GENERATE_EVENT.validate_json(line)
+            except ValidationError as error:
+                if not events:
+                    raise _malformed(self.worker, error) from None
+                lines.appendleft(line)
+                break
+            events.append(event)
+            if event.kind == "done" or event.kind == "error":
+                break
+        return events
 
     async def _read_lines(self) -> None:
         """Wait for bytes and move what they complete to `_lines`."""

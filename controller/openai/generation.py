@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 from controller.metrics import RequestObserver
 from controller.openai.backend import ModelGateway
-from controller.openai.merged_events import Batch, MergedEvents
+from controller.openai.event_source import Batch, EventSource
+from controller.openai.merged_events import MergedEvents
 from controller.openai.schemas_responses import Usage
+from controller.openai.single_events import SingleEvents
 from controller.protocol import (
     ChatPrompt,
     FinishReason,
@@ -105,23 +107,22 @@ class Generation:
     def prompt_of_choice(self, choice: int) -> PromptEvent:
         return self.prompts[choice // self._sampling.n]
 
-    def events(self) -> MergedEvents:
-        """Send the prompts, each as a request of its own; see MergedEvents."""
-        return MergedEvents(
-            [
-                self._gateway.stream(
-                    GenerateRequest(
-                        request_id=f"{self.identity.id}-{index}",
-                        model=self.identity.model,
-                        prompt=prompt,
-                        sampling=self._sampling,
-                        return_prompt_text=self._return_prompt_text,
-                    ),
-                    affinity=self._affinity_key or _affinity(prompt),
-                )
-                for index, prompt in enumerate(self._prompts)
-            ]
-        )
+    def events(self) -> EventSource:
+        """Send the prompts, each as a request of its own."""
+        streams = [
+            self._gateway.stream(
+                GenerateRequest(
+                    request_id=f"{self.identity.id}-{index}",
+                    model=self.identity.model,
+                    prompt=prompt,
+                    sampling=self._sampling,
+                    return_prompt_text=self._return_prompt_text,
+                ),
+                affinity=self._affinity_key or _affinity(prompt),
+            )
+            for index, prompt in enumerate(self._prompts)
+        ]
+        return SingleEvents(streams[0]) if len(streams) == 1 else MergedEvents(streams)
 
     def accept(self) -> None:
         """The gateway has taken the request, so its model exists."""

@@ -1,4 +1,4 @@
-"""The event streams of one request's prompts, read concurrently and handed out in the order in which events came.
+"""The event streams of one request's several prompts, read concurrently and handed out in the order of the events.
 
     gateway.stream(prompt 0) ─► task ─┐
     gateway.stream(prompt 1) ─► task ─┼─► at most MAX_WAITING_EVENTS ─► batches of all that is there
@@ -17,26 +17,16 @@ from types import TracebackType
 from typing import Self
 
 from controller.openai.backend import Event
-from controller.protocol import DeltaEvent, DoneEvent, PromptEvent
-from registry.errors import InternalError, error_from_code
+from controller.openai.event_source import Batch, broken_off, error_of
+from controller.protocol import ErrorEvent
 
 MAX_WAITING_EVENTS = 256
 
-Batch = list[tuple[int, PromptEvent | DeltaEvent | DoneEvent]]  # (index of the prompt, event)
-
 
 class MergedEvents:
-    """Reads while its context lasts; leaving it closes every stream, which cancels what has not ended.
+    """An EventSource. A failure of one stream, an ErrorEvent too, is the end of all."""
 
-        async with MergedEvents(streams) as events:
-            await events.accepted()
-            async for batch in events: ...
-
-    A failure of one stream, an ErrorEvent too, is raised to the reader after the events that came before it, and is the
-    end of all.
-    """
-
-    def __init__(self, streams: Sequence[AsyncGenerator[Event, None]]) -> None:
+    def __init__(self, streams: Sequence[AsyncGenerator[list[Event], None]]) -> None:
         self._streams = streams
         self._waiting: Batch = []
         self._news = asyncio.Event()
@@ -91,28 +81,27 @@ class MergedEvents:
         self._news.clear()
         await self._news.wait()
 
-    async def _read(self, index: int, stream: AsyncGenerator[Event, None]) -> None:
+    async def _read(self, index: int, stream: AsyncGenerator[list[Event], None]) -> None:
         accepted = ended = False
         try:
             async with aclosing(stream):
-                async for event in stream:
-                    if self._failure is not None:
-                        return  # another stream failed, and what came before that is all that the reader gets
-                    if event.kind == "error":
-                        raise error_from_code(
-                            event.code, event.message, param=event.param, retry_after_s=event.retry_after_s
-                        )
-                    while len(self._waiting) >= MAX_WAITING_EVENTS:
-                        self._room.clear()
-                        await self._room.wait()
-                    self._waiting.append((index, event))
-                    if not accepted:
-                        accepted = True
-                        self._num_accepted += 1
-                    ended = event.kind == "done"
-                    self._news.set()
+                async for events in stream:
+                    for event in events:
+                        if self._failure is not None:
+                            return  # another stream failed, and what came before that is all that the reader gets
+                        if isinstance(event, ErrorEvent):
+                            raise error_of(event)
+                        while len(self._waiting) >= MAX_WAITING_EVENTS:
+                            self._room.clear()
+                            await self._room.wait()
+                        self._waiting.append((index, event))
+                        if not accepted:
+                            accepted = True
+                            self._num_accepted += 1
+                        ended = event.kind == "done"
+                        self._news.set()
             if not ended:
-                raise InternalError("The answer broke off without an end; send the request again.")
+                raise broken_off()
         except Exception as error:  # of whatever kind: the reader raises it in the task that can answer
             if self._failure is None:
                 self._failure = error

@@ -10,7 +10,6 @@ The official clients take a clean end without [DONE] for a complete answer, so a
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -20,9 +19,9 @@ from starlette.types import Receive, Scope, Send
 from controller.errors_http import error_object
 from controller.metrics import CLIENT_CLOSED, RequestObserver
 from controller.openai.disconnect import run_while_connected
+from controller.openai.event_source import EventSource
 from controller.openai.generation import ChoiceText, Generation, Identity
 from controller.openai.json_bytes import encode_json, encode_str
-from controller.openai.merged_events import MergedEvents
 from controller.openai.schemas_responses import Usage
 from registry.errors import InternalError, RootgraftError
 
@@ -101,24 +100,24 @@ class EventStreamResponse(Response):
             await events.accepted()
             self._generation.accept()
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for body in self._bodies(events):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            end = await self._send_chunks(events, send)
+            await send({"type": "http.response.body", "body": end, "more_body": False})
         return True
 
-    async def _bodies(self, events: MergedEvents) -> AsyncIterator[bytes]:
+    async def _send_chunks(self, events: EventSource, send: Send) -> bytes:
+        """Send all but the end, which is returned: usage and [DONE], or the error that ended the stream."""
         try:
             async for batch in events:
                 gains = self._generation.gained(batch)
                 body = b"".join([self._encoder.gain(choice, gain) for choice, gain in gains.items()])
                 if body:
-                    yield body
-            yield self._encoder.end(self._generation.usage.to_json())
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         except RootgraftError as error:
-            yield self._failed(error)
+            return self._failed(error)
         except Exception:  # whatever broke, the client must not take what it has for the whole answer
             logger.exception("A stream broke off.")
-            yield self._failed(InternalError("internal error; see the controller's log"))
+            return self._failed(InternalError("internal error; see the controller's log"))
+        return self._encoder.end(self._generation.usage.to_json())
 
     def _failed(self, error: RootgraftError) -> bytes:
         self._observer.finish(error.status)

@@ -25,7 +25,7 @@ from controller.protocol import (
 )
 from controller.routing import RoundRobin
 from controller.trusted_networks import TrustedNetworks
-from controller.worker_client import WorkerClient
+from controller.worker_client import GenerateEvents, WorkerClient
 from controller.workers import WorkerTable
 from registry.errors import (
     ContextLengthError,
@@ -70,7 +70,8 @@ class Fleet:
 
     async def events(self, model: str = "m", **options: object) -> list[object]:
         async with asyncio.timeout(LIMIT_S):
-            return [event async for event in self.gateway.stream(request(model), **options)]  # type: ignore[arg-type]
+            stream = self.gateway.stream(request(model), **options)  # type: ignore[arg-type]
+            return [event async for events in stream for event in events]
 
     async def close(self) -> None:
         await self._stack.aclose()
@@ -105,6 +106,14 @@ async def fleet(start: Callable[..., Fleet]) -> Fleet:
 
 def kinds(events: list) -> list[str]:
     return [event.kind for event in events]
+
+
+async def first_events(stream: AsyncIterator[list[GenerateEvents]], number: int) -> list[GenerateEvents]:
+    """The first events of a stream whose worker sends so many and then waits."""
+    events: list[GenerateEvents] = []
+    while len(events) < number:
+        events += await anext(stream)
+    return events
 
 
 def text(events: list) -> str:
@@ -162,7 +171,7 @@ async def test_a_wrong_worker_token_is_not_the_clients_fault(fleet: Fleet) -> No
 async def test_requests_in_flight_are_counted_while_the_stream_is_open(fleet: Fleet) -> None:
     await fleet.add(Script(hang_after=1))
     stream = fleet.gateway.stream(request())
-    assert (await anext(stream)).kind == "prompt"
+    assert kinds(await anext(stream))[0] == "prompt"
     (worker,) = fleet.table
     assert worker.num_in_flight == 1
     await stream.aclose()
@@ -301,6 +310,15 @@ async def test_nothing_follows_a_terminal_event(fleet: Fleet) -> None:
     assert kinds(await fleet.events()) == ["done"]
 
 
+async def test_what_came_before_a_malformed_line_is_passed_on(fleet: Fleet) -> None:
+    good = DeltaEvent(index=0, text="a", num_tokens=1).model_dump_json().encode()
+    prompt = PromptEvent(num_prompt_tokens=1).model_dump_json().encode()
+    await fleet.add(Script(raw=[prompt + b"\n" + good + b"\nnot ours\n" + good + b"\n"]))
+    events = await fleet.events()
+    assert kinds(events) == ["prompt", "delta", "error"]
+    assert "malformed" in events[-1].message
+
+
 async def test_the_workers_own_error_event_is_passed_on(fleet: Fleet) -> None:
     await fleet.add(Script(fail_after=1))
     events = await fleet.events()
@@ -311,9 +329,9 @@ async def test_the_workers_own_error_event_is_passed_on(fleet: Fleet) -> None:
 async def test_kill_ends_open_streams_at_once(fleet: Fleet) -> None:
     worker = await fleet.add(Script(hang_after=1))
     stream = fleet.gateway.stream(request())
-    assert kinds([await anext(stream), await anext(stream)]) == ["prompt", "delta"]
+    assert kinds(await first_events(stream, 2)) == ["prompt", "delta"]
     await worker.kill()
-    assert kinds([event async for event in stream]) == ["error"]
+    assert kinds([event async for events in stream for event in events]) == ["error"]
 
 
 async def test_silence_ends_the_stream(start: Callable[..., Fleet]) -> None:
@@ -326,18 +344,18 @@ async def test_silence_ends_the_stream(start: Callable[..., Fleet]) -> None:
 async def test_a_worker_that_leaves_the_table_ends_its_streams(fleet: Fleet, while_waiting: bool) -> None:
     await fleet.add(Script(hang_after=1))
     stream = fleet.gateway.stream(request())
-    await anext(stream)
-    await anext(stream)
+    await first_events(stream, 2)
     (worker,) = fleet.table
     if while_waiting:
         task = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0)
         fleet.gateway.worker_gone(worker, "is gone")
-        event = await task
+        (event,) = await task
     else:
         fleet.gateway.worker_gone(worker, "is gone")
-        event = await anext(stream)
-    assert (event.kind, event.code) == ("error", "worker_failed")
+        (event,) = await anext(stream)
+    assert isinstance(event, ErrorEvent)
+    assert event.code == "worker_failed"
     assert [event async for event in stream] == []
 
 

@@ -101,7 +101,7 @@ class FakeGateway:
     pieces: the tokens of every answer.
     script: makes the events of a request in place of `pieces`; exceptions in it are raised, asyncio.Events awaited.
     refuse: raised by every request before its first event.
-    pause: whether the event loop runs between two events, as it does when they come one by one.
+    pause: whether the events come one by one, and the event loop runs between two of them; else they come together.
     requests, affinities: what came, in order.
     num_open: streams that have begun and not ended; num_closed_early: those closed before their terminal event.
     """
@@ -118,24 +118,35 @@ class FakeGateway:
     num_open: int = 0
     num_closed_early: int = 0
 
-    async def stream(self, request: GenerateRequest, *, affinity: str | None = None) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, request: GenerateRequest, *, affinity: str | None = None
+    ) -> AsyncGenerator[list[Event], None]:
         self._check(request.model)
         self.requests.append(request)
         self.affinities.append(affinity)
         self.num_open += 1
         ended = False
+        together: list[Event] = []
         try:
             for event in self.script(request) if self.script else reply_events(request, self.pieces):
                 if self.pause:
                     await asyncio.sleep(0)
-                if isinstance(event, Exception):
-                    ended = True
-                    raise event
-                if isinstance(event, asyncio.Event):
+                if isinstance(event, Exception | asyncio.Event):
+                    if together:
+                        yield together
+                        together = []
+                    if isinstance(event, Exception):
+                        ended = True
+                        raise event
                     await event.wait()
                     continue
+                together.append(event)
                 ended = event.kind in ("done", "error")
-                yield event
+                if self.pause or ended:
+                    yield together
+                    together = []
+            if together:
+                yield together
             ended = True
         finally:
             self.num_open -= 1
