@@ -5,10 +5,13 @@ w[n, k] = scale[n, k // 32] * value[n, k] + minimum[n, k // 32]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from registry.errors import CheckpointError, UnsupportedModelError
 
 GROUP = 32
 
@@ -31,9 +34,50 @@ class GroupedWeight:
     def shape(self) -> torch.Size:
         return self.values.shape
 
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> GroupedWeight:
+        """With rows selected or put into another order: `function` [N, ...] -> [M, ...] looks at whole rows only."""
+        return GroupedWeight(
+            function(self.values),
+            function(self.scales),
+            None if self.minimums is None else function(self.minimums),
+        )
+
     def dequantize(self) -> Tensor:
         """-> [N, K] float32"""
         groups = self.values.view(len(self.values), -1, GROUP).float() * self.scales.float()[..., None]
         if self.minimums is not None:
             groups = groups + self.minimums.float()[..., None]
         return groups.flatten(1)
+
+
+def can_quantize(shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape can be a GroupedWeight: a matrix whose rows are whole groups."""
+    return len(shape) == 2 and shape[1] > 0 and shape[1] % GROUP == 0
+
+
+def split_groups(weight: Tensor) -> Tensor:
+    """[N, K] floating point -> [N * K / 32, 32], for what quantizes it.
+
+    Raises:
+        UnsupportedModelError: rows that are not whole groups.
+        CheckpointError: infinite values or NaN.
+    """
+    if not can_quantize(weight.shape):
+        raise UnsupportedModelError(
+            f"A weight of shape {list(weight.shape)} cannot be quantized: only matrices whose rows are a multiple of "
+            f"{GROUP} long can."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(
+            "A weight holds infinite values or NaN and cannot be quantized; download the model again."
+        )
+    return weight.reshape(-1, GROUP)
+
+
+def check_range(largest: float) -> None:
+    """Raises UnsupportedModelError where the largest scale or minimum is none that float16 can hold."""
+    if largest >= 65520:  # what would round to infinity
+        raise UnsupportedModelError(
+            f"A weight is too large to be quantized: float16 cannot hold its scale {largest:.3g}. "
+            "Serve the model with --quantization none."
+        )
