@@ -1,4 +1,4 @@
-"""`python -m model_worker`: load one model and serve it."""
+"""`python -m model_worker`: load one model and serve it. `python -m model_worker inspect`: see inside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from adapters.plan_report import plan_rows
 from model_worker.config import WorkerConfig, parse_config
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.step_profiler import make_profiler
 from model_worker.identity import weights_digest
+from model_worker.inspection import command as inspection
 from model_worker.model_source import find_model
 from model_worker.worker import Worker, bind
 from registry.errors import RootgraftError
@@ -31,7 +33,10 @@ TOKEN_VARIABLE = "ROOTGRAFT_WORKER_TOKEN"
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv and argv[0] == "inspect":
+            return inspection.main(argv[1:], environ)
         config = parse_config(argv, worker_token=environ.get(TOKEN_VARIABLE))
         logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -60,7 +65,9 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
         _say(f"  {row:<14} {text}")
     engine_died = asyncio.Event()
     digest = weights_digest(plan, cache_dir)
-    engine = AsyncLLMEngine(LLMEngine.from_plan(plan, config.engine, variant_digest=digest), on_failure=engine_died.set)
+    profiler = make_profiler(config.profile, title=f"model_worker {source.name}")
+    inner = LLMEngine.from_plan(plan, config.engine, variant_digest=digest, profiler=profiler)
+    engine = AsyncLLMEngine(inner, on_failure=engine_died.set)
     resident = psutil.Process().memory_info().rss
     _say(
         f"Loaded: {engine.stats().kv_blocks_total} KV blocks of {config.engine.cache.block_size} tokens, at most "

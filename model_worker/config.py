@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from model_worker.engine.config import EngineConfig
+from model_worker.engine.config import EngineConfig, ProfileConfig
 from registry.errors import InvalidRequestError
 from registry.flags import add_flags, config_from_args
 
@@ -35,6 +35,7 @@ class WorkerConfig:
         drain_timeout_s: how long running requests may go on after SIGTERM.
         log_level: of the worker's own log lines on stderr.
         engine: configuration of the engine.
+        profile: what is recorded of its first steps.
     """
 
     model: str
@@ -51,17 +52,20 @@ class WorkerConfig:
     drain_timeout_s: float
     log_level: str
     engine: EngineConfig
+    profile: ProfileConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model_worker",
         description="Serve one base model: load it into the engine, register with the controller, answer its requests.",
+        epilog="`python -m model_worker inspect --help`: see what a model needs and what a step of it does.",
     )
-    parser.add_argument(
-        "--model-path", required=True, metavar="PATH|NAME", help="checkpoint directory, GGUF file or known model name"
+    model = add_model_flags(parser)
+    model.add_argument("--model-name", metavar="NAME", help="public name (default: that of the directory or file)")
+    model.add_argument(
+        "--chat-template", metavar="NAME|FILE", help="instead of the model's own; `python -m adapters list` names them"
     )
-    parser.add_argument("--model-name", metavar="NAME", help="public name (default: that of the directory or file)")
     where = parser.add_argument_group("network")
     controller = where.add_mutually_exclusive_group()
     controller.add_argument(
@@ -94,7 +98,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="how long running requests may go on after SIGTERM (default: %(default)s)",
     )
     where.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="(default: %(default)s)")
+    add_flags(parser, EngineConfig, title="engine")
+    add_flags(parser, ProfileConfig, title="profile")
+    return parser
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which model, and what `plan_load` has to know of it. -> their group"""
     model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model-path", required=True, metavar="PATH|NAME", help="checkpoint directory, GGUF file or known model name"
+    )
     model.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -102,11 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of weights and KV cache (default: %(default)s)",
     )
     model.add_argument(
-        "--chat-template", metavar="NAME|FILE", help="instead of the model's own; `python -m adapters list` names them"
-    )
-    model.add_argument(
         "--max-model-len",
-        type=_positive,
+        type=positive_int,
         metavar="INT",
         help="most tokens of prompt and output together (default: the model's context length)",
     )
@@ -118,8 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="delta to add to the weights while loading; may be repeated",
     )
-    add_flags(parser, EngineConfig, title="engine")
-    return parser
+    return model
 
 
 def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> WorkerConfig:
@@ -150,6 +160,7 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
         drain_timeout_s=args.drain_timeout,
         log_level=args.log_level,
         engine=config_from_args(args, EngineConfig),
+        profile=config_from_args(args, ProfileConfig),
     )
 
 
@@ -181,7 +192,7 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return int(text)

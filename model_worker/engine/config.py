@@ -74,7 +74,6 @@ class EngineConfig:
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    profile: ProfileConfig = field(default_factory=ProfileConfig)
     num_threads: int | None = flag(None, "threads for tensor work; default: one per core")
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.scheduler import Scheduler
 from model_worker.engine.sequence import Sequence, SequenceGroup
 from model_worker.engine.step import SchedulerOutput, StepResult
-from model_worker.engine.step_profiler import Profiler, make_profiler
+from model_worker.engine.step_profiler import Profiler
 from registry.errors import (
     ContextLengthError,
     InternalError,
@@ -104,14 +104,15 @@ class LLMEngine:
         self._failed = 0
 
     @classmethod
-    def from_plan(cls, plan: LoadPlan, config: EngineConfig, *, variant_digest: str = "") -> LLMEngine:
+    def from_plan(
+        cls, plan: LoadPlan, config: EngineConfig, *, variant_digest: str = "", profiler: Profiler | None = None
+    ) -> LLMEngine:
         """Load the model of a plan; blocks until it is ready.
 
         Raises:
             ClientError: the checkpoint, the memory or the configuration does not allow it.
         """
         tokenizer = load_tokenizer(plan.tokenizer_path)
-        profiler = make_profiler(config.profile, title=f"model_worker {plan.path.name}")
         runner = ModelRunner(plan, config, profiler=profiler)
         return cls(
             config,

@@ -23,9 +23,8 @@ class TraceRow:
         dtype: of its weights; of its output where it has none.
         begin_ns: when it began, on the clock of `time.perf_counter_ns`.
         self_ns: how long it took, without the operations that it called, which have rows of their own.
-        weight_bytes: weights that it read.
-        activation_bytes: inputs that it read and outputs that it wrote.
-        kv_bytes: keys and values that it read and wrote.
+        bytes_moved: bytes that had to be read and written at least once: weights, inputs, outputs, keys and values.
+        weight_bytes: those of them that are weights.
         flops: of matrix products and attention, a multiplication and its addition counted as two.
     """
 
@@ -37,9 +36,8 @@ class TraceRow:
     dtype: str
     begin_ns: int
     self_ns: int
+    bytes_moved: int = 0
     weight_bytes: int = 0
-    activation_bytes: int = 0
-    kv_bytes: int = 0
     flops: int = 0
 
 

@@ -110,8 +110,8 @@ class _ModuleOperation:
             dtype=str(dtype).removeprefix("torch."),
             begin_ns=begin_ns,
             self_ns=self_ns,
+            bytes_moved=weight_bytes + (_num_bytes(inputs) + _num_bytes(outputs) if moves else 0),
             weight_bytes=weight_bytes,
-            activation_bytes=_num_bytes(inputs) + _num_bytes(outputs) if moves else 0,
             flops=flops,
         )
 
@@ -167,8 +167,7 @@ class _TracedAttention:
             dtype=str(query.dtype).removeprefix("torch."),
             begin_ns=begin_ns,
             self_ns=self_ns,
-            activation_bytes=_num_bytes([*inputs, out]),
-            kv_bytes=(num_read + len(key)) * token_bytes,
+            bytes_moved=_num_bytes([*inputs, out]) + (num_read + len(key)) * token_bytes,
             flops=2 * num_pairs * query.shape[1] * (query.shape[2] + value.shape[2]),
         )
 

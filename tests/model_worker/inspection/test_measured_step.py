@@ -44,12 +44,13 @@ def test_the_rows_of_a_decode_step(tmp_path: Path) -> None:
 
     up = _row(trace.rows, 1, "mlp.up_proj")
     assert (up.inputs, up.outputs, up.dtype) == (((3, HIDDEN),), ((3, INNER),), "float32")
-    assert (up.weight_bytes, up.activation_bytes) == (HIDDEN * INNER * 4, 3 * (HIDDEN + INNER) * 4)
+    assert (up.weight_bytes, up.bytes_moved) == (HIDDEN * INNER * 4, (HIDDEN * INNER + 3 * (HIDDEN + INNER)) * 4)
     assert up.flops == 2 * 3 * HIDDEN * INNER
 
     attention = _row(trace.rows, 0, "self_attn.paged_attention")
     assert attention.inputs == ((3, 4, 8), (3, 2, 8), (3, 2, 8))
-    assert attention.kv_bytes == (3 * 20 + 3) * 2 * 2 * 8 * 4  # read and written; K and V of 2 heads of 8
+    query_and_out, new_kv = 2 * 3 * 4 * 8, 3 * 2 * 2 * 8  # K and V of 2 heads of 8
+    assert attention.bytes_moved == (query_and_out + 2 * new_kv + 20 * new_kv) * 4
     assert attention.flops == 2 * 2 * 3 * 20 * 4 * 8
 
     head = _row(trace.rows, None, "lm_head")
@@ -67,9 +68,8 @@ def test_prefill_sees_half_of_the_pairs_and_samples_one_row(tmp_path: Path) -> N
 
 def test_a_window_bounds_what_attention_reads(tmp_path: Path) -> None:
     trace = trace_step(load("qwen2-mixed-window", tmp_path), StepShape("decode", 1, 40), num_runs=1)
-    token_bytes = 2 * 2 * 8 * 4
-    found = [row.kv_bytes for row in trace.rows if row.kind is OpKind.ATTENTION]
-    assert found == [(20 + 1) * token_bytes, (40 + 1) * token_bytes]
+    windowed, full = [row.bytes_moved for row in trace.rows if row.kind is OpKind.ATTENTION]
+    assert full - windowed == (40 - 20) * 2 * 2 * 8 * 4
 
 
 def test_only_the_experts_that_were_chosen_count(tmp_path: Path) -> None:

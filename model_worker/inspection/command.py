@@ -1,0 +1,131 @@
+"""`python -m model_worker inspect --model-path PATH|NAME`: see inside a model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from adapters import plan_load
+from model_worker.config import add_model_flags, positive_int
+from model_worker.engine.config import EngineConfig
+from model_worker.inspection.html_report import format_html
+from model_worker.inspection.inspection import (
+    DEFAULT_CONTEXTS,
+    DEFAULT_ROWS,
+    SECTIONS,
+    Inspection,
+    InspectRequest,
+    inspect_model,
+)
+from model_worker.inspection.json_report import format_json
+from model_worker.inspection.text_report import format_text
+from model_worker.model_source import find_model
+from registry.atomic_file import write_file
+from registry.flags import add_flags, config_from_args
+from registry.paths import default_cache_dir
+
+_FORMATS: Mapping[str, Callable[[Inspection], str]] = {"table": format_text, "json": format_json, "html": format_html}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m model_worker inspect",
+        description="See inside a model: the memory it needs in each precision, how it was loaded, what a prefill and "
+        "a decode step are made of and where their time goes. `--section footprint` reads no weights.",
+    )
+    add_model_flags(parser)
+    seen = parser.add_argument_group("what to see")
+    seen.add_argument(
+        "--section",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS,
+        metavar="NAME",
+        help=f"of {', '.join(SECTIONS)} (default: all)",
+    )
+    seen.add_argument(
+        "--rows",
+        type=_positive_ints,
+        default=DEFAULT_ROWS,
+        metavar="INT,...",
+        help="sequences of the decode steps that are timed; the last is traced (default: 1,8,32)",
+    )
+    seen.add_argument(
+        "--context",
+        type=_positive_ints,
+        default=DEFAULT_CONTEXTS,
+        metavar="INT,...",
+        help="tokens of each sequence, for the memory and for the steps; the last is traced (default: 128,1024)",
+    )
+    seen.add_argument(
+        "--memory-gib",
+        type=_positive_number,
+        metavar="FLOAT",
+        help="memory to plan for (default: what this machine has free)",
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument("--format", choices=tuple(_FORMATS), default="table", help="(default: %(default)s)")
+    out.add_argument("--output", type=Path, metavar="FILE", help="instead of standard output")
+    add_flags(parser, EngineConfig, title="engine")
+    return parser
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Look, and write what was seen.
+
+    Raises:
+        RootgraftError: the model cannot be found, read or loaded, or the output not written.
+    """
+    args = build_parser().parse_args(argv)
+    config = config_from_args(args, EngineConfig)
+    request = InspectRequest(
+        sections=tuple(args.section),
+        rows=args.rows,
+        contexts=args.context,
+        memory_bytes=None if args.memory_gib is None else int(args.memory_gib * 2**30),
+    )
+    source = find_model(args.model_path, name="inspected", cache_dir=default_cache_dir(environ), report=_say)
+    plan = plan_load(
+        source.path,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        deltas=args.delta,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        # What is not loaded may be larger than this machine.
+        memory_bytes=None if request.needs_weights else sys.maxsize,
+    )
+    name = Path(args.model_path).resolve().name if Path(args.model_path).exists() else args.model_path
+    text = _FORMATS[args.format](inspect_model(plan, config, request, name=name, report=_say))
+    if args.output is not None:
+        write_file(args.output, text.encode())
+        return 0
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not try to flush it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _positive_ints(text: str) -> tuple[int, ...]:
+    return tuple(sorted({positive_int(number) for number in text.split(",")}))
+
+
+def _positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value

@@ -1,0 +1,230 @@
+"""How much memory a model needs in each precision, computed from its config and headers; no weight is read.
+
+    weights(precision) = sum over matrices of linear layers and experts   blocks of the precision
+                       + sum over everything else                         its 4 or 2 bytes a value
+    batch(context)     = (free - weights - activations) // (KV of one token * context in whole blocks)
+
+In int8 and int4, 32 consecutive inputs of an output are one group (engine/ops/linear/packed_weight.py): 34 bytes with
+a 16-bit scale, 20 bytes with a 16-bit scale and minimum. Embeddings, norms and biases keep 16 bits. A head that is
+tied to the embedding costs nothing in floating point; in int8 and int4 it is a quantized copy beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapters.gguf_architectures import find_architecture
+from adapters.load_plan import LoadPlan
+from adapters.memory import estimate_memory
+from adapters.model_adapter import find_model_adapter
+from model_worker.engine.model_parts import Part, part_of
+from model_worker.engine.models.transformers_model import TransformersModel
+
+_GROUP = 32  # inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How weights are kept.
+
+    Attributes:
+        name: as on the command line.
+        group_bytes: of 32 values of a matrix, scales included.
+        value_bytes: of a value of anything else, and of one of the KV cache and the activations.
+    """
+
+    name: str
+    group_bytes: int
+    value_bytes: int
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.group_bytes < _GROUP * self.value_bytes
+
+
+PRECISIONS = (
+    Precision("float32", 128, 4),
+    Precision("bfloat16", 64, 2),
+    Precision("float16", 64, 2),
+    Precision("int8", 34, 2),
+    Precision("int4", 20, 2),
+)
+KV_PRECISIONS: Mapping[str, int] = {"float32": 4, "16 bits": 2, "8 bits": 1}
+"""Bytes of one key or value element; scales of 8-bit elements are not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartFootprint:
+    """The weights of one part of the model.
+
+    Attributes:
+        num_parameters: a tied head has none.
+        stored_bytes: in the checkpoint's files; None: its format has no headers.
+        bytes_by_precision: in memory.
+    """
+
+    part: Part
+    num_parameters: int
+    stored_bytes: int | None
+    bytes_by_precision: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimit:
+    """The largest batch of sequences of `context` tokens that fits; 0: not even one, or not the weights."""
+
+    weights: str
+    kv: str
+    context: int
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What the model needs and what there is.
+
+    Attributes:
+        parts: those that the model has.
+        tied_head: the output head is the embedding's matrix.
+        kv_bytes_per_token: by precision of the KV cache, over all layers.
+        activation_tokens: tokens of the largest step.
+        activations_bytes: of that step, by precision of the weights; an estimate from above.
+        free_bytes: memory that may be taken.
+        batches: for each precision of weights and of the KV cache and each context.
+    """
+
+    parts: tuple[PartFootprint, ...]
+    tied_head: bool
+    kv_bytes_per_token: Mapping[str, int]
+    activation_tokens: int
+    activations_bytes: Mapping[str, int]
+    free_bytes: int
+    batches: tuple[BatchLimit, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(part.num_parameters for part in self.parts)
+
+    def weights_bytes(self, precision: str) -> int:
+        return sum(part.bytes_by_precision[precision] for part in self.parts)
+
+
+def measure_footprint(
+    plan: LoadPlan, *, contexts: Sequence[int], block_size: int, max_num_batched_tokens: int, free_bytes: int
+) -> Footprint:
+    """The footprint of a planned model.
+
+    Args:
+        contexts: lengths of sequences to state the largest batch for.
+        block_size: tokens of a KV cache block.
+        max_num_batched_tokens: tokens of the largest step.
+        free_bytes: memory that may be taken.
+    """
+    # In bfloat16, so that what the family keeps in float32 whatever the precision can be told from the rest.
+    model = TransformersModel(
+        plan.config, dtype=torch.bfloat16, device=torch.device("meta"), max_model_len=plan.max_model_len
+    )
+    adapter = find_model_adapter(plan.config)
+    activations = {
+        precision.name: estimate_memory(
+            plan.checkpoint,
+            adapter,
+            dtype="float32" if precision.value_bytes == 4 else "bfloat16",
+            stored_dtype=plan.dtype,
+            max_num_batched_tokens=max_num_batched_tokens,
+        ).activations_bytes
+        for precision in PRECISIONS
+    }
+    kv = {name: adapter.kv_values_per_token * size for name, size in KV_PRECISIONS.items()}
+    parts = _parts(plan, model)
+    weights = {p.name: sum(part.bytes_by_precision[p.name] for part in parts) for p in PRECISIONS}
+    batches = [
+        BatchLimit(
+            precision.name,
+            kv_name,
+            context,
+            max(0, free_bytes - weights[precision.name] - activations[precision.name])
+            // (kv[kv_name] * -(-context // block_size) * block_size),
+        )
+        for precision in PRECISIONS
+        for kv_name, size in KV_PRECISIONS.items()
+        if size in (precision.value_bytes, 1)
+        for context in contexts
+    ]
+    return Footprint(
+        parts=parts,
+        tied_head=_has_tied_head(model),
+        kv_bytes_per_token=kv,
+        activation_tokens=max_num_batched_tokens,
+        activations_bytes=activations,
+        free_bytes=free_bytes,
+        batches=tuple(batches),
+    )
+
+
+def _parts(plan: LoadPlan, model: TransformersModel) -> tuple[PartFootprint, ...]:
+    stored = _stored_bytes(plan)
+    values: dict[Part, int] = {}
+    sizes: dict[Part, dict[str, int]] = {}
+    for name, weight, is_own in _weights(model):
+        part = part_of(name)
+        values[part] = values.get(part, 0) + (weight.numel() if is_own else 0)
+        of_part = sizes.setdefault(part, dict.fromkeys((p.name for p in PRECISIONS), 0))
+        for precision in PRECISIONS:
+            if is_own or precision.is_quantized:
+                of_part[precision.name] += _weight_bytes(weight, precision, is_matrix=_is_matrix(model, name, weight))
+    return tuple(
+        PartFootprint(part, values[part], None if stored is None else stored.get(part, 0), sizes[part])
+        for part in Part
+        if part in values
+    )
+
+
+def _weights(model: TransformersModel) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Name and tensor of every weight, and whether it is its own; a tied head is the embedding's under its name."""
+    weights = dict(model.weights())
+    for name, weight in weights.items():
+        yield name, weight, True
+    for name, source in model.ties.items():
+        if part_of(name) is Part.HEAD and source in weights:
+            yield name, weights[source], False
+
+
+def _has_tied_head(model: TransformersModel) -> bool:
+    return any(not is_own for _, _, is_own in _weights(model))
+
+
+def _is_matrix(model: TransformersModel, name: str, weight: torch.Tensor) -> bool:
+    """Whether the weight is a linear layer's matrix or those of experts: what is quantized."""
+    if weight.ndim == 2:
+        return model.linear_of(name) is not None
+    return weight.ndim == 3 and part_of(name) is Part.EXPERTS
+
+
+def _weight_bytes(weight: torch.Tensor, precision: Precision, *, is_matrix: bool) -> int:
+    if is_matrix and precision.is_quantized:
+        *outputs, num_inputs = weight.shape
+        return math.prod(outputs) * -(-num_inputs // _GROUP) * precision.group_bytes
+    return weight.numel() * max(precision.value_bytes, 4 if weight.dtype == torch.float32 else 0)
+
+
+def _stored_bytes(plan: LoadPlan) -> dict[Part, int] | None:
+    """Bytes of each part in the files."""
+    checkpoint = plan.checkpoint
+    if not checkpoint.tensors:
+        return None
+    architecture = find_architecture(checkpoint.metadata) if checkpoint.format == "gguf" else None
+    stored: dict[Part, int] = {}
+    for header in checkpoint.tensors.values():
+        name: str | None = header.name
+        if architecture is not None:
+            translated = architecture.translate(header.name)
+            name = None if translated is None else translated[0]
+        if name is not None:
+            part = part_of(name)
+            stored[part] = stored.get(part, 0) + header.num_bytes
+    return stored

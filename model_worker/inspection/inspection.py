@@ -1,0 +1,187 @@
+"""Everything that can be seen of one model, in sections that can be asked for one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from adapters.load_plan import LoadPlan
+from adapters.memory import available_memory_bytes
+from model_worker.engine.config import EngineConfig
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.inspection.flowchart import Flowchart, draw_flowchart
+from model_worker.inspection.footprint import Footprint, measure_footprint
+from model_worker.inspection.load_summary import LoadSummary, summarize_load
+from model_worker.inspection.measured_step import StepShape, StepTime, StepTrace, fits, time_step, trace_step
+from registry.errors import InvalidRequestError
+
+SECTIONS = ("footprint", "load", "trace", "flowchart")
+DEFAULT_ROWS = (1, 8, 32)
+DEFAULT_CONTEXTS = (128, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class InspectRequest:
+    """What to look at.
+
+    Attributes:
+        sections: of SECTIONS.
+        rows: sequences of the decode steps that are timed; the last is traced.
+        contexts: tokens of each sequence, for the footprint's batches and the steps; the last is traced.
+        memory_bytes: memory to plan for; None: what this machine has free.
+    """
+
+    sections: tuple[str, ...] = SECTIONS
+    rows: tuple[int, ...] = DEFAULT_ROWS
+    contexts: tuple[int, ...] = DEFAULT_CONTEXTS
+    memory_bytes: int | None = None
+
+    @property
+    def needs_weights(self) -> bool:
+        return any(section != "footprint" for section in self.sections)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Which model was looked at, and where.
+
+    Attributes:
+        implementation: class that computes it; None: it was not loaded.
+        num_threads: of tensor work.
+    """
+
+    name: str
+    path: str
+    family: str
+    model_type: str
+    format: str
+    dtype: str
+    quantization: str | None
+    max_model_len: int
+    implementation: str | None
+    num_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """Steps of the loaded model.
+
+    Attributes:
+        prefill, decode: traced.
+        times: of decode steps without tracing, one for each number of rows and each context.
+        skipped: steps that the KV cache cannot hold.
+    """
+
+    prefill: StepTrace
+    decode: StepTrace
+    times: tuple[StepTime, ...]
+    skipped: tuple[StepShape, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What was found; a section that was not asked for is None."""
+
+    model: ModelFacts
+    footprint: Footprint | None = None
+    load: LoadSummary | None = None
+    trace: Traces | None = None
+    flowcharts: tuple[Flowchart, ...] = field(default=())
+
+
+def inspect_model(
+    plan: LoadPlan,
+    config: EngineConfig,
+    request: InspectRequest,
+    *,
+    name: str,
+    report: Callable[[str], None] = lambda line: None,
+) -> Inspection:
+    """Look at a model; it is loaded unless the footprint is all that is asked for.
+
+    Args:
+        name: what the report calls it.
+        report: called with each line of progress.
+
+    Raises:
+        InvalidRequestError: a context that the model does not have, or no step that the KV cache can hold.
+        ClientError: the model cannot be loaded.
+    """
+    longest = max(request.contexts)
+    if longest > plan.max_model_len:
+        raise InvalidRequestError(
+            f"--context {longest} is more than the model's {plan.max_model_len} tokens; ask for shorter ones."
+        )
+    free_bytes = available_memory_bytes() if request.memory_bytes is None else request.memory_bytes
+    footprint = None
+    if "footprint" in request.sections:
+        footprint = measure_footprint(
+            plan,
+            contexts=sorted({*request.contexts, plan.max_model_len}),
+            block_size=config.cache.block_size,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            free_bytes=free_bytes,
+        )
+    if not request.needs_weights:
+        return Inspection(_facts(plan, name, None), footprint)
+    report(f"Loading {name}")
+    runner = ModelRunner(plan, config)
+    traces = None
+    if {"trace", "flowchart"} & set(request.sections):
+        traces = _trace(runner, request, config, report)
+    return Inspection(
+        model=_facts(plan, name, type(runner.model).__name__),
+        footprint=footprint,
+        load=summarize_load(plan, runner.load_report) if "load" in request.sections else None,
+        trace=traces if "trace" in request.sections else None,
+        flowcharts=(
+            (draw_flowchart(traces.prefill), draw_flowchart(traces.decode))
+            if traces is not None and "flowchart" in request.sections
+            else ()
+        ),
+    )
+
+
+def _trace(runner: ModelRunner, request: InspectRequest, config: EngineConfig, report: Callable[[str], None]) -> Traces:
+    decode = [step for step in _decode_steps(request.rows, request.contexts) if fits(runner, step)]
+    if not decode:
+        raise InvalidRequestError(
+            f"The KV cache of {runner.num_blocks * runner.block_size} tokens holds none of these steps; ask for fewer "
+            "--rows or shorter --context, or raise --kv-cache-gib."
+        )
+    # A longer prompt is computed in chunks of so many tokens.
+    prefill = StepShape("prefill", 1, min(decode[-1].context, config.scheduler.max_num_batched_tokens))
+    times = []
+    for step in decode:
+        report(f"Timing decode steps of {step.num_rows} rows with {step.context} tokens of context")
+        times.append(time_step(runner, step))
+    report("Tracing")
+    return Traces(
+        prefill=trace_step(runner, prefill),
+        decode=trace_step(runner, decode[-1]),
+        times=tuple(times),
+        skipped=tuple(step for step in _decode_steps(request.rows, request.contexts) if not fits(runner, step)),
+    )
+
+
+def _decode_steps(rows: Sequence[int], contexts: Sequence[int]) -> Iterator[StepShape]:
+    for context in contexts:
+        for num_rows in rows:
+            yield StepShape("decode", num_rows, context)
+
+
+def _facts(plan: LoadPlan, name: str, implementation: str | None) -> ModelFacts:
+    return ModelFacts(
+        name=name,
+        path=str(plan.path),
+        family=plan.family.name,
+        model_type=str(plan.config["model_type"]),
+        format=plan.checkpoint.format,
+        dtype=plan.dtype,
+        quantization=plan.quantization,
+        max_model_len=plan.max_model_len,
+        implementation=implementation,
+        num_threads=torch.get_num_threads(),
+    )
