@@ -143,6 +143,7 @@ class KernelLibrary:
     """
 
     def __init__(self, path: Path, level: MachineLevel) -> None:
+        self.path = path
         self.level = level
         try:
             self._library = ctypes.CDLL(str(path))

@@ -46,14 +46,15 @@ class Team {
       scratch_.emplace_back(static_cast<std::byte*>(std::aligned_alloc(64, kScratchBytes)));
       if (!scratch_.back()) throw std::bad_alloc();
     }
-    for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+    try {
+      for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { serve(i); });
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
 
-  ~Team() {
-    commands_ = nullptr;
-    announce();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~Team() { stop(); }
 
   void run(const Command* commands, int64_t num_commands, const Step* step, int64_t* end_ns) {
     commands_ = commands;
@@ -65,8 +66,14 @@ class Team {
   }
 
  private:
+  void stop() {
+    commands_ = nullptr;
+    announce();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   void announce() {
-    job_.fetch_add(1, std::memory_order_release);
+    job_.fetch_add(1);
     job_.notify_all();
   }
 
@@ -99,7 +106,8 @@ class Team {
       }
       num_arrived_.store(0, std::memory_order_relaxed);
       next_tile_.store(0, std::memory_order_relaxed);
-      generation_.store(generation + 1, std::memory_order_release);
+      // In sequence with notify_all's own look at who waits, which could otherwise come before this is visible.
+      generation_.store(generation + 1);
       if (num_threads_ > 1) generation_.notify_all();
     } else {
       wait_while_equal(generation_, generation);

@@ -10,6 +10,7 @@
         out   [T, N] float32; gated: [T, N / 2]
 
     QuantizeRows    for each row and group of 32 inputs:  scale = max|x| / 127,  value = round(x / scale)
+                    max|x| below 2^-120: value = 0; a group with NaN or an infinity has a scale that is NaN or infinite
 
 Where the machine multiplies 8-bit integers (`MachineLevel.has_integer_dot`), int8 and int4 weights are multiplied by
 quantized rows: each group's integer sum is exact, then scaled in float32. Elsewhere the weights are widened and the
@@ -49,6 +50,9 @@ __all__ = [
     "interleave_gated",
     "pack",
 ]
+
+
+_SMALLEST_PEAK = 2.0**-120  # as in cpu.cpp
 
 
 class Activation(IntEnum):
@@ -121,9 +125,9 @@ class QuantizeRows:
 
     def reference(self, step: Step) -> None:
         num_rows, num_inputs = step.num_rows, self.x.shape[1]
-        groups = F.pad(self.x[:num_rows], (0, -num_inputs % GROUP)).view(num_rows, -1, GROUP)
+        groups = F.pad(self.x[:num_rows], (0, -num_inputs % GROUP)).unflatten(1, (-1, GROUP))
         peaks = groups.abs().amax(dim=-1)
-        inverse = torch.where(peaks > 0, 127.0 / peaks, 0.0)
+        inverse = torch.where(peaks >= _SMALLEST_PEAK, 127.0 / peaks, 0.0)
         values = torch.round(groups * inverse[..., None]).to(torch.int8)
         self.out.values[:num_rows] = values.flatten(1)
         self.out.scales[:num_rows] = peaks / 127.0
@@ -212,11 +216,11 @@ class Linear:
         num_rows = step.num_rows
         x = self.x[:num_rows]
         if self.quantized_x is not None and self.weight.format.is_quantized:
-            values = self.quantized_x.values[:num_rows].view(num_rows, -1, GROUP)
+            values = self.quantized_x.values[:num_rows].unflatten(1, (-1, GROUP))
             x = (values * self.quantized_x.scales[:num_rows, :, None]).flatten(1)[:, : x.shape[1]]
         y = F.linear(x, self.weight.unpack(), self.bias) * self.alpha
         if self.activation is not Activation.NONE:
-            pairs = y.view(num_rows, -1, 2, PANEL // 2)
+            pairs = y.unflatten(1, (-1, 2, PANEL // 2))
             gate, up = pairs[:, :, 0].flatten(1), pairs[:, :, 1].flatten(1)
             y = (F.silu(gate) if self.activation is Activation.SILU else F.gelu(gate, approximate="tanh")) * up
         if self.accumulate:

@@ -375,6 +375,8 @@ extern "C" void rootgraft_linear(const void* args, const Step& step, Worker& wor
   }
 }
 
+constexpr float kSmallestPeak = 0x1p-120f;  // 127 / peak is finite; smaller groups are zeros
+
 // Mirrored by `_QuantizeArgs` in __init__.py.
 struct QuantizeArgs {
   const float* x;  // [T, K], rows x_stride apart
@@ -394,12 +396,14 @@ extern "C" void rootgraft_quantize_rows(const void* args, const Step& step, Work
       const int count = static_cast<int>(std::min<int64_t>(kGroup, a.num_inputs - g * kGroup));
       alignas(64) float padded[kGroup] = {};
       std::memcpy(padded, x, count * sizeof(float));
-      Floats peaks{};
+      Ints peaks{};  // as bits of magnitudes, whose order is that of the numbers, with NaN above infinity
       for (int i = 0; i < kGroup; i += kLanes) {
-        const Floats value = load(padded + i);
-        peaks = max(peaks, max(value, -value));
+        const Ints magnitude = bits_of<Ints>(padded + i) & 0x7fffffff;
+        peaks = magnitude > peaks ? magnitude : peaks;
       }
-      const float peak = max(peaks), inverse = peak > 0.0f ? 127.0f / peak : 0.0f;
+      int32_t peak_bits = peaks[0];
+      for (int i = 1; i < kLanes; ++i) peak_bits = std::max<int32_t>(peak_bits, peaks[i]);
+      const float peak = bits_of<float>(&peak_bits), inverse = peak >= kSmallestPeak ? 127.0f / peak : 0.0f;
       int8_t* const values = a.values + row * num_groups * kGroup + g * kGroup;
       Ints total{};
       for (int i = 0; i < kGroup; i += kLanes) {
@@ -407,7 +411,7 @@ extern "C" void rootgraft_quantize_rows(const void* args, const Step& step, Work
         const Ints value = reinterpret_cast<Ints>(shifted) - 0x4b400000;
         const Bytes narrow = __builtin_convertvector(value, Bytes);
         std::memcpy(values + i, &narrow, sizeof(narrow));
-        total += value;
+        total += __builtin_convertvector(narrow, Ints);
       }
       int32_t sum = 0;
       for (int i = 0; i < kLanes; ++i) sum += total[i];
