@@ -1,0 +1,548 @@
+// Attention over a paged KV cache; the package's docstring has the formula, native_kv.py the layout of a block.
+//
+// The rows of a sequence and KV head are its (token, query head of the group) pairs. A tile is a run of them, and goes
+// over the keys it sees in groups of 64:
+//
+//     keys of a group, transposed    [D, 64]      scores = rows * keys         in registers, R rows at a time
+//                                                 weights = exp(scores - maximum so far), masked
+//     values of a group              [64, Dv]     sums += weights * values     rescaled where the maximum grew
+//
+// The sums of every 256 positions are built by themselves and then added up in order. So a tile may be cut at these
+// positions and its parts given to several threads (where there are few tiles and much context), and the result of a
+// row has the same bits whatever batch it is in and however many threads there are.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../cpu/runtime.h"
+#include "../cpu/simd.h"
+#include "kv_block.h"
+
+namespace rootgraft {
+namespace {
+
+constexpr int kSpan = 16;                  // keys side by side in a block: the smallest unit of the fast way
+constexpr int kPanel = 2 * kSpan;          // keys, or value dimensions, whose sums are in registers at a time
+constexpr int kVectors = kPanel / kLanes;
+constexpr int kGroup = 64;                 // keys between two looks at the maximum
+constexpr int kPart = 256;                 // keys whose sums are built by themselves
+constexpr int kMaxRows = kLanes == 16 ? 12 : (kLanes == 8 ? 3 : 1);  // rows whose sums fit the registers
+constexpr int kMaxNarrowRows = kMaxRows < 4 ? kMaxRows : 4;  // rows up to which keys are widened on the way
+constexpr int kMaxTileRows = 96;
+constexpr int kFewTiles = 32;              // fewer are cut at the parts
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Mirrored by `_PagedAttentionArgs` in operation.py.
+struct PagedAttentionArgs {
+  const float* query;       // [T, num_heads, key_dim], rows query_stride apart
+  int64_t query_stride;
+  float* out;               // [T, num_heads, value_dim], rows out_stride apart
+  int64_t out_stride;
+  KVBlocks kv;
+  int64_t num_heads;
+  float scale;
+  float softcap;            // infinity: none
+  int64_t sliding_window;   // the largest integer: none
+  int64_t chunk_size;       // the largest integer: none
+  const float* sinks;       // [num_heads], or null
+  float* workspace;         // kFewTiles counters, which are zero between two runs, then the parts of cut tiles
+  int64_t workspace_floats;
+
+  int64_t group() const { return num_heads / kv.num_kv_heads; }
+  int64_t first_visible(int64_t position) const {
+    return std::max<int64_t>({0, position - sliding_window + 1, position - position % chunk_size});
+  }
+};
+
+// ------------------------------------------------------------------------------------ the tiles of a step
+
+struct Tile {
+  int64_t sequence;
+  int64_t first_row;   // of the sequence's (token, head of the group) pairs
+  int num_rows;
+  int64_t begin, end;  // positions that any of the rows sees
+  int64_t first_part, end_part;
+  int64_t workspace;   // where the parts of a cut tile's first head go, in floats
+  int64_t counter;     // of the parts of its first head that are done
+
+  int64_t num_parts() const { return (end + kPart - 1) / kPart - begin / kPart; }
+  bool is_cut() const { return end_part - first_part < num_parts(); }
+  int64_t cost() const { return num_rows * (std::min(end, end_part * kPart) - std::max(begin, first_part * kPart)); }
+};
+
+// Floats of one part of one tile and head: maximum and sum of each row, then their sums of values.
+int64_t part_floats(const PagedAttentionArgs& a, int num_rows) { return num_rows * (2 + a.kv.padded_value_dim); }
+
+// Bounded by the scratch memory too: queries, sums of a part and of all parts.
+int64_t max_tile_rows(const PagedAttentionArgs& a) {
+  const int64_t row_bytes = sizeof(float) * (a.kv.key_dim + 2 * a.kv.padded_value_dim);
+  return std::min<int64_t>(kMaxTileRows, 96 * 1024 / row_bytes);
+}
+
+// All tiles of one head; the other heads have the same. The longest come first, so that threads finish together.
+void make_tiles(const PagedAttentionArgs& a, const Step& step, std::vector<Tile>& tiles) {
+  tiles.clear();
+  const int64_t most_rows = max_tile_rows(a);
+  for (int64_t s = 0; s < step.num_sequences; ++s) {
+    const int64_t num_tokens = step.query_start[s + 1] - step.query_start[s];
+    const int64_t num_rows = num_tokens * a.group();
+    const int64_t num_tiles = (num_rows + most_rows - 1) / most_rows;
+    for (int64_t i = 0; i < num_tiles; ++i) {
+      const int64_t first = num_rows * i / num_tiles, end = num_rows * (i + 1) / num_tiles;
+      const int64_t before = step.seq_lens[s] - num_tokens;
+      Tile tile{};
+      tile.sequence = s;
+      tile.first_row = first;
+      tile.num_rows = static_cast<int>(end - first);
+      tile.begin = a.first_visible(before + first / a.group());
+      tile.end = before + (end - 1) / a.group() + 1;
+      tile.first_part = tile.begin / kPart;
+      tile.end_part = tile.first_part + tile.num_parts();
+      tiles.push_back(tile);
+    }
+  }
+  const int64_t num_heads = a.kv.num_kv_heads;
+  const int64_t num_uncut = static_cast<int64_t>(tiles.size());
+  if (num_uncut * num_heads < kFewTiles) {
+    int64_t used = kFewTiles;
+    for (int64_t i = 0; i < num_uncut; ++i) {
+      tiles[i].workspace = used;
+      tiles[i].counter = i * num_heads;
+      used += num_heads * tiles[i].num_parts() * part_floats(a, tiles[i].num_rows);
+    }
+    for (int64_t i = 0; i < num_uncut && used <= a.workspace_floats; ++i) {
+      for (int64_t part = tiles[i].first_part + 1; part < tiles[i].first_part + tiles[i].num_parts(); ++part) {
+        Tile tile = tiles[i];
+        tile.first_part = part;
+        tile.end_part = part + 1;
+        tiles.push_back(tile);
+      }
+      tiles[i].end_part = tiles[i].first_part + 1;
+    }
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& x, const Tile& y) { return x.cost() > y.cost(); });
+}
+
+// ------------------------------------------------------------------------------------ products
+
+// Where 16 consecutive positions lie.
+template <typename W>
+struct Span {
+  const W* keys;
+  const W* values;
+  const float* key_scales;
+  const float* value_scales;
+};
+
+template <typename W>
+struct Spans {
+  Span<W> span[kGroup / kSpan];
+  int64_t key_stride;    // from one dimension of a key to the next
+  int64_t value_stride;  // from one position's value to the next
+};
+
+// scores[r, 0:32] = rows[r] . keys of two spans, for R rows.
+template <int R, typename W>
+inline void multiply_keys(const W* first, const W* second, int64_t stride, const float* rows, int64_t dim,
+                          float* scores) {
+  Floats local[R][kVectors] = {};
+  const float* fours[(R + 3) / 4];  // four rows share a pointer: twelve would not fit the integer registers
+  for (int i = 0; i < (R + 3) / 4; ++i) fours[i] = rows + 4 * i * dim;
+  for (int64_t d = 0; d < dim; ++d) {
+    Floats key[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      key[v] = load(v < kVectors / 2 ? first + d * stride + v * kLanes : second + d * stride + v * kLanes - kSpan);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Floats value = broadcast(fours[r / 4][r % 4 * dim + d]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) local[r][v] += value * key[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(scores + r * kGroup + v * kLanes, local[r][v]);
+}
+
+// sums[r, 0:V vectors] += weights[r, begin:end] * values[begin:end, column:column + V vectors], for R rows.
+template <int R, int V, typename W>
+inline void multiply_values(const Spans<W>& spans, int64_t column, const float* weights, int begin, int end,
+                            float* sums, int64_t sums_stride) {
+  Floats local[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) local[r][v] = load(sums + r * sums_stride + v * kLanes);
+  for (int i = begin; i < end;) {
+    const W* values = spans.span[i / kSpan].values + i % kSpan * spans.value_stride + column;
+    const int span_end = std::min(end, (i / kSpan + 1) * kSpan);
+    for (; i < span_end; ++i, values += spans.value_stride) {
+      Floats value[V];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) value[v] = load(values + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Floats weight = broadcast(weights[r * kGroup + i]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) local[r][v] += weight * value[v];
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(sums + r * sums_stride + v * kLanes, local[r][v]);
+}
+
+// ------------------------------------------------------------------------------------ softmax
+
+// Positions of a group that a row sees: [begin, end), counted from the group's first.
+struct Range {
+  int begin, end;
+};
+
+Range in_group(int64_t begin, int64_t end, int64_t group) {
+  return {static_cast<int>(std::clamp<int64_t>(begin - group, 0, kGroup)),
+          static_cast<int>(std::clamp<int64_t>(end - group, 0, kGroup))};
+}
+
+inline Ints lane_numbers() {
+  Ints lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+inline Floats tanh(Floats x) { return 1.0f - 2.0f / (exp(2.0f * x) + 1.0f); }
+
+inline float exp_one(float x) { return exp(broadcast(x))[0]; }
+
+// The state of rows: the largest score so far, the sum of e^(score - largest), and that of e^(score - largest) * value.
+struct Sums {
+  float* maximum;  // [rows]
+  float* weight;   // [rows]
+  float* value;    // [rows, width]
+  int64_t width;   // padded_value_dim
+
+  void clear(int num_rows) {
+    std::fill_n(maximum, num_rows, -kInfinity);
+    std::fill_n(weight, num_rows, 0.0f);
+    std::fill_n(value, num_rows * width, 0.0f);
+  }
+  void scale_row(int row, float factor) {
+    weight[row] *= factor;
+    for (int64_t i = 0; i < width; i += kLanes) store(value + row * width + i, load(value + row * width + i) * factor);
+  }
+};
+
+// Turns the scores of one row of a group into weights; positions in `needed` that are not `visible` get 0.
+template <typename W>
+inline void weigh(const PagedAttentionArgs& a, const Spans<W>& spans, Range needed, Range visible, float* scores,
+                  Sums& sums, int row) {
+  const int first = needed.begin / kLanes * kLanes;
+  if (visible.begin >= visible.end) {
+    for (int i = first; i < needed.end; i += kLanes) store(scores + i, Floats{});
+    return;
+  }
+  Floats peaks = broadcast(-kInfinity);
+  for (int i = first; i < needed.end; i += kLanes) {
+    const Span<W>& span = spans.span[i / kSpan];
+    Floats score = load(scores + i);
+    if (span.key_scales != nullptr) score *= load(span.key_scales + i % kSpan);
+    if (a.softcap != kInfinity) score = a.softcap * tanh(score / a.softcap);
+    if (i < visible.begin || i + kLanes > visible.end) {
+      const Ints position = lane_numbers() + i;
+      score = (position >= visible.begin) & (position < visible.end) ? score : broadcast(-kInfinity);
+    }
+    peaks = max(score, peaks);
+    store(scores + i, score);
+  }
+  const float peak = max(peaks), old = sums.maximum[row];
+  if (peak > old) {
+    sums.scale_row(row, exp_one(old - peak));
+    sums.maximum[row] = peak;
+  }
+  const float maximum = sums.maximum[row];
+  Floats total{};
+  for (int i = first; i < needed.end; i += kLanes) {
+    const Span<W>& span = spans.span[i / kSpan];
+    const Floats weight = exp(load(scores + i) - maximum);
+    total += weight;
+    store(scores + i, span.value_scales != nullptr ? weight * load(span.value_scales + i % kSpan) : weight);
+  }
+  sums.weight[row] += sum(total);
+}
+
+// Adds the sums of one more part to those of the parts before it. A row that saw nothing of the part has weight 0.
+void add_part(const Sums& part, int num_rows, Sums& total) {
+  for (int row = 0; row < num_rows; ++row) {
+    if (part.weight[row] == 0.0f) continue;
+    const float maximum = std::max(total.maximum[row], part.maximum[row]);
+    const float factor = exp_one(part.maximum[row] - maximum);
+    total.scale_row(row, exp_one(total.maximum[row] - maximum));
+    total.maximum[row] = maximum;
+    total.weight[row] += part.weight[row] * factor;
+    float* const value = total.value + row * total.width;
+    for (int64_t i = 0; i < total.width; i += kLanes) {
+      store(value + i, load(value + i) + load(part.value + row * total.width + i) * factor);
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------ one tile
+
+// A thread's scratch memory.
+struct Scratch {
+  float* queries;     // [rows, key_dim], scaled
+  Sums part, total;
+  float* scores;      // [kMaxRows, kGroup]
+  float* keys;        // [key_dim, kGroup], widened
+  float* values;      // [kGroup, padded_value_dim], widened
+  float* key_scales;  // [kGroup]
+  float* value_scales;
+
+  Scratch(const PagedAttentionArgs& a, float* memory) {
+    const auto take = [&](int64_t num_floats) {
+      float* const start = memory;
+      memory += (num_floats + 15) / 16 * 16;
+      return start;
+    };
+    const int64_t rows = max_tile_rows(a), width = a.kv.padded_value_dim;
+    queries = take(rows * a.kv.key_dim);
+    for (Sums* sums : {&part, &total}) *sums = {take(rows), take(rows), take(rows * width), width};
+    scores = take(kMaxRows * kGroup);
+    keys = take(a.kv.key_dim * kGroup);
+    values = take(kGroup * width);
+    key_scales = take(kGroup);
+    value_scales = take(kGroup);
+  }
+};
+
+class TileRun {
+ public:
+  TileRun(const PagedAttentionArgs& a, const Step& step, const Tile& tile, int64_t head, float* memory)
+      : a_(a), tile_(tile), head_(head), scratch_(a, memory), table_(step.block_tables + tile.sequence * step.block_table_stride) {
+    first_token_ = step.query_start[tile.sequence];
+    first_position_ = step.seq_lens[tile.sequence] - (step.query_start[tile.sequence + 1] - first_token_);
+  }
+
+  template <typename W>
+  void run() {
+    for (int row = 0; row < tile_.num_rows; ++row) {
+      const float* const query = a_.query + token(row) * a_.query_stride + query_head(row) * a_.kv.key_dim;
+      float* const scaled = scratch_.queries + row * a_.kv.key_dim;
+      for (int64_t d = 0; d < a_.kv.key_dim; ++d) scaled[d] = query[d] * a_.scale;
+    }
+    scratch_.total.clear(tile_.num_rows);
+    for (int64_t part = tile_.first_part; part < tile_.end_part; ++part) {
+      scratch_.part.clear(tile_.num_rows);
+      const int64_t begin = std::max(tile_.begin, part * kPart), end = std::min(tile_.end, (part + 1) * kPart);
+      for (int64_t group = begin / kGroup * kGroup; group < end; group += kGroup) {
+        run_group<W>(group, std::max(begin, group), std::min(end, group + kGroup));
+      }
+      if (tile_.is_cut()) return hand_in();
+      add_part(scratch_.part, tile_.num_rows, scratch_.total);
+    }
+    finish();
+  }
+
+ private:
+  int64_t pair(int row) const { return tile_.first_row + row; }
+  int64_t token(int row) const { return first_token_ + pair(row) / a_.group(); }
+  int64_t query_head(int row) const { return head_ * a_.group() + pair(row) % a_.group(); }
+  int64_t position(int row) const { return first_position_ + pair(row) / a_.group(); }
+
+  // Positions [begin, end), all of one group.
+  template <typename W>
+  void run_group(int64_t group, int64_t begin, int64_t end) {
+    if (a_.kv.block_size % kSpan != 0) {
+      multiply_all(group, widen_positions<W>(group, begin, end));
+    } else if (sizeof(W) < sizeof(float) && tile_.num_rows > kMaxNarrowRows) {
+      multiply_all(group, widen_spans(find_spans<W>(group, begin, end), in_group(begin, end, group)));
+    } else {
+      multiply_all(group, find_spans<W>(group, begin, end));
+    }
+  }
+
+  // Spans outside [begin, end) may have no block: any other keys do, they are masked.
+  template <typename W>
+  Spans<W> find_spans(int64_t group, int64_t begin, int64_t end) const {
+    Spans<W> spans;
+    for (int i = 0; i < kGroup / kSpan; ++i) {
+      const int64_t position = std::clamp(group + i * kSpan, begin / kSpan * kSpan, (end - 1) / kSpan * kSpan);
+      const int64_t offset = position % a_.kv.block_size;
+      const HeadBlock<W> block = head_block<W>(a_.kv, table_[position / a_.kv.block_size], head_);
+      spans.span[i] = {block.keys + offset, block.values + offset * a_.kv.padded_value_dim,
+                       block.key_scales == nullptr ? nullptr : block.key_scales + offset,
+                       block.key_scales == nullptr ? nullptr : block.value_scales + offset};
+    }
+    spans.key_stride = a_.kv.block_size;
+    spans.value_stride = a_.kv.padded_value_dim;
+    return spans;
+  }
+
+  template <typename W>
+  Spans<float> widened(const Spans<W>& source) const {
+    Spans<float> spans;
+    for (int i = 0; i < kGroup / kSpan; ++i) {
+      spans.span[i] = {scratch_.keys + i * kSpan, scratch_.values + i * kSpan * a_.kv.padded_value_dim,
+                       source.span[i].key_scales, source.span[i].value_scales};
+    }
+    spans.key_stride = kGroup;
+    spans.value_stride = a_.kv.padded_value_dim;
+    return spans;
+  }
+
+  template <typename W>
+  Spans<float> widen_spans(const Spans<W>& source, Range needed) const {
+    for (int i = needed.begin / kSpan; i * kSpan < needed.end; ++i) {
+      const Span<W>& span = source.span[i];
+      for (int64_t d = 0; d < a_.kv.key_dim; ++d)
+        for (int lane = 0; lane < kSpan; lane += kLanes) {
+          store(scratch_.keys + d * kGroup + i * kSpan + lane, load(span.keys + d * source.key_stride + lane));
+        }
+      const int64_t size = kSpan * a_.kv.padded_value_dim;
+      for (int64_t j = 0; j < size; j += kLanes) store(scratch_.values + i * size + j, load(span.values + j));
+    }
+    return widened(source);
+  }
+
+  // For block sizes that are no multiple of a span: position by position.
+  template <typename W>
+  Spans<float> widen_positions(int64_t group, int64_t begin, int64_t end) const {
+    const int64_t width = a_.kv.padded_value_dim;
+    for (int64_t position = begin; position < end; ++position) {
+      const HeadBlock<W> block = head_block<W>(a_.kv, table_[position / a_.kv.block_size], head_);
+      const int64_t offset = position % a_.kv.block_size, i = position - group;
+      for (int64_t d = 0; d < a_.kv.key_dim; ++d) {
+        scratch_.keys[d * kGroup + i] = widen(block.keys[d * a_.kv.block_size + offset]);
+      }
+      for (int64_t d = 0; d < width; ++d) scratch_.values[i * width + d] = widen(block.values[offset * width + d]);
+      if (kHasScales<W>) {
+        scratch_.key_scales[i] = block.key_scales[offset];
+        scratch_.value_scales[i] = block.value_scales[offset];
+      }
+    }
+    Spans<W> source{};
+    for (int i = 0; kHasScales<W> && i < kGroup / kSpan; ++i) {
+      source.span[i].key_scales = scratch_.key_scales + i * kSpan;
+      source.span[i].value_scales = scratch_.value_scales + i * kSpan;
+    }
+    return widened(source);
+  }
+
+  template <typename W>
+  void multiply_all(int64_t group, const Spans<W>& spans) {
+    constexpr int kMost = sizeof(W) < sizeof(float) ? kMaxNarrowRows : kMaxRows;
+    const int num_blocks = (tile_.num_rows + kMost - 1) / kMost;
+    for (int block = 0; block < num_blocks; ++block) {
+      const int first = tile_.num_rows * block / num_blocks;
+      const int end = tile_.num_rows * (block + 1) / num_blocks;
+      multiply_rows<W, kMost>(end - first, group, spans, first);
+    }
+  }
+
+  template <typename W, int R>
+  void multiply_rows(int num_rows, int64_t group, const Spans<W>& spans, int first) {
+    if constexpr (R > 1) {
+      if (num_rows < R) return multiply_rows<W, R - 1>(num_rows, group, spans, first);
+    }
+    multiply<R>(group, spans, first);
+  }
+
+  // Scores, weights and sums of R rows and one group.
+  template <int R, typename W>
+  __attribute__((noinline)) void multiply(int64_t group, const Spans<W>& spans, int first) {
+    const int64_t begin = std::max(tile_.begin, a_.first_visible(position(first)));
+    const Range needed = in_group(begin, position(first + R - 1) + 1, group);
+    if (needed.begin >= needed.end) return;
+    const float* const queries = scratch_.queries + first * a_.kv.key_dim;
+    for (int i = needed.begin / kPanel * kPanel; i < needed.end; i += kPanel) {
+      multiply_keys<R>(spans.span[i / kSpan].keys, spans.span[i / kSpan + 1].keys, spans.key_stride, queries,
+                       a_.kv.key_dim, scratch_.scores + i);
+    }
+    for (int r = 0; r < R; ++r) {
+      const int64_t p = position(first + r);
+      weigh(a_, spans, needed, in_group(a_.first_visible(p), p + 1, group), scratch_.scores + r * kGroup,
+            scratch_.part, first + r);
+    }
+    const int64_t width = a_.kv.padded_value_dim;
+    float* const sums = scratch_.part.value + first * width;
+    int64_t column = 0;
+    for (; column + kPanel <= width; column += kPanel) {
+      multiply_values<R, kVectors>(spans, column, scratch_.scores, needed.begin, needed.end, sums + column, width);
+    }
+    if (column < width) {
+      multiply_values<R, kVectors / 2>(spans, column, scratch_.scores, needed.begin, needed.end, sums + column, width);
+    }
+  }
+
+  // Puts a part of a cut tile into the workspace. Whoever is last adds up all parts.
+  void hand_in() {
+    const int64_t size = part_floats(a_, tile_.num_rows), num_parts = tile_.num_parts();
+    float* const parts = a_.workspace + tile_.workspace + head_ * num_parts * size;
+    const auto stored = [&](int64_t part) {
+      float* const start = parts + part * size;
+      return Sums{start, start + tile_.num_rows, start + 2 * tile_.num_rows, a_.kv.padded_value_dim};
+    };
+    const Sums mine = stored(tile_.first_part - tile_.begin / kPart);
+    std::copy_n(scratch_.part.maximum, tile_.num_rows, mine.maximum);
+    std::copy_n(scratch_.part.weight, tile_.num_rows, mine.weight);
+    std::copy_n(scratch_.part.value, tile_.num_rows * mine.width, mine.value);
+    std::atomic_ref<int32_t> counter(reinterpret_cast<int32_t*>(a_.workspace)[tile_.counter + head_]);
+    if (counter.fetch_add(1, std::memory_order_acq_rel) + 1 < num_parts) return;
+    counter.store(0, std::memory_order_relaxed);
+    for (int64_t part = 0; part < num_parts; ++part) add_part(stored(part), tile_.num_rows, scratch_.total);
+    finish();
+  }
+
+  void finish() {
+    Sums& total = scratch_.total;
+    for (int row = 0; row < tile_.num_rows; ++row) {
+      const int64_t head = query_head(row);
+      if (a_.sinks != nullptr) {
+        const float maximum = std::max(total.maximum[row], a_.sinks[head]);
+        total.scale_row(row, exp_one(total.maximum[row] - maximum));
+        total.weight[row] += exp_one(a_.sinks[head] - maximum);
+      }
+      total.scale_row(row, 1.0f / total.weight[row]);
+      std::copy_n(total.value + row * total.width, a_.kv.value_dim,
+                  a_.out + token(row) * a_.out_stride + head * a_.kv.value_dim);
+    }
+  }
+
+  const PagedAttentionArgs& a_;
+  const Tile& tile_;
+  const int64_t head_;  // of keys and values
+  Scratch scratch_;
+  const int32_t* table_;
+  int64_t first_token_;     // of the sequence, in the batch
+  int64_t first_position_;  // of that token
+};
+
+}  // namespace
+}  // namespace rootgraft
+
+using namespace rootgraft;
+
+extern "C" void rootgraft_paged_attention(const void* args, const Step& step, Worker& worker) {
+  const PagedAttentionArgs& a = *static_cast<const PagedAttentionArgs*>(args);
+  static thread_local std::vector<Tile> tiles;
+  make_tiles(a, step, tiles);
+  const int64_t num_heads = a.kv.num_kv_heads;
+  for (int64_t i; (i = worker.take(static_cast<int64_t>(tiles.size()) * num_heads)) >= 0;) {
+    TileRun run(a, step, tiles[i / num_heads], i % num_heads, worker.scratch<float>());
+    switch (a.kv.format) {
+      case KVFormat::kFloat32: run.run<float>(); break;
+      case KVFormat::kBFloat16: run.run<BFloat16>(); break;
+      case KVFormat::kFloat16: run.run<Float16>(); break;
+      case KVFormat::kInt8: run.run<int8_t>(); break;
+      case KVFormat::kFloat8: run.run<Float8>(); break;
+    }
+  }
+}
