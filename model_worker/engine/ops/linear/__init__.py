@@ -125,7 +125,7 @@ class QuantizeRows:
 
     def reference(self, step: Step) -> None:
         num_rows, num_inputs = step.num_rows, self.x.shape[1]
-        groups = F.pad(self.x[:num_rows], (0, -num_inputs % GROUP)).unflatten(1, (-1, GROUP))
+        groups = F.pad(self.x[:num_rows], (0, -num_inputs % GROUP)).view(num_rows, self.out.scales.shape[1], GROUP)
         peaks = groups.abs().amax(dim=-1)
         inverse = torch.where(peaks >= _SMALLEST_PEAK, 127.0 / peaks, 0.0)
         values = torch.round(groups * inverse[..., None]).to(torch.int8)
@@ -216,11 +216,11 @@ class Linear:
         num_rows = step.num_rows
         x = self.x[:num_rows]
         if self.quantized_x is not None and self.weight.format.is_quantized:
-            values = self.quantized_x.values[:num_rows].unflatten(1, (-1, GROUP))
+            values = self.quantized_x.values[:num_rows].view(num_rows, self.quantized_x.scales.shape[1], GROUP)
             x = (values * self.quantized_x.scales[:num_rows, :, None]).flatten(1)[:, : x.shape[1]]
         y = F.linear(x, self.weight.unpack(), self.bias) * self.alpha
         if self.activation is not Activation.NONE:
-            pairs = y.unflatten(1, (-1, 2, PANEL // 2))
+            pairs = y.view(num_rows, y.shape[1] // PANEL, 2, PANEL // 2)
             gate, up = pairs[:, :, 0].flatten(1), pairs[:, :, 1].flatten(1)
             y = (F.silu(gate) if self.activation is Activation.SILU else F.gelu(gate, approximate="tanh")) * up
         if self.accumulate:
