@@ -1,0 +1,52 @@
+from hypothesis import given, settings, strategies as st
+
+from model_worker.engine.speculation.ngram_proposer import NgramProposer
+
+
+def searched(token_ids: list[int], num_tokens: int, min_tokens: int, max_tokens: int) -> list[int]:
+    """What NgramProposer promises, by looking everywhere."""
+    for n in range(max_tokens, min_tokens - 1, -1):
+        for end in range(len(token_ids) - 1, n - 1, -1):
+            if n < len(token_ids) and token_ids[end - n : end] == token_ids[-n:]:
+                text = token_ids.copy()
+                while len(text) < len(token_ids) + num_tokens:
+                    text.append(text[end + len(text) - len(token_ids)])
+                return text[len(token_ids) :]
+    return []
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    token_ids=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    arrivals=st.lists(st.integers(1, 7), min_size=1, max_size=20),
+    min_tokens=st.integers(1, 3),
+    further=st.integers(0, 3),
+    num_tokens=st.integers(1, 9),
+)
+def test_proposals_are_those_of_a_search(token_ids, arrivals, min_tokens, further, num_tokens):
+    proposer = NgramProposer(min_tokens, min_tokens + further)
+    end = 0
+    for num in arrivals:  # as a sequence grows: by one token a step, or by several when drafts are accepted
+        end = min(end + num, len(token_ids))
+        known = token_ids[:end]
+        expected = searched(known, num_tokens, min_tokens, min_tokens + further)
+        assert proposer.propose(known, num_tokens) == expected
+        assert proposer.propose(known, num_tokens) == expected  # nothing has come since
+
+
+def test_the_longer_match_goes_before_the_later_one():
+    proposer = NgramProposer(1, 3)
+    assert proposer.propose([1, 2, 3, 50, 9, 3, 60, 1, 2, 3], 2) == [50, 9]
+
+
+def test_of_equal_matches_the_latest_counts():
+    assert NgramProposer(2, 2).propose([1, 2, 50, 1, 2, 60, 1, 2], 1) == [60]
+
+
+def test_a_short_period_goes_on_for_as_long_as_asked():
+    assert NgramProposer(1, 2).propose([7, 8, 7, 8, 7], 5) == [8, 7, 8, 7, 8]
+
+
+def test_new_tokens_propose_nothing():
+    assert NgramProposer(2, 4).propose([1, 2, 3, 4, 5], 4) == []
+    assert NgramProposer(2, 4).propose([1], 4) == []
