@@ -175,7 +175,7 @@ class NativeKVLayout:
         """A part of each head: [num_blocks, Hkv, *shape], in the same memory."""
         num_bytes = int(np.prod(shape)) * dtype.itemsize
         heads = blocks.view(-1, self.num_kv_heads, self._head_bytes)[..., start : start + num_bytes]
-        return heads.view(dtype).unflatten(-1, shape)
+        return heads.view(dtype).view(-1, self.num_kv_heads, *shape)
 
     def _scales(self, blocks: Tensor) -> Tensor:
         """Of keys and of values: [num_blocks, Hkv, 2, block_size] float32"""

@@ -109,7 +109,7 @@ class PagedAttention:
             metadata = AttentionMetadata(
                 torch.tensor([[0]], dtype=torch.int32), (0, end - start), (seq_len,), step.positions[start:end]
             )
-            query = self.query[start:end].unflatten(1, (self._num_heads, self.layout.key_dim))
+            query = self.query[start:end].view(end - start, self._num_heads, self.layout.key_dim)
             out = paged_attention_reference(query, keys[None], values[None], metadata, self.params)
             self.out[start:end] = out.flatten(1)
 

@@ -129,6 +129,10 @@ class RotaryKV:
         assert self.value.shape[1] == layout.num_kv_heads * layout.value_dim
         assert self.table is None or 2 * self.table.cos.shape[1] <= layout.key_dim
 
+    @property
+    def _num_heads(self) -> int:
+        return self.query.shape[1] // self.layout.key_dim
+
     def arguments(self) -> ctypes.Structure:
         table = self.table
         return _RotaryKVArgs(
@@ -136,7 +140,7 @@ class RotaryKV:
             address(self.key),
             address(self.value),
             row_stride(self.query),
-            self.query.shape[1] // self.layout.key_dim,
+            self._num_heads,
             None if table is None else address(table.cos),
             None if table is None else address(table.sin),
             0 if table is None else table.cos.shape[1],
@@ -145,12 +149,14 @@ class RotaryKV:
 
     def reference(self, step: Step) -> None:
         num_rows, layout = step.num_rows, self.layout
-        query, key = (x[:num_rows].unflatten(1, (-1, layout.key_dim)) for x in (self.query, self.key))
+        query = self.query[:num_rows].view(num_rows, self._num_heads, layout.key_dim)
+        key = self.key[:num_rows].view(num_rows, layout.num_kv_heads, layout.key_dim)
+        value = self.value[:num_rows].view(num_rows, layout.num_kv_heads, layout.value_dim)
         if self.table is not None:
             cos, sin = self.table.cos[:num_rows, None], self.table.sin[:num_rows, None]
             _rotate(query, cos, sin)
             _rotate(key, cos, sin)
-        layout.scatter(self.blocks, step.slot_mapping, key, self.value[:num_rows].unflatten(1, (-1, layout.value_dim)))
+        layout.scatter(self.blocks, step.slot_mapping, key, value)
 
     def bytes_moved(self, step: Step) -> int:
         rotated = 0 if self.table is None else 2 * (self.query.shape[1] + self.key.shape[1])
