@@ -18,6 +18,7 @@ from adapters.dtype import DTYPES
 from adapters.load_plan import LoadPlan
 from adapters.plan import plan_load
 from adapters.plan_report import plan_rows, plan_to_json
+from adapters.quantization import QUANTIZATIONS
 from adapters.template_library import load_named_template, template_entries, template_names
 from registry.errors import RootgraftError
 from registry.families import families
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_plan_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat-template", metavar="NAME|FILE", help="use this template instead of the model's own")
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="type in memory (default: auto)")
+    parser.add_argument(
+        "--quantization", default="auto", choices=QUANTIZATIONS, help="bits of the weights in memory (default: auto)"
+    )
     parser.add_argument("--max-model-len", type=int, metavar="N", help="most tokens of prompt and output together")
 
 
@@ -133,6 +137,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
     return plan_load(
         Path(args.model),
         dtype=args.dtype,
+        quantization=args.quantization,
         chat_template=args.chat_template,
         max_model_len=args.max_model_len,
         memory_bytes=sys.maxsize,

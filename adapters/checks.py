@@ -136,7 +136,13 @@ def resolve_max_model_len(adapter: ModelAdapter, config: Mapping[str, Any], requ
 
 
 def check_memory(
-    memory: MemoryEstimate, *, max_model_len: int, max_num_batched_tokens: int, dtype: str, available_bytes: int
+    memory: MemoryEstimate,
+    *,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+    dtype: str,
+    quantization: str | None,
+    available_bytes: int,
 ) -> None:
     """Weights, the KV cache of one sequence of `max_model_len`, and one step's activations fit.
 
@@ -152,11 +158,14 @@ def check_memory(
         remedies.append(f"use --max-model-len {left // memory.kv_bytes_per_token} or less")
     if dtype == "float32":
         remedies.append("use --dtype bfloat16, which takes half")
+    if quantization is None:
+        remedies.append("use --quantization int8 or int4, where the model can be served so")
     remedies.append("free memory or use a larger machine")
+    kept_in = dtype if quantization is None else f"{quantization} and {dtype}"
     raise InsufficientMemoryError(
         f"not enough memory: weights {gib(memory.weights_bytes)} + KV cache of one sequence of {max_model_len} tokens "
         f"{gib(kv_bytes)} + activations of {max_num_batched_tokens} tokens {gib(memory.activations_bytes)} = "
-        f"{gib(needed)} in {dtype}, available {gib(available_bytes)}; {', or '.join(remedies)}"
+        f"{gib(needed)} in {kept_in}, available {gib(available_bytes)}; {', or '.join(remedies)}"
     )
 
 

@@ -17,7 +17,18 @@ import torch
 
 from registry.errors import CheckpointError, UnsupportedModelError
 
-Rearrange = Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Rearrangement:
+    """What turns a stored tensor into Hugging Face's.
+
+    Attributes:
+        apply: the tensor and the config -> the tensor.
+        moves_whole_rows: only the order of rows changes, so that scales of rows may be rearranged like their weights.
+    """
+
+    apply: Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor]
+    moves_whole_rows: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +46,9 @@ class GgufArchitecture:
     model_type: str
     architecture: str
     tensors: Mapping[str, str]
-    rearrange: Mapping[str, Rearrange] = field(default_factory=dict)
+    rearrange: Mapping[str, Rearrangement] = field(default_factory=dict)
 
-    def translate(self, gguf_name: str) -> tuple[str, Rearrange | None] | None:
+    def translate(self, gguf_name: str) -> tuple[str, Rearrangement | None] | None:
         """Hugging Face name and rearrangement of a tensor; None for one that only repeats what the config says.
 
         Raises:
@@ -134,7 +145,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
             "llama",
             "LlamaForCausalLM",
             _LLAMA_LIKE,
-            {"blk.N.attn_q": _query_rows, "blk.N.attn_k": _key_rows},
+            {"blk.N.attn_q": Rearrangement(_query_rows, True), "blk.N.attn_k": Rearrangement(_key_rows, True)},
         ),
         GgufArchitecture("qwen2", "qwen2", "Qwen2ForCausalLM", _LLAMA_LIKE),
         GgufArchitecture("qwen3", "qwen3", "Qwen3ForCausalLM", _LLAMA_LIKE | _QUERY_KEY_NORMS),
@@ -169,7 +180,7 @@ GGUF_ARCHITECTURES: Mapping[str, GgufArchitecture] = {
             },
             dict.fromkeys(
                 ("blk.N.attn_qkv", "blk.N.attn_output", "blk.N.ffn_up", "blk.N.ffn_down"),
-                _transposed,
+                Rearrangement(_transposed, False),
             ),
         ),
     )

@@ -31,13 +31,14 @@ class LoadPlan:
         checkpoint: its files and tensor headers (no data).
         config: the Hugging Face config as a dict with `model_type`; for GGUF derived from the file's metadata.
         dtype: float32, bfloat16 or float16: that of weights and KV cache in memory.
-        quantization: compression of the weights in memory; None: none.
+        quantization: "int8" or "int4": what the matrices are rounded to while loading; None: not rounded.
         deltas: delta artifacts to add to the weights while they are read, in this order.
         tokenizer_path: directory with tokenizer files, or the GGUF file.
         chat_template: how a conversation becomes a prompt; None: the model has no template and chat is refused.
         stop_token_ids: ids that end a sequence.
         max_model_len: most tokens of prompt and output together.
         memory: estimate shown to the operator and checked against the machine.
+        kept_types: GGUF types whose blocks stay as the file has them, by whoever can compute with them.
     """
 
     path: Path
@@ -52,3 +53,4 @@ class LoadPlan:
     stop_token_ids: tuple[int, ...]
     max_model_len: int
     memory: MemoryEstimate
+    kept_types: frozenset[str] = frozenset()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import psutil
 
 from adapters.load_plan import MemoryEstimate
 from adapters.model_adapter import ModelAdapter
+from adapters.quantization import GROUP_BYTES, WeightPrecision
+from compression.grouped_weight import GROUP
 from registry.checkpoint import Checkpoint
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -18,22 +19,34 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def estimate_memory(
-    checkpoint: Checkpoint, adapter: ModelAdapter, *, dtype: str, stored_dtype: str, max_num_batched_tokens: int
+    checkpoint: Checkpoint,
+    adapter: ModelAdapter,
+    *,
+    dtype: str,
+    stored_dtype: str,
+    max_num_batched_tokens: int,
+    precision: WeightPrecision | None = None,
 ) -> MemoryEstimate:
     """Bytes for weights, for one token of KV cache, and for the activations of one step.
 
     The activations are an estimate from above of what is alive at once in one layer: the residual stream and its norm,
     q, k, v and the attention output, gate and up and their product; and the logits.
+
+    Args:
+        precision: of the weights; None: all in `dtype`.
     """
     size = DTYPE_BYTES[dtype]
+    precision = precision or WeightPrecision()
     if checkpoint.tensors:
-        values = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+        weights_bytes = sum(precision.num_bytes(tensor, size) for tensor in checkpoint.tensors.values())
     else:
         values = sum(file.stat().st_size for file in checkpoint.files) // DTYPE_BYTES[stored_dtype]
+        per_group = size * GROUP if precision.quantization is None else GROUP_BYTES[precision.quantization]
+        weights_bytes = values * per_group // GROUP
     per_token = 8 * adapter.hidden_size + 3 * adapter.intermediate_size
     logits = min(max_num_batched_tokens, _MAX_LOGIT_ROWS) * adapter.vocab_size * 4 * 2
     return MemoryEstimate(
-        weights_bytes=values * size,
+        weights_bytes=weights_bytes,
         kv_bytes_per_token=adapter.kv_values_per_token * size,
         activations_bytes=max_num_batched_tokens * per_token * size + logits,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from adapters.gguf import config_from_gguf
 from adapters.load_plan import LoadPlan
 from adapters.memory import available_memory_bytes, estimate_memory
 from adapters.model_adapter import find_model_adapter
+from adapters.quantization import resolve_precision
 from adapters.tokenizer import load_tokenizer
 from registry.checkpoint import Checkpoint, read_checkpoint
 from registry.checkpoint_file import read_json_file
@@ -29,24 +30,29 @@ def plan_load(
     path: Path | str,
     *,
     dtype: str = "auto",
+    quantization: str = "auto",
     chat_template: str | None = None,
     max_model_len: int | None = None,
     deltas: Sequence[Path] = (),
     memory_bytes: int | None = None,
     max_num_batched_tokens: int = 512,
     native_bf16: bool | None = None,
+    native_model_types: Collection[str] = (),
 ) -> LoadPlan:
     """Decide how to load the checkpoint at `path`, without reading its weights.
 
     Args:
         path: checkpoint directory or `.gguf` file.
         dtype: "auto", "float32", "bfloat16" or "float16".
+        quantization: "auto", "none", "int8" or "int4" (adapters/quantization.py).
         chat_template: name of a library template or a file; None: the model's own.
         max_model_len: most tokens of prompt and output together; None: as many as the model can do.
         deltas: delta artifacts to add to the weights while they are read.
         memory_bytes: memory that may be used; None: what this machine has free.
         max_num_batched_tokens: tokens of one step, for the estimate of the activations.
         native_bf16: whether the device multiplies bfloat16 in hardware; None: ask this CPU.
+        native_model_types: model types that will be computed by code that is fast with half-precision weights on
+            every machine and computes with quantized weights.
 
     Raises:
         CheckpointError: files missing, truncated or contradicting each other.
@@ -62,15 +68,23 @@ def plan_load(
     check_deltas(deltas)
     length = resolve_max_model_len(adapter, config, max_model_len)
     stored = stored_dtype(checkpoint, config)
-    chosen_dtype = resolve_dtype(dtype, stored, native_bf16=native_bf16)
+    is_native = config["model_type"] in native_model_types
+    chosen_dtype = resolve_dtype(dtype, stored, native_bf16=True if is_native else native_bf16)
+    precision = resolve_precision(quantization, checkpoint, is_native=is_native, has_deltas=bool(deltas))
     memory = estimate_memory(
-        checkpoint, adapter, dtype=chosen_dtype, stored_dtype=stored, max_num_batched_tokens=max_num_batched_tokens
+        checkpoint,
+        adapter,
+        dtype=chosen_dtype,
+        stored_dtype=stored,
+        max_num_batched_tokens=max_num_batched_tokens,
+        precision=precision,
     )
     check_memory(
         memory,
         max_model_len=length,
         max_num_batched_tokens=max_num_batched_tokens,
         dtype=chosen_dtype,
+        quantization=precision.quantization,
         available_bytes=available_memory_bytes() if memory_bytes is None else memory_bytes,
     )
     check_tokenizer_files(checkpoint)
@@ -84,13 +98,14 @@ def plan_load(
         checkpoint=checkpoint,
         config=config,
         dtype=chosen_dtype,
-        quantization=None,
+        quantization=precision.quantization,
         deltas=tuple(deltas),
         tokenizer_path=tokenizer_path,
         chat_template=template,
         stop_token_ids=stop_token_ids(checkpoint, config, tokenizer, template),
         max_model_len=length,
         memory=memory,
+        kept_types=precision.kept_types,
     )
 
 

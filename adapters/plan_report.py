@@ -6,6 +6,7 @@ from typing import Any
 
 from adapters.load_plan import LoadPlan
 from adapters.memory import available_memory_bytes, gib
+from adapters.quantization import WeightPrecision
 
 
 def plan_to_json(plan: LoadPlan) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def plan_to_json(plan: LoadPlan) -> dict[str, Any]:
         "num_tensors": len(plan.checkpoint.tensors),
         "dtype": plan.dtype,
         "quantization": plan.quantization,
+        "kept_types": sorted(plan.kept_types),
         "deltas": [str(delta) for delta in plan.deltas],
         "tokenizer": str(plan.tokenizer_path),
         "chat_template": None if template is None else {"name": template.name, "stop": list(template.stop)},
@@ -53,7 +55,7 @@ def plan_rows(plan: LoadPlan) -> list[tuple[str, str]]:
         ("family", f"{shown['family']} ({', '.join(shown['architectures']) or shown['model_type']})"),
         ("files", f"{files} ({shown['format']}, {shown['num_tensors'] or 'unknown number of'} tensors)"),
         ("dtype", shown["dtype"]),
-        ("compression", plan.quantization or "none"),
+        ("compression", WeightPrecision(plan.quantization, plan.kept_types).describe(plan.checkpoint)),
         ("deltas", ", ".join(shown["deltas"]) or "none"),
         ("context", f"{plan.max_model_len} tokens"),
         ("tokenizer", shown["tokenizer"]),

@@ -6,40 +6,46 @@ Memory beyond the model that is being filled: one tensor (for `.bin`, one shard 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from adapters.gguf_architectures import find_architecture
+from adapters.gguf_architectures import Rearrangement, find_architecture
 from adapters.load_plan import LoadPlan
-from compression.gguf import dequantize
+from compression.gguf import dequantize, read_grouped
+from compression.grouped_weight import GroupedWeight
 from delta.apply import DeltaStack
 from delta.artifact import open_delta
 from registry.checkpoint import Checkpoint
 from registry.errors import CheckpointError
 
+Weight: TypeAlias = torch.Tensor | GroupedWeight
 
-def iterate_weights(plan: LoadPlan) -> Iterator[tuple[str, torch.Tensor]]:
+
+def iterate_weights(plan: LoadPlan, *, keep_blocks: bool = False) -> Iterator[tuple[str, Weight]]:
     """Every weight of the planned model with the plan's deltas added, in the order of the files.
 
     Dtypes are the stored ones (GGUF: float32), not the plan's; converting is the caller's work. A tensor may be mapped
     from the file: copy it, do not write to it.
 
+    Args:
+        keep_blocks: give matrices of `plan.kept_types` as `GroupedWeight`, unless there are deltas, which belong to
+            numbers.
+
     Raises:
         CheckpointError: a truncated or unsafe file, a tensor that the model does not have, a delta for another base.
     """
-    weights = read_weights(plan.checkpoint, plan.config)
     if not plan.deltas:
-        yield from weights
+        yield from _read(plan.checkpoint, plan.config, plan.kept_types if keep_blocks else frozenset())
         return
     with ExitStack() as stack:
         deltas = DeltaStack([stack.enter_context(open_delta(path)) for path in plan.deltas])
-        for name, tensor in weights:
+        for name, tensor in read_weights(plan.checkpoint, plan.config):
             yield name, deltas.apply(name, tensor)
         deltas.check_complete()
 
@@ -50,10 +56,18 @@ def read_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[
     Raises:
         CheckpointError: a truncated or unsafe file, or a tensor that the model does not have.
     """
+    for name, weight in _read(checkpoint, config, frozenset()):
+        assert isinstance(weight, torch.Tensor)  # no type is kept in blocks
+        yield name, weight
+
+
+def _read(
+    checkpoint: Checkpoint, config: Mapping[str, Any], kept_types: Collection[str]
+) -> Iterator[tuple[str, Weight]]:
     if checkpoint.format == "safetensors":
         return _read_safetensors(checkpoint)
     if checkpoint.format == "gguf":
-        return _read_gguf(checkpoint, config)
+        return _read_gguf(checkpoint, config, kept_types)
     return _read_bin(checkpoint.files)
 
 
@@ -81,7 +95,9 @@ def _read_safetensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tenso
             raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
 
 
-def _read_gguf(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_gguf(
+    checkpoint: Checkpoint, config: Mapping[str, Any], kept_types: Collection[str]
+) -> Iterator[tuple[str, Weight]]:
     architecture = find_architecture(checkpoint.metadata)
     (file,) = checkpoint.files
     try:
@@ -94,8 +110,16 @@ def _read_gguf(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[tu
             continue
         name, rearrange = translated
         stored = data[header.offset_bytes : header.offset_bytes + header.num_bytes]
-        tensor = dequantize(stored, header.dtype, header.shape)
-        yield name, tensor if rearrange is None else rearrange(tensor, config)
+        can_keep = header.dtype in kept_types and (rearrange is None or rearrange.moves_whole_rows)
+        grouped = read_grouped(stored, header.dtype, header.shape) if can_keep else None
+        weight = dequantize(stored, header.dtype, header.shape) if grouped is None else grouped
+        yield name, weight if rearrange is None else _rearranged(weight, rearrange, config)
+
+
+def _rearranged(weight: Weight, rearrange: Rearrangement, config: Mapping[str, Any]) -> Weight:
+    if isinstance(weight, GroupedWeight):
+        return weight.map_rows(lambda rows: rearrange.apply(rows, config))
+    return rearrange.apply(weight, config)
 
 
 def _read_bin(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:

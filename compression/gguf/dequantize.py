@@ -45,19 +45,7 @@ def dequantize(data: memoryview | bytes | npt.NDArray[np.uint8], dtype: str, sha
         CheckpointError: a length that contradicts the shape.
     """
     kind = _find_type(dtype)
-    if shape and shape[-1] % kind.block_size:
-        raise CheckpointError(
-            f"a {dtype} tensor of shape {list(shape)} is impossible: its rows are not a multiple of {kind.block_size} "
-            "long. The file is damaged; fetch it again"
-        )
-    expected = math.prod(shape) // kind.block_size * kind.block_bytes
-    blocks = np.frombuffer(data, dtype=np.uint8)
-    if blocks.size != expected:
-        raise CheckpointError(
-            f"a {dtype} tensor of shape {list(shape)} takes {expected} bytes, but {blocks.size} are there. "
-            "The file is truncated or damaged; fetch it again"
-        )
-    blocks = blocks.reshape(-1, kind.block_bytes)  # [num_blocks, block_bytes]
+    blocks = split_blocks(data, kind, shape)
     out = np.empty((len(blocks), kind.block_size), np.float32)
     unpack = _UNPACK[dtype]
     step = max(1, _WEIGHTS_PER_CHUNK // kind.block_size)
@@ -66,6 +54,35 @@ def dequantize(data: memoryview | bytes | npt.NDArray[np.uint8], dtype: str, sha
         for start in range(0, len(blocks), step):
             unpack(blocks[start : start + step], out[start : start + step])
     return torch.from_numpy(out).reshape(shape)
+
+
+def split_blocks(
+    data: memoryview | bytes | npt.NDArray[np.uint8], kind: GgmlType, shape: tuple[int, ...]
+) -> npt.NDArray[np.uint8]:
+    """The bytes of one tensor as [num_blocks, block_bytes], still in `data`.
+
+    Raises:
+        CheckpointError: a length that contradicts the shape.
+    """
+    if shape and shape[-1] % kind.block_size:
+        raise CheckpointError(
+            f"a {kind.name} tensor of shape {list(shape)} is impossible: its rows are not a multiple of "
+            f"{kind.block_size} long. The file is damaged; fetch it again"
+        )
+    expected = math.prod(shape) // kind.block_size * kind.block_bytes
+    blocks = np.frombuffer(data, dtype=np.uint8)
+    if blocks.size != expected:
+        raise CheckpointError(
+            f"a {kind.name} tensor of shape {list(shape)} takes {expected} bytes, but {blocks.size} are there. "
+            "The file is truncated or damaged; fetch it again"
+        )
+    return blocks.reshape(-1, kind.block_bytes)
+
+
+def unpack_nibbles(packed: Bytes, out: Any) -> None:
+    """[..., n] bytes -> [..., 2, n]: all low nibbles, then all high ones."""
+    out[..., 0, :] = packed & 0x0F
+    out[..., 1, :] = packed >> 4
 
 
 def _find_type(name: str) -> GgmlType:
@@ -100,20 +117,14 @@ def _unpack_q8_0(blocks: Bytes, out: Floats) -> None:
     out *= _halves(blocks[:, :2])
 
 
-def _unpack_nibbles(packed: Bytes, out: Any) -> None:
-    """[..., n] bytes -> [..., 2, n]: all low nibbles, then all high ones."""
-    out[..., 0, :] = packed & 0x0F
-    out[..., 1, :] = packed >> 4
-
-
 def _unpack_q4_0(blocks: Bytes, out: Floats) -> None:
-    _unpack_nibbles(blocks[:, 2:], out.reshape(-1, 2, 16))
+    unpack_nibbles(blocks[:, 2:], out.reshape(-1, 2, 16))
     out -= 8
     out *= _halves(blocks[:, :2])
 
 
 def _unpack_q4_1(blocks: Bytes, out: Floats) -> None:
-    _unpack_nibbles(blocks[:, 4:], out.reshape(-1, 2, 16))
+    unpack_nibbles(blocks[:, 4:], out.reshape(-1, 2, 16))
     out *= _halves(blocks[:, :2])
     out += _halves(blocks[:, 2:4])
 
@@ -130,13 +141,13 @@ def _scale_and_offset(blocks: Bytes, out: Floats) -> None:
 
 
 def _unpack_q4_k(blocks: Bytes, out: Floats) -> None:
-    _unpack_nibbles(blocks[:, 16:].reshape(-1, 4, 32), out.reshape(-1, 4, 2, 32))
+    unpack_nibbles(blocks[:, 16:].reshape(-1, 4, 32), out.reshape(-1, 4, 2, 32))
     _scale_and_offset(blocks, out)
 
 
 def _unpack_q5_k(blocks: Bytes, out: Floats) -> None:
     groups = out.reshape(-1, 8, 32)
-    _unpack_nibbles(blocks[:, 48:].reshape(-1, 4, 32), out.reshape(-1, 4, 2, 32))
+    unpack_nibbles(blocks[:, 48:].reshape(-1, 4, 32), out.reshape(-1, 4, 2, 32))
     fifth_bits = blocks[:, 16:48]  # bit g of byte i belongs to weight i of group g
     for group in range(8):
         groups[:, group] += (fifth_bits >> group & 1) << 4
@@ -146,7 +157,7 @@ def _unpack_q5_k(blocks: Bytes, out: Floats) -> None:
 def _unpack_q6_k(blocks: Bytes, out: Floats) -> None:
     low, high = blocks[:, :128].reshape(-1, 2, 64), blocks[:, 128:192].reshape(-1, 2, 32)
     quarters = out.reshape(-1, 2, 4, 32)  # two halves of 128 weights, each of four runs of 32
-    _unpack_nibbles(low, out.reshape(-1, 2, 2, 64))
+    unpack_nibbles(low, out.reshape(-1, 2, 2, 64))
     for quarter in range(4):
         quarters[:, :, quarter] += (high >> 2 * quarter & 3) << 4
     out -= 32

@@ -15,6 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from adapters import plan_load, require_chat_template
 from adapters.chat_format import choose_chat_template
+from adapters.plan_report import plan_rows
 from registry.checkpoint import read_checkpoint
 from registry.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError, UnsupportedModelError
 
@@ -112,6 +113,50 @@ def test_the_change_to_float32_is_logged(tiny_llama, caplog) -> None:
         plan_load(tiny_llama, native_bf16=False)
     assert "no bfloat16 instructions" in caplog.text
     assert "--dtype bfloat16" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------- quantization
+
+
+def test_the_real_model_keeps_its_blocks_where_the_engine_computes_with_them(smollm2_gguf) -> None:
+    plan = plan_load(smollm2_gguf, native_model_types={"llama"})
+    assert (plan.quantization, plan.dtype) == (None, "bfloat16")
+    assert plan.kept_types == {"Q8_0", "Q4_0", "Q4_1"}
+    embedding, norms = 49152 * 576, 61 * 576
+    matrices = 134_515_008 - embedding - norms
+    assert plan.memory.weights_bytes == embedding * 34 // 32 + matrices * 20 // 32 + norms * 2
+    assert dict(plan_rows(plan))["compression"] == "Q4_1, Q8_0 as the file has them"
+    plain = plan_load(smollm2_gguf, native_model_types={"llama"}, quantization="none")
+    assert (plain.kept_types, plain.memory.weights_bytes) == (frozenset(), 134_515_008 * 2)
+
+
+@pytest.mark.parametrize(("quantization", "group_bytes"), [("int8", 34), ("int4", 20)])
+def test_quantized_weights(tiny_llama, quantization, group_bytes) -> None:
+    plan = plan_load(tiny_llama, quantization=quantization, native_bf16=True)
+    shapes = {name: tensor.shape for name, tensor in load_file(tiny_llama / "model.safetensors").items()}
+    expected = 0
+    for name, shape in shapes.items():
+        if len(shape) == 2 and shape[1] % 32 == 0:
+            wide = name in ("model.embed_tokens.weight", "lm_head.weight")
+            expected += shape.numel() // 32 * (34 if wide else group_bytes)
+        else:  # norms, and the down projections of 48 inputs
+            expected += shape.numel() * 2
+    assert plan.quantization == quantization
+    assert plan.memory.weights_bytes == expected
+    assert dict(plan_rows(plan))["compression"] == quantization
+
+
+def test_quantized_weights_of_a_bin_checkpoint(tiny_llama) -> None:
+    weights = load_file(tiny_llama / "model.safetensors")
+    torch.save(weights, tiny_llama / "pytorch_model.bin")
+    (tiny_llama / "model.safetensors").unlink()
+    plain, quantized = (plan_load(tiny_llama, quantization=kind, native_bf16=True) for kind in ("none", "int8"))
+    assert quantized.memory.weights_bytes == plain.memory.weights_bytes * 34 // 64
+
+
+def test_unknown_quantization(tiny_llama) -> None:
+    with pytest.raises(InvalidRequestError, match="auto, none, int8, int4, not 'int3'"):
+        plan_load(tiny_llama, quantization="int3")
 
 
 def test_unknown_dtype(tiny_llama) -> None:
