@@ -52,13 +52,13 @@ class ProfileConfig:
     """
 
     profile: str | None = flag(None, "directory or .json file for a trace of the steps, for Perfetto; default: none")
-    profile_steps: int = flag(100, "steps that the trace holds")
+    profile_steps: int | None = flag(None, "steps that the trace holds; default: 100 of spans, 10 of torch")
     profile_detail: str = flag(
         "spans", "parts of each step, or every operator of torch as well (slow)", choices=("spans", "torch")
     )
 
     def __post_init__(self) -> None:
-        if self.profile_steps < 1:
+        if self.profile_steps is not None and self.profile_steps < 1:
             raise InvalidRequestError(
                 f"--profile-steps must be at least 1, got {self.profile_steps}.", param="profile_steps"
             )

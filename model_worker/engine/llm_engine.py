@@ -189,7 +189,7 @@ class LLMEngine:
         except Exception as error:  # whatever a kernel or an allocator throws ends this step's requests, not the server
             logger.exception("A step of %d tokens failed.", output.num_tokens)
             return self._fail_step(output, error)
-        with self.profiler.span("detokenize", tokens=len(result.samples)):
+        with self.profiler.span("detokenize", rows=len(result.samples)):
             self._scheduler.complete(output)
             return self._process(output, result)
 

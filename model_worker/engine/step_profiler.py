@@ -78,8 +78,9 @@ def make_profiler(config: ProfileConfig, *, title: str) -> Profiler:
             f"--profile {config.profile}: {destination.parent} cannot be written ({error.strerror}); choose another "
             "place."
         ) from error
-    kind = TorchProfiler if config.profile_detail == "torch" else SpanProfiler
-    return kind(destination, max_steps=config.profile_steps, title=title)
+    if config.profile_detail == "torch":
+        return TorchProfiler(destination, max_steps=config.profile_steps or 10, title=title)
+    return SpanProfiler(destination, max_steps=config.profile_steps or 100, title=title)
 
 
 class _RecordingProfiler(Profiler, ABC):
@@ -177,7 +178,7 @@ class SpanProfiler(_RecordingProfiler):
 
 
 class TorchProfiler(_RecordingProfiler):
-    """torch's own profiler around the same spans: every operator, at a cost that can double a step's time."""
+    """torch's own profiler around the same spans: every operator, at a cost that can double a step; a few MB a step."""
 
     def __init__(self, destination: Path, *, max_steps: int, title: str) -> None:
         super().__init__(destination, max_steps=max_steps, title=title)

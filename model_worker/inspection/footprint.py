@@ -21,6 +21,7 @@ from adapters.gguf_architectures import find_architecture
 from adapters.load_plan import LoadPlan
 from adapters.memory import estimate_memory
 from adapters.model_adapter import find_model_adapter
+from model_worker.engine.layers.linear import Linear
 from model_worker.engine.model_parts import Part, part_of
 from model_worker.engine.models.transformers_model import TransformersModel
 
@@ -201,7 +202,7 @@ def _has_tied_head(model: TransformersModel) -> bool:
 def _is_matrix(model: TransformersModel, name: str, weight: torch.Tensor) -> bool:
     """Whether the weight is a linear layer's matrix or those of experts: what is quantized."""
     if weight.ndim == 2:
-        return model.linear_of(name) is not None
+        return isinstance(model.causal_lm.get_submodule(name.rpartition(".")[0]), Linear)
     return weight.ndim == 3 and part_of(name) is Part.EXPERTS
 
 
