@@ -64,6 +64,11 @@ class WorkerStats(Message):
     prefix_queried_tokens_total: int = 0
     prefix_hit_tokens_total: int = 0
     preemptions_total: int = 0
+    preemptions_by_swap_total: int = 0
+    swapped_out_blocks_total: int = 0
+    swapped_in_blocks_total: int = 0
+    kv_host_blocks_used: int = 0  # of the pool that preempted requests are swapped to
+    kv_host_blocks_total: int = 0
     finished_total: int = 0
     cancelled_total: int = 0
     failed_total: int = 0

@@ -20,13 +20,22 @@ _GAUGES = (
     ("num_waiting", "rootgraft_worker_requests_waiting", "Requests in the worker's queue."),
     ("kv_blocks_used", "rootgraft_worker_kv_blocks_used", "KV blocks held by requests."),
     ("kv_blocks_total", "rootgraft_worker_kv_blocks", "KV blocks of the worker."),
+    ("kv_host_blocks_used", "rootgraft_worker_kv_host_blocks_used", "Host KV blocks held by swapped requests."),
+    ("kv_host_blocks_total", "rootgraft_worker_kv_host_blocks", "Host KV blocks of the worker."),
 )
 _COUNTERS = (
     ("prompt_tokens_total", "rootgraft_worker_prompt_tokens", "Prompt tokens of the worker's requests."),
     ("generation_tokens_total", "rootgraft_worker_generation_tokens", "Tokens that the worker sampled."),
     ("prefix_queried_tokens_total", "rootgraft_worker_prefix_queried_tokens", "Tokens looked up in the prefix cache."),
     ("prefix_hit_tokens_total", "rootgraft_worker_prefix_hit_tokens", "Tokens found in the prefix cache."),
-    ("preemptions_total", "rootgraft_worker_preemptions", "Requests that lost their KV blocks and were recomputed."),
+    ("preemptions_total", "rootgraft_worker_preemptions", "Requests that lost their KV blocks for a while."),
+    (
+        "preemptions_by_swap_total",
+        "rootgraft_worker_preemptions_by_swap",
+        "Those that were swapped to the host.",
+    ),
+    ("swapped_out_blocks_total", "rootgraft_worker_swapped_out_blocks", "KV blocks copied to the host."),
+    ("swapped_in_blocks_total", "rootgraft_worker_swapped_in_blocks", "KV blocks copied back from the host."),
     ("finished_total", "rootgraft_worker_requests_finished", "Requests that the worker finished."),
     ("cancelled_total", "rootgraft_worker_requests_cancelled", "Requests that were cancelled on the worker."),
     ("failed_total", "rootgraft_worker_requests_failed", "Requests that failed on the worker."),

@@ -1,48 +1,90 @@
 """Which sequence holds which KV cache blocks, and which blocks can be shared. Pure Python; no torch.
 
-A block is `block_size` consecutive token positions in every layer. Sequences hold blocks through their block tables;
-a block may be held by several (a common prefix, or forks of one prompt) and is counted.
+A block is `block_size` consecutive token positions in the layers of one layer group: layers that see the same earlier
+positions (most models have one group). A sequence has a block table for each group:
+
+    position             0                                  first visible            num_computed  num_tokens
+    table of a group     [ released: nobody needs them any more | held ......................................]
+                           num_released blocks of the group       blocks [num_released, len(table))
+
+Blocks may be held by several sequences (a common prefix, or forks of one prompt) and are counted.
 
     referenced     ref_count > 0
     free           ref_count = 0, in `_free`, least recently released first; a free block that the prefix cache still
-                   knows can be taken back by its hash until it is handed out for other content
+                   knows can be taken back by its name until it is handed out for other content
 
 Prefix cache: a full block is named by the chain  h_i = SHA-256(h_{i-1} || tokens of block i),  h_{-1} = SHA-256(variant
 digest), so equal names mean equal tokens *and* equal weights all the way from the start. Reloading other weights under
-an old name can therefore never serve stale blocks. Source of the idea: vLLM's automatic prefix caching.
+an old name can therefore never serve stale blocks. A prefix is found when each group has those of its blocks that the
+next position can see. Source of the idea: vLLM's automatic prefix caching.
+
+Host pool: the blocks of a swapped sequence are copied to host blocks, which are never shared, and let go.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence as SequenceOf
+from dataclasses import dataclass
 from struct import Struct
 
 from model_worker.engine.sequence import Sequence
+from model_worker.engine.visibility import Visibility
+
+BlockCopies = list[tuple[int, int]]
+"""(source, destination) pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreemptionSize:
+    """What bringing a sequence back would take, besides what others keep in the cache.
+
+    Attributes:
+        num_tokens: to be computed again after the loss of its blocks.
+        num_blocks: copied, out and in together, when it is swapped.
+    """
+
+    num_tokens: int
+    num_blocks: int
 
 
 class BlockManager:
-    """Allocates, shares, copies on write and releases KV cache blocks.
+    """Allocates, shares, copies on write, swaps and releases KV cache blocks.
 
     Args:
-        num_blocks: blocks in the cache.
+        num_blocks: blocks in the cache, for all groups together.
         block_size: tokens in a block.
         enable_prefix_caching: keep full blocks findable by content.
+        num_host_blocks: blocks in the host pool.
+        groups: what the layers of each group see.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        num_host_blocks: int = 0,
+        groups: SequenceOf[Visibility] = (Visibility(),),
+    ) -> None:
         assert num_blocks > 0
         assert block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.num_host_blocks = num_host_blocks
+        self.groups = tuple(groups)
+        self._limited = [(g, group) for g, group in enumerate(self.groups) if group.limited]
+        self._unlimited = [g for g, group in enumerate(self.groups) if not group.limited]
         self._pack = Struct(f"{block_size}i").pack
         self._ref_count = [0] * num_blocks
-        self._hash_of: list[bytes | None] = [None] * num_blocks
-        self._block_of: dict[bytes, int] = {}
+        self._name_of: list[tuple[int, bytes] | None] = [None] * num_blocks  # group and name
+        self._block_of: list[dict[bytes, int]] = [{} for _ in self.groups]
         # An ordered set. Not a plain dict: finding its first key takes a walk over all that were deleted before it.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free_host = list(range(num_host_blocks))
 
     @property
     def num_free_blocks(self) -> int:
@@ -52,8 +94,13 @@ class BlockManager:
     def num_used_blocks(self) -> int:
         return self.num_blocks - len(self._free)
 
+    @property
+    def num_used_host_blocks(self) -> int:
+        return self.num_host_blocks - len(self._free_host)
+
     def num_blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        """In all groups, when all tokens are kept."""
+        return -(-num_tokens // self.block_size) * len(self.groups)
 
     # ------------------------------------------------------------------------------------------ taking blocks
 
@@ -63,105 +110,221 @@ class BlockManager:
         On success `num_computed_tokens` counts the tokens found in the cache; at least one token is always left to
         compute, because its logits are wanted. Nothing changes when fewer than `reserve` blocks would stay free.
         """
-        assert not sequence.block_table
+        assert not any(sequence.block_tables)
         assert sequence.num_computed_tokens == 0
-        shared = self._find_prefix(sequence) if use_prefix_cache and self.enable_prefix_caching else []
-        num_new = self.num_blocks_for(sequence.num_tokens) - len(shared)
-        num_revived = sum(1 for block in shared if self._ref_count[block] == 0)
-        if len(self._free) - num_revived - num_new < reserve:
+        num_shared = self._find_prefix(sequence) if use_prefix_cache and self.enable_prefix_caching else 0
+        names = sequence.block_hashes[:num_shared]
+        num_released = self._num_invisible(num_shared * self.block_size)
+        shared = [
+            [block_of[name] for name in names[start:]]
+            for block_of, start in zip(self._block_of, num_released, strict=True)
+        ]
+        num_new = self.num_blocks_for(sequence.num_tokens) // len(self.groups) - num_shared
+        num_revived = sum(1 for blocks in shared for block in blocks if self._ref_count[block] == 0)
+        if len(self._free) - num_revived - num_new * len(self.groups) < reserve:
             return False
-        for block in shared:
-            self._free.pop(block, None)
-            self._ref_count[block] += 1
-        sequence.block_table = shared + [self._take_free() for _ in range(num_new)]
-        sequence.num_computed_tokens = len(shared) * self.block_size
-        sequence.num_entered_blocks = len(shared)
+        for blocks in shared:
+            for block in blocks:
+                self._hold(block)
+        sequence.block_tables = [
+            [0] * start + blocks + [self._take_free() for _ in range(num_new)]
+            for start, blocks in zip(num_released, shared, strict=True)
+        ]
+        sequence.num_released_blocks = num_released
+        sequence.num_computed_tokens = num_shared * self.block_size
+        sequence.num_entered_blocks = num_shared
         return True
 
-    def grow(self, sequence: Sequence) -> list[tuple[int, int]] | None:
-        """Make the block table cover all tokens of a sequence, and its next position writable.
+    def grow(self, sequence: Sequence) -> BlockCopies | None:
+        """Make the block tables cover all tokens of a sequence, and its next position writable.
 
-        Returns the (source, destination) block copies to do before the next computation: one when the block that is
-        written next is shared with a fork, else none. Returns None, with nothing changed, when blocks are lacking.
+        Returns the block copies to do before the next computation: those of the block that is written next when it is
+        shared with a fork, else none. Returns None, with nothing changed, when blocks are lacking.
         """
-        table = sequence.block_table
+        table = sequence.block_tables[0]  # in the others the same blocks are missing, and shared
         num_new = -(-len(sequence.token_ids) // self.block_size) - len(table)
         first_written = sequence.num_computed_tokens // self.block_size
         copy = first_written < len(table) and self._ref_count[table[first_written]] > 1
         if num_new == 0 and not copy:
             return []
-        if num_new + copy > len(self._free):
+        if (num_new + copy) * len(self.groups) > len(self._free):
             return None
         copies = []
-        if copy:
-            source = table[first_written]
-            self._ref_count[source] -= 1
-            table[first_written] = self._take_free()
-            copies.append((source, table[first_written]))
-        table.extend(self._take_free() for _ in range(num_new))
+        for table in sequence.block_tables:
+            if copy:
+                source = table[first_written]
+                self._ref_count[source] -= 1
+                table[first_written] = self._take_free()
+                copies.append((source, table[first_written]))
+            table.extend(self._take_free() for _ in range(num_new))
         return copies
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Let `child`, which has the same tokens, share all blocks of `parent`."""
-        assert not child.block_table
-        child.block_table = list(parent.block_table)
-        child.block_hashes = list(parent.block_hashes)
+        assert not any(child.block_tables)
+        child.block_tables = [table.copy() for table in parent.block_tables]
+        child.block_hashes = parent.block_hashes.copy()
+        child.num_released_blocks = parent.num_released_blocks.copy()
         child.num_computed_tokens = parent.num_computed_tokens
         child.num_entered_blocks = parent.num_entered_blocks
-        for block in child.block_table:
+        for block in _held(child):
             self._ref_count[block] += 1
 
     # ------------------------------------------------------------------------------------------ giving them back
 
     def enter_computed(self, sequence: Sequence) -> None:
-        """Make the full blocks that have been computed since the last call findable by their content."""
+        """Account for what has been computed since the last call.
+
+        Full blocks become findable by their content; blocks that no later position sees are let go.
+        """
         num_full = sequence.num_computed_tokens // self.block_size
-        if num_full <= sequence.num_entered_blocks or not self.enable_prefix_caching:
+        if num_full <= sequence.num_entered_blocks:
             return
-        self._extend_hashes(sequence, num_full)
-        for i in range(sequence.num_entered_blocks, num_full):
-            block, name = sequence.block_table[i], sequence.block_hashes[i]
-            if name not in self._block_of:  # else another block with the same content is known already
-                self._block_of[name] = block
-                self._hash_of[block] = name
+        if self.enable_prefix_caching:
+            self._extend_hashes(sequence, num_full)
+            for g, table in enumerate(sequence.block_tables):
+                block_of = self._block_of[g]
+                for i in range(max(sequence.num_entered_blocks, sequence.num_released_blocks[g]), num_full):
+                    name = sequence.block_hashes[i]
+                    if name not in block_of:  # else another block with the same content is known already
+                        block_of[name] = table[i]
+                        self._name_of[table[i]] = (g, name)
         sequence.num_entered_blocks = num_full
+        for g, group in self._limited:
+            num_invisible = group.first_visible(sequence.num_computed_tokens) // self.block_size
+            for i in range(sequence.num_released_blocks[g], num_invisible):
+                self._let_go(sequence.block_tables[g][i])
+                sequence.block_tables[g][i] = 0
+                sequence.num_released_blocks[g] = i + 1
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks from a sequence. Its last blocks are reused first: prefixes are worth more than tails."""
-        for block in reversed(sequence.block_table):
-            self._ref_count[block] -= 1
-            assert self._ref_count[block] >= 0
-            if self._ref_count[block] == 0:
-                self._free[block] = None
-        sequence.block_table = []
+        self._release_device_blocks(sequence)
+        self._free_host += (block for table in sequence.host_block_tables for block in table)
+        sequence.host_block_tables = []
+        sequence.num_released_blocks = [0] * len(self.groups)
         sequence.num_computed_tokens = 0
-        sequence.num_entered_blocks = 0
 
     def forget(self, sequence: Sequence) -> None:
         """Let nobody find the blocks of a sequence any more: what it computed cannot be trusted."""
-        for block in sequence.block_table:
+        for block in _held(sequence):
             self._forget_name(block)
+
+    # ------------------------------------------------------------------------------------------ swapping
+
+    def preemption_size(self, sequence: Sequence) -> PreemptionSize:
+        """What it would take to bring a running sequence back once it has lost its blocks.
+
+        Blocks that others hold too stay in the cache, where they are found again by their names; those that it holds
+        alone would be free, and soon used.
+        """
+        num_computed = -(-sequence.num_computed_tokens // self.block_size)
+        num_held = num_own = 0
+        for table, start in zip(sequence.block_tables, sequence.num_released_blocks, strict=True):
+            blocks = table[start:num_computed]
+            num_held += len(blocks)
+            num_own += len(blocks)
+            if self.enable_prefix_caching:
+                num_own -= sum(1 for block in blocks if self._ref_count[block] > 1)
+        # Where a group has let blocks go, the prefix cache may lack them by then.
+        num_found = 0 if any(sequence.num_released_blocks) else (num_held - num_own) // len(self.groups)
+        num_tokens = max(1, sequence.num_computed_tokens - num_found * self.block_size)
+        return PreemptionSize(num_tokens, num_held + num_own)
+
+    def swap_out(self, sequence: Sequence) -> BlockCopies | None:
+        """Move what a sequence has computed to the host pool; it then holds no block of the cache.
+
+        Returns (block, host block) copies to do before anything else in the next step, or None, with nothing changed,
+        when the host pool is too full.
+        """
+        num_computed = -(-sequence.num_computed_tokens // self.block_size)
+        kept = [
+            table[start:num_computed]
+            for table, start in zip(sequence.block_tables, sequence.num_released_blocks, strict=True)
+        ]
+        if sum(map(len, kept)) > len(self._free_host):
+            return None
+        sequence.host_block_tables = [[self._free_host.pop() for _ in blocks] for blocks in kept]
+        copies = _pairs(kept, sequence.host_block_tables)
+        self._release_device_blocks(sequence)
+        return copies
+
+    def swap_in(self, sequence: Sequence, *, reserve: int) -> BlockCopies | None:
+        """Give a swapped sequence blocks for all its tokens again. What the prefix cache still has is shared.
+
+        Returns (host block, block) copies to do before anything else in the next step, or None, with nothing changed,
+        when fewer than `reserve` blocks would stay free.
+        """
+        num_full = sequence.num_computed_tokens // self.block_size
+        num_all = -(-sequence.num_tokens // self.block_size)
+        found: list[list[int | None]] = []
+        for block_of, start in zip(self._block_of, sequence.num_released_blocks, strict=True):
+            names = sequence.block_hashes[start:num_full]  # none without a prefix cache
+            blocks = [block_of.get(name) for name in names]
+            found.append(blocks + [None] * (num_all - start - len(blocks)))
+        num_new = sum(blocks.count(None) for blocks in found)
+        num_revived = sum(1 for blocks in found for b in blocks if b is not None and self._ref_count[b] == 0)
+        if len(self._free) - num_revived - num_new < reserve:
+            return None
+        for blocks in found:
+            for block in blocks:
+                if block is not None:
+                    self._hold(block)
+        copies: BlockCopies = []
+        tables: list[list[int]] = []
+        for start, blocks, host_blocks in zip(
+            sequence.num_released_blocks, found, sequence.host_block_tables, strict=True
+        ):
+            table = [self._take_free() if block is None else block for block in blocks]
+            copies += [(host, table[i]) for i, host in enumerate(host_blocks) if blocks[i] is None]
+            tables.append([0] * start + table)
+            self._free_host += host_blocks
+        sequence.block_tables = tables
+        sequence.host_block_tables = []
+        return copies
 
     # ------------------------------------------------------------------------------------------ checks
 
-    def check_integrity(self, holders: Iterable[Sequence]) -> None:
+    def check_integrity(self, running: Iterable[Sequence], swapped: Iterable[Sequence] = ()) -> None:
         """Recount every block from the sequences that hold blocks.
 
         Raises:
-            AssertionError: counts, free list and prefix cache do not agree: a leak or a double use.
+            AssertionError: counts, free lists and prefix cache do not agree: a leak or a double use.
         """
         expected = [0] * self.num_blocks
-        for sequence in holders:
-            assert len(set(sequence.block_table)) == len(sequence.block_table), f"block twice in {sequence}"
-            for block in sequence.block_table:
+        for sequence in running:
+            blocks = list(_held(sequence))
+            assert len(set(blocks)) == len(blocks), f"block twice in {sequence}"
+            assert not sequence.host_block_tables
+            for block in blocks:
                 expected[block] += 1
         assert expected == self._ref_count, "reference counts differ from the block tables"
         assert set(self._free) == {b for b, count in enumerate(expected) if count == 0}, "free list is wrong"
-        for name, block in self._block_of.items():
-            assert self._hash_of[block] == name, "prefix cache names a block that holds other content"
-        assert sum(name is not None for name in self._hash_of) == len(self._block_of)
+        for g, block_of in enumerate(self._block_of):
+            for name, block in block_of.items():
+                assert self._name_of[block] == (g, name), "prefix cache names a block that holds other content"
+        assert sum(name is not None for name in self._name_of) == sum(map(len, self._block_of))
+        host_blocks = self._free_host.copy()
+        for sequence in swapped:
+            assert not any(sequence.block_tables), f"a swapped sequence holds blocks: {sequence}"
+            host_blocks += (block for table in sequence.host_block_tables for block in table)
+        assert sorted(host_blocks) == list(range(self.num_host_blocks)), "a host block leaked or is held twice"
 
     # ------------------------------------------------------------------------------------------ internal
+
+    def _num_invisible(self, position: int) -> list[int]:
+        """For each group, the leading blocks that neither `position` nor a later one sees."""
+        return [group.first_visible(position) // self.block_size for group in self.groups]
+
+    def _hold(self, block: int) -> None:
+        self._free.pop(block, None)
+        self._ref_count[block] += 1
+
+    def _let_go(self, block: int) -> None:
+        self._ref_count[block] -= 1
+        assert self._ref_count[block] >= 0
+        if self._ref_count[block] == 0:
+            self._free[block] = None
 
     def _take_free(self) -> int:
         block, _ = self._free.popitem(last=False)
@@ -169,21 +332,34 @@ class BlockManager:
         self._ref_count[block] = 1
         return block
 
-    def _forget_name(self, block: int) -> None:
-        name = self._hash_of[block]
-        if name is not None:
-            del self._block_of[name]
-            self._hash_of[block] = None
+    def _release_device_blocks(self, sequence: Sequence) -> None:
+        for block in reversed(list(_held(sequence))):
+            self._let_go(block)
+        sequence.block_tables = [[] for _ in self.groups]
+        sequence.num_entered_blocks = 0
 
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        found: list[int] = []
+    def _forget_name(self, block: int) -> None:
+        known = self._name_of[block]
+        if known is not None:
+            g, name = known
+            del self._block_of[g][name]
+            self._name_of[block] = None
+
+    def _find_prefix(self, sequence: Sequence) -> int:
+        """The most leading blocks after which the sequence can go on with what the prefix cache has."""
+        best = 0
+        run = dict.fromkeys((g for g, _ in self._limited), 0)  # blocks found without a gap, up to this one
         for i in range((sequence.num_tokens - 1) // self.block_size):
             self._extend_hashes(sequence, i + 1)  # no further than blocks are found
-            block = self._block_of.get(sequence.block_hashes[i])
-            if block is None:
+            name = sequence.block_hashes[i]
+            if any(name not in self._block_of[g] for g in self._unlimited):
                 break
-            found.append(block)
-        return found
+            for g in run:
+                run[g] = run[g] + 1 if name in self._block_of[g] else 0
+            position = (i + 1) * self.block_size
+            if all(run[g] > i - group.first_visible(position) // self.block_size for g, group in self._limited):
+                best = i + 1
+        return best
 
     def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
         hashes = sequence.block_hashes
@@ -192,3 +368,12 @@ class BlockManager:
             parent = hashes[-1] if hashes else hashlib.sha256(sequence.variant_digest.encode()).digest()
             token_ids = sequence.token_ids[start : start + self.block_size]
             hashes.append(hashlib.sha256(parent + self._pack(*token_ids)).digest())
+
+
+def _held(sequence: Sequence) -> Iterator[int]:
+    for table, start in zip(sequence.block_tables, sequence.num_released_blocks, strict=True):
+        yield from table[start:]
+
+
+def _pairs(sources: list[list[int]], destinations: list[list[int]]) -> BlockCopies:
+    return [pair for a, b in zip(sources, destinations, strict=True) for pair in zip(a, b, strict=True)]

@@ -24,6 +24,9 @@ class CacheConfig:
     block_size: int = flag(16, "tokens in one KV cache block")
     num_blocks: int | None = flag(None, "number of KV cache blocks; default: from --kv-cache-gib")
     kv_cache_gib: float | None = flag(None, "memory for the KV cache in GiB; default: a share of the free memory")
+    swap_space_gib: float | None = flag(
+        None, "host memory in GiB to swap preempted requests to; default: 4 for GPUs, none for CPUs"
+    )
     enable_prefix_caching: bool = flag(True, "share KV blocks between requests that begin alike")
 
     def __post_init__(self) -> None:
@@ -32,6 +35,10 @@ class CacheConfig:
         if self.kv_cache_gib is not None and not (math.isfinite(self.kv_cache_gib) and self.kv_cache_gib > 0):
             raise InvalidRequestError(
                 f"--kv-cache-gib must be a positive number, got {self.kv_cache_gib}.", param="kv_cache_gib"
+            )
+        if self.swap_space_gib is not None and not (math.isfinite(self.swap_space_gib) and self.swap_space_gib >= 0):
+            raise InvalidRequestError(
+                f"--swap-space-gib must be 0 or a positive number, got {self.swap_space_gib}.", param="swap_space_gib"
             )
 
 

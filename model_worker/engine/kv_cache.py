@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,16 +11,18 @@ from torch import Tensor
 
 from adapters.memory import available_memory_bytes
 from model_worker.engine.config import CacheConfig
+from model_worker.engine.layer_groups import LayerGroups
 from model_worker.engine.layers.attention import KVShape, PagedAttention
 from registry.errors import InsufficientMemoryError
 
 _GIB = 2**30
 _SHARE_OF_FREE_MEMORY = 0.5  # of what is free once the weights are there
+_DEFAULT_SWAP_BYTES = 4 * _GIB
 _MAX_DEFAULT_BYTES = 4 * _GIB  # where nobody asked for a size, for CPUs: the memory is other programs' too
 
 
 def bytes_per_block(shapes: Sequence[KVShape], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers."""
+    """Bytes of one block in layers (or slots) of these shapes."""
     return block_size * dtype.itemsize * sum(shape.num_elements for shape in shapes)
 
 
@@ -56,6 +58,31 @@ def choose_num_blocks(
     return num_blocks
 
 
+def choose_num_host_blocks(config: CacheConfig, block_bytes: int, *, free_bytes: int, device: torch.device) -> int:
+    """How many blocks of host memory to keep for swapping.
+
+    None by default on CPUs: the pool would be the same memory that the cache itself could have.
+
+    Args:
+        free_bytes: host memory that is free once the KV cache is there.
+
+    Raises:
+        InsufficientMemoryError: more was asked for than is free.
+    """
+    if config.swap_space_gib is not None:
+        num_blocks = int(config.swap_space_gib * _GIB) // block_bytes
+    elif device.type == "cpu":
+        num_blocks = 0
+    else:
+        num_blocks = min(_DEFAULT_SWAP_BYTES, int(free_bytes * _SHARE_OF_FREE_MEMORY)) // block_bytes
+    if num_blocks * block_bytes > free_bytes:
+        raise InsufficientMemoryError(
+            f"--swap-space-gib asks for {num_blocks * block_bytes / _GIB:.2f} GiB of host memory, and "
+            f"{max(0, free_bytes) / _GIB:.2f} GiB are free; ask for less."
+        )
+    return num_blocks
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """What may still be taken on a device; for CPUs less than the machine has free under a container's limit."""
     if device.type == "cuda":
@@ -66,34 +93,64 @@ def free_memory_bytes(device: torch.device) -> int:
 class KVCache:
     """Keys and values of all layers: for each, [num_blocks, block_size, Hkv, D] and [num_blocks, block_size, Hkv, Dv].
 
-    Starts as zeros: attention reads whole blocks, and what it reads must be finite.
+    Layers that share a slot (see LayerGroups) share these tensors. They start as zeros: attention reads whole blocks,
+    and what it reads must be finite. The host pool has tensors of the same shape with `num_host_blocks` blocks.
     """
 
     def __init__(
         self,
         attentions: Sequence[PagedAttention],
+        groups: LayerGroups,
         *,
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_host_blocks: int = 0,
     ) -> None:
         self.num_blocks = num_blocks
+        self.num_host_blocks = num_host_blocks
         self.block_size = block_size
-        self._attentions = attentions
+        self.groups = groups
         self._device = device
-        for attention in attentions:
-            shape = attention.kv_shape
-            lead = (num_blocks, block_size, shape.num_kv_heads)
-            attention.key_cache = _zeros((*lead, shape.key_dim), dtype, device)
-            attention.value_cache = _zeros((*lead, shape.value_dim), dtype, device)
+        pinned = device.type != "cpu"
+        self._tensors: list[Tensor] = []
+        self._host_tensors: list[Tensor] = []
+        for shape in groups.slots:
+            for width in (shape.key_dim, shape.value_dim):
+                inner = (block_size, shape.num_kv_heads, width)
+                self._tensors.append(_zeros((num_blocks, *inner), dtype, device))
+                if num_host_blocks:
+                    self._host_tensors.append(_host_zeros((num_host_blocks, *inner), dtype, pinned=pinned))
+        for group, layers in enumerate(groups.members):
+            for slot, layer in enumerate(layers):
+                attentions[layer].group = group
+                attentions[layer].key_cache, attentions[layer].value_cache = self._tensors[2 * slot : 2 * slot + 2]
+
+    def swap_out(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks to blocks of the host pool (block, host block) in all layers. Waits until it is done."""
+        if copies:
+            blocks, host_blocks = torch.tensor(copies).unbind(1)
+            index = blocks.to(self._device)
+            for cache, host in zip(self._tensors, self._host_tensors, strict=True):
+                host.index_copy_(0, host_blocks, cache.index_select(0, index).cpu())
+
+    def swap_in(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks of the host pool to blocks (host block, block) in all layers. Waits until it is done."""
+        if copies:
+            host_blocks, blocks = torch.tensor(copies).unbind(1)
+            index = blocks.to(self._device)
+            for cache, host in zip(self._tensors, self._host_tensors, strict=True):
+                cache.index_copy_(0, index, host.index_select(0, host_blocks).to(self._device))
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, destination) in all layers; every source is read before any destination is written."""
         if not copies:
             return
         sources, destinations = torch.tensor(copies, device=self._device).unbind(1)
-        for cache in self._tensors():
+        for cache in self._tensors:
             cache.index_copy_(0, destinations, cache.index_select(0, sources))
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
@@ -105,14 +162,8 @@ class KVCache:
         if not blocks:
             return
         index = torch.tensor(blocks, device=self._device)
-        for cache in self._tensors():
+        for cache in self._tensors:
             cache.index_fill_(0, index, 0.0)
-
-    def _tensors(self) -> Iterator[Tensor]:
-        for attention in self._attentions:
-            for cache in (attention.key_cache, attention.value_cache):
-                assert cache is not None
-                yield cache
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -124,3 +175,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     data = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(data).view(dtype).view(shape)
+
+
+def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """Pinned memory is copied to and from a GPU several times faster, but is taken at once."""
+    return torch.zeros(shape, dtype=dtype, pin_memory=True) if pinned else _zeros(shape, dtype, torch.device("cpu"))

@@ -78,7 +78,7 @@ class LLMEngine:
     ) -> None:
         self.tokenizer = tokenizer
         self.profiler = profiler or Profiler()
-        self.max_model_len = min(max_model_len, executor.num_blocks * executor.block_size)
+        self.max_model_len = min(max_model_len, executor.num_blocks // len(executor.groups) * executor.block_size)
         if self.max_model_len < max_model_len:
             logger.warning(
                 "The KV cache holds %d tokens, fewer than the model's context of %d: longer requests are refused. "
@@ -91,7 +91,11 @@ class LLMEngine:
         self._variant_digest = variant_digest
         self._clock = clock
         self._block_manager = BlockManager(
-            executor.num_blocks, executor.block_size, enable_prefix_caching=config.cache.enable_prefix_caching
+            executor.num_blocks,
+            executor.block_size,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+            num_host_blocks=executor.num_host_blocks,
+            groups=executor.groups,
         )
         self._scheduler = Scheduler(config.scheduler, self._block_manager, clock=clock)
         self._states: dict[str, _RequestState] = {}
@@ -183,12 +187,14 @@ class LLMEngine:
             output = self._scheduler.schedule()
         if not output.scheduled:
             return []
+        start_s = self._clock()
         try:
             with self.profiler.span("execute", tokens=output.num_tokens, sequences=len(output.scheduled)):
                 result = self._executor.execute(output)
         except Exception as error:  # whatever a kernel or an allocator throws ends this step's requests, not the server
             logger.exception("A step of %d tokens failed.", output.num_tokens)
             return self._fail_step(output, error)
+        self._scheduler.observe(output, seconds=self._clock() - start_s, swap_s=result.swap_s)
         with self.profiler.span("detokenize", rows=len(result.samples)):
             self._scheduler.complete(output)
             return self._process(output, result)
@@ -205,6 +211,11 @@ class LLMEngine:
             prefix_queried_tokens_total=scheduler.num_prefix_queried_tokens,
             prefix_hit_tokens_total=scheduler.num_prefix_hit_tokens,
             preemptions_total=scheduler.num_preemptions,
+            preemptions_by_swap_total=scheduler.num_preemptions_by_swap,
+            swapped_out_blocks_total=scheduler.num_swapped_out_blocks,
+            swapped_in_blocks_total=scheduler.num_swapped_in_blocks,
+            kv_host_blocks_used=self._block_manager.num_used_host_blocks,
+            kv_host_blocks_total=self._block_manager.num_host_blocks,
             finished_total=self._finished,
             cancelled_total=self._cancelled,
             failed_total=self._failed,
@@ -219,7 +230,7 @@ class LLMEngine:
         self._scheduler.check_integrity()
         assert self._states.keys() == self._scheduler.groups.keys()
         if not self._states:
-            assert self._block_manager.num_used_blocks == 0
+            assert self._block_manager.num_used_blocks == self._block_manager.num_used_host_blocks == 0
 
     # ------------------------------------------------------------------------------------------ internal
 
@@ -337,7 +348,9 @@ class LLMEngine:
     def _fail_step(self, output: SchedulerOutput, cause: Exception) -> list[RequestOutput]:
         request_ids = dict.fromkeys(item.sequence.group.request_id for item in output.scheduled if item.sequence.group)
         error = InternalError(f"The model failed while computing this request ({type(cause).__name__}); see the log.")
-        return [self._fail(request_id, error) for request_id in request_ids]
+        outputs = [self._fail(request_id, error) for request_id in request_ids]
+        self._scheduler.redo_swapped(output)
+        return outputs
 
     def _fail(self, request_id: str, error: RootgraftError) -> RequestOutput:
         state = self._states.pop(request_id)

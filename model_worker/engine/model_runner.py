@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adapters.load_plan import LoadPlan
+from adapters.memory import available_memory_bytes
 from model_worker.engine.config import EngineConfig
-from model_worker.engine.kv_cache import KVCache, bytes_per_block, choose_num_blocks, free_memory_bytes
+from model_worker.engine.kv_cache import (
+    KVCache,
+    bytes_per_block,
+    choose_num_blocks,
+    choose_num_host_blocks,
+    free_memory_bytes,
+)
+from model_worker.engine.layer_groups import group_layers
 from model_worker.engine.load_report import LoadReport
 from model_worker.engine.loader import load_model
 from model_worker.engine.ops.paged_attention import AttentionMetadata
@@ -20,6 +30,7 @@ from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput, StepResult
 from model_worker.engine.step_profiler import Profiler
+from model_worker.engine.visibility import Visibility
 
 _LOGPROB_ROWS = 64  # prompt rows whose logits are held at once
 
@@ -35,6 +46,8 @@ class ModelRunner:
 
     Attributes:
         num_blocks, block_size: of the KV cache.
+        num_host_blocks: of the pool that sequences are swapped to.
+        groups: what the layers of each layer group see.
         vocab_size: rows of the model's output head.
         load_report: what loading did with each tensor.
 
@@ -56,26 +69,49 @@ class ModelRunner:
         stop_token_ids = tuple(token_id for token_id in plan.stop_token_ids if token_id < self.vocab_size)
         self._sampler = Sampler(self.vocab_size, stop_token_ids)
         block_size = config.cache.block_size
-        block_bytes = bytes_per_block([a.kv_shape for a in self.model.attentions], block_size, self.model.dtype)
+        groups = group_layers(self.model.attentions, max_model_len=plan.max_model_len)
+        block_bytes = bytes_per_block(groups.slots, block_size, self.model.dtype)
         num_blocks = choose_num_blocks(
             config.cache,
             block_bytes,
-            max_useful_tokens=config.scheduler.max_num_seqs * (plan.max_model_len + block_size),
+            max_useful_tokens=groups.num_groups * config.scheduler.max_num_seqs * (plan.max_model_len + block_size),
             free_bytes=free_memory_bytes(self.device),
+            device=self.device,
+        )
+        num_host_blocks = choose_num_host_blocks(
+            config.cache,
+            block_bytes,
+            free_bytes=available_memory_bytes() - (num_blocks * block_bytes if self.device.type == "cpu" else 0),
             device=self.device,
         )
         self._cache = KVCache(
             self.model.attentions,
+            groups,
             num_blocks=num_blocks,
             block_size=block_size,
             dtype=self.model.dtype,
             device=self.device,
+            num_host_blocks=num_host_blocks,
         )
-        self._warm_up(min(config.scheduler.max_num_batched_tokens, plan.max_model_len, num_blocks * block_size))
+        self._warm_up(
+            min(
+                config.scheduler.max_num_batched_tokens,
+                plan.max_model_len,
+                num_blocks // groups.num_groups * block_size,
+            )
+        )
 
     @property
     def num_blocks(self) -> int:
         return self._cache.num_blocks
+
+    @property
+    def num_host_blocks(self) -> int:
+        return self._cache.num_host_blocks
+
+    @property
+    def groups(self) -> tuple[Visibility, ...]:
+        return self._cache.groups.visibility
 
     @property
     def block_size(self) -> int:
@@ -83,7 +119,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepResult:
-        """Copy blocks, write K and V of all scheduled tokens, and sample where asked. Blocks until done."""
+        """Swap and copy blocks, write K and V of all scheduled tokens, and sample where asked. Blocks until done."""
+        swap_s = self._swap(output)
         self._cache.copy_blocks(output.block_copies)
         self._cache.clear_blocks([block for item in output.scheduled for block in self._blocks_begun(item)])
         hidden = self._forward(output.scheduled)  # [T, hidden]
@@ -99,24 +136,38 @@ class ModelRunner:
                 prompt_logprobs[item.sequence.seq_id] = self._prompt_logprobs(item, hidden[start:end])
             start = end
         if not sampled:
-            return StepResult((), prompt_logprobs)
+            return StepResult((), prompt_logprobs, swap_s)
         with self.profiler.span("logits", rows=len(rows)):
             logits = self._logits(hidden, rows)
         with self.profiler.span("sample", rows=len(rows)):
             samples = self._sampler.sample(logits, sampled)
-        return StepResult(tuple(samples), prompt_logprobs)
+        return StepResult(tuple(samples), prompt_logprobs, swap_s)
+
+    def _swap(self, output: SchedulerOutput) -> float:
+        """Returns the seconds that it took."""
+        if not output.swapped:
+            return 0.0
+        start_s = time.perf_counter()
+        with self.profiler.span("swap", blocks=len(output.swap_out) + len(output.swap_in)):
+            self._cache.swap_out(output.swap_out)
+            self._cache.swap_in(output.swap_in)
+        return time.perf_counter() - start_s
 
     def _forward(self, scheduled: SequenceOf[ScheduledSequence]) -> Tensor:
         """Run the model once over all scheduled tokens. -> [T, hidden]"""
         context = self.model.context
         with self.profiler.span("prepare"):
             input_ids, metadata, slot_mapping = self._batch(scheduled)
+            context.further_groups = tuple(
+                self._tables_of_group(scheduled, group, metadata) for group in range(1, len(self.groups))
+            )
         context.metadata, context.slot_mapping = metadata, slot_mapping
         try:
             with self.profiler.span("forward", rows=len(input_ids)):
                 return self.model(input_ids, metadata.positions)
         finally:
             context.metadata = context.slot_mapping = None
+            context.further_groups = ()
 
     def _batch(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata, Tensor]:
         """Token ids [T], what attention needs to know of them, and the KV cache slot [T] of each."""
@@ -137,6 +188,17 @@ class ModelRunner:
         slot_mapping = torch.from_numpy(np.concatenate(slots)).to(self.device)
         return torch.tensor(input_ids, device=self.device), metadata, slot_mapping
 
+    def _tables_of_group(
+        self, scheduled: SequenceOf[ScheduledSequence], group: int, metadata: AttentionMetadata
+    ) -> tuple[AttentionMetadata, Tensor]:
+        """The same batch for another layer group, and the KV cache slot [T] of each token there."""
+        slots = [
+            self._slots(item.sequence.block_tables[group], np.arange(item.start, item.start + item.num_tokens))
+            for item in scheduled
+        ]
+        other = replace(metadata, block_tables=self._block_tables(scheduled, group), plans={})
+        return other, torch.from_numpy(np.concatenate(slots)).to(self.device)
+
     def _slots(self, block_table: list[int], positions: np.ndarray) -> np.ndarray:
         """KV cache slots of consecutive positions. -> int64"""
         first = int(positions[0]) // self.block_size
@@ -146,17 +208,19 @@ class ModelRunner:
         return slots
 
     def _blocks_begun(self, item: ScheduledSequence) -> list[int]:
-        """Blocks whose first slot is written by the item, but not all of them. At most one, the last."""
+        """Blocks whose first slot is written by the item, but not all of them. At most one a group, the last."""
         end = item.start + item.num_tokens
         begun = end // self.block_size * self.block_size  # where the last block begins, if it stays incomplete
-        return [item.sequence.block_table[begun // self.block_size]] if item.start <= begun < end else []
+        if not item.start <= begun < end:
+            return []
+        return [table[begun // self.block_size] for table in item.sequence.block_tables]
 
-    def _block_tables(self, scheduled: SequenceOf[ScheduledSequence]) -> Tensor:
+    def _block_tables(self, scheduled: SequenceOf[ScheduledSequence], group: int = 0) -> Tensor:
         """[S, max_blocks] int32, padded with block 0."""
         num_blocks = [-(-(item.start + item.num_tokens) // self.block_size) for item in scheduled]
         tables = np.zeros((len(scheduled), max(num_blocks)), dtype=np.int32)
         for row, (item, num) in enumerate(zip(scheduled, num_blocks, strict=True)):
-            tables[row, :num] = item.sequence.block_table[:num]
+            tables[row, :num] = item.sequence.block_tables[group][:num]
         return torch.from_numpy(tables).to(self.device)
 
     def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
@@ -189,6 +253,9 @@ class ModelRunner:
         The blocks that are written belong to nobody yet.
         """
         sequence = Sequence(0, 0, [0] * num_tokens, SamplingParams(temperature=0.0), seed=0)
-        sequence.block_table = list(range(-(-num_tokens // self.block_size)))
+        num_blocks = -(-num_tokens // self.block_size)
+        sequence.block_tables = [
+            list(range(group * num_blocks, (group + 1) * num_blocks)) for group in range(len(self.groups))
+        ]
         for start in sorted({0, num_tokens - 1}):
             self.execute(SchedulerOutput((ScheduledSequence(sequence, start, num_tokens - start, (sequence,)),)))

@@ -78,7 +78,12 @@ class EngineStats:
     generation_tokens_total: int
     prefix_queried_tokens_total: int
     prefix_hit_tokens_total: int
-    preemptions_total: int
+    preemptions_total: int  # by recomputation and by swapping
+    preemptions_by_swap_total: int
+    swapped_out_blocks_total: int
+    swapped_in_blocks_total: int
+    kv_host_blocks_used: int
+    kv_host_blocks_total: int
     finished_total: int
     cancelled_total: int
     failed_total: int

@@ -15,10 +15,11 @@ tokens of this budget fall to it, with blocks for all its tokens, so that a prom
 half-way. It may pass others that wait only while there would still be room for the first of them: nobody waits for
 ever.
 
-When a decoding sequence needs a block and none is free, the last running sequence in order is preempted: it loses its
-blocks, waits in its old place, and is computed again from its tokens (whose full blocks the prefix cache may still
-hold). Because the first in order is never preempted while others run, and a sequence is accepted only when it fits the
-cache alone, every accepted sequence finishes, unless requests of a better priority never end.
+When a decoding sequence needs a block and none is free, the last running sequence in order is preempted: it waits in
+its old place, and either its blocks are swapped to the host pool and back, or it loses them and is computed again from
+its tokens (whose full blocks the prefix cache may still hold); PreemptionCost chooses. Because the first in order is
+never preempted while others run, and a sequence is accepted only when it fits the cache alone, every accepted sequence
+finishes, unless requests of a better priority never end.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from bisect import insort
 from collections.abc import Callable
 from itertools import islice, takewhile
 
-from model_worker.engine.block_manager import BlockManager
+from model_worker.engine.block_manager import BlockCopies, BlockManager
 from model_worker.engine.config import SchedulerConfig
 from model_worker.engine.outputs import FinishReason
+from model_worker.engine.preemption_cost import PreemptionCost
 from model_worker.engine.queue_pace import QueuePace
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from model_worker.engine.sequence_queue import SequenceQueue, rank
@@ -62,11 +64,15 @@ class Scheduler:
         self.config = config
         self.block_manager = block_manager
         self.groups: dict[str, SequenceGroup] = {}
-        self.waiting = SequenceQueue()
+        self.waiting = SequenceQueue()  # swapped ones too
         self.running = SequenceQueue()
         self._num_used_slots = 0  # of max_num_seqs, by running sequences
         self._pace = QueuePace(clock)
+        self.preemption_cost = PreemptionCost()
         self.num_preemptions = 0
+        self.num_preemptions_by_swap = 0
+        self.num_swapped_out_blocks = 0
+        self.num_swapped_in_blocks = 0
         self.num_prefix_queried_tokens = 0
         self.num_prefix_hit_tokens = 0
 
@@ -126,7 +132,7 @@ class Scheduler:
         prompts = self._schedule_decodes(step)
         self._schedule_prompts(prompts, step)
         assert step.scheduled or not self.running
-        return SchedulerOutput(tuple(step.scheduled), tuple(step.block_copies))
+        return step.output()
 
     def complete(self, output: SchedulerOutput) -> None:
         """Account for an executed step, before its samples are appended."""
@@ -138,19 +144,42 @@ class Scheduler:
                 sibling.num_computed_tokens = start + num_tokens
                 enter_computed(sibling)
 
+    def observe(self, output: SchedulerOutput, *, seconds: float, swap_s: float) -> None:
+        """Take note of how long a step took, `swap_s` of it for swapping."""
+        num_swapped = len(output.swap_out) + len(output.swap_in)
+        if num_swapped:
+            self.preemption_cost.blocks_swapped(num_swapped, swap_s)
+        num_tokens = output.num_tokens
+        if num_tokens >= 2 * len(output.scheduled):  # else it tells more of decoding than of prompts
+            self.preemption_cost.prompts_computed(num_tokens, seconds - swap_s)
+
+    def redo_swapped(self, output: SchedulerOutput) -> None:
+        """The step failed, and with it perhaps its swapping: who was swapped by it is computed again."""
+        for sequence in output.swapped:
+            if sequence.finished:
+                continue
+            if sequence.status is SequenceStatus.RUNNING:
+                self._leave_running(sequence)
+                self.waiting.add(sequence)
+            self.block_manager.release(sequence)
+            sequence.status = SequenceStatus.WAITING
+
     def check_integrity(self) -> None:
         """Recount blocks and queues.
 
         Raises:
             AssertionError: something leaked or is held twice.
         """
-        self.block_manager.check_integrity(self.running)
+        swapped = [s for s in self.waiting if s.status is SequenceStatus.SWAPPED]
+        self.block_manager.check_integrity(self.running, swapped)
         for queue in (self.running, self.waiting):
             assert [s.rank for s in queue] == sorted(s.rank for s in queue)
         assert self._num_used_slots == sum(self._num_slots(s) for s in self.running)
         live = {s for g in self.groups.values() for s in (g.sequences if g.forked else g.sequences[:1])}
         assert {s for s in live if not s.finished} == {*self.running, *self.waiting}
-        assert all(not s.block_table and s.num_computed_tokens == 0 for s in self.waiting)
+        unheld = [s for s in self.waiting if s.status is SequenceStatus.WAITING]
+        assert len(unheld) + len(swapped) == len(self.waiting)
+        assert all(not any(s.block_tables) and s.num_computed_tokens == 0 for s in unheld)
 
     # ------------------------------------------------------------------------------------------ internal
 
@@ -166,8 +195,7 @@ class Scheduler:
                 continue
             while (copies := self.block_manager.grow(sequence)) is None:
                 victim = self.running.last  # not scheduled yet: the walk is in the order of the queue
-                self._preempt(victim)
-                step.preempted = True
+                self._preempt(victim, step)
                 if victim is sequence:
                     break
             else:
@@ -184,15 +212,15 @@ class Scheduler:
         share = _PromptShare(budget)
         may_admit = not step.preempted
         if may_admit and self.waiting and budget and not (prompts and prompts[0].rank < self.waiting.first.rank):
-            may_admit = self._admit(self.waiting.first, prompts)
+            may_admit = self._admit(self.waiting.first, prompts, step)
         if prompts:
             share.give(prompts[0], -(-budget // 2))
         while share.budget:
             shortest = min((p for p in prompts if share.num_left(p)), key=share.urgency, default=None)
             newcomer = self._shortest_waiting() if may_admit and self.waiting else None
             if newcomer is not None and (shortest is None or share.urgency(newcomer) < share.urgency(shortest)):
-                may_admit = self._admit(newcomer, prompts) or (
-                    newcomer is not self.waiting.first and self._admit(self.waiting.first, prompts)
+                may_admit = self._admit(newcomer, prompts, step) or (
+                    newcomer is not self.waiting.first and self._admit(self.waiting.first, prompts, step)
                 )
             elif shortest is not None:
                 share.give(shortest, share.budget)
@@ -209,7 +237,7 @@ class Scheduler:
         best = takewhile(lambda s: s.priority == first.priority, islice(self.waiting, self.config.max_num_seqs))
         return min(best, key=lambda s: s.num_tokens)
 
-    def _admit(self, sequence: Sequence, prompts: list[Sequence]) -> bool:
+    def _admit(self, sequence: Sequence, prompts: list[Sequence], step: _Step) -> bool:
         """Let a waiting sequence run, if there is room for it and for the first one that waits."""
         num_slots = num_slots_wanted = self._num_slots(sequence)
         # A block for each running sequence stays free, so that admission does not cause the next preemption.
@@ -217,10 +245,16 @@ class Scheduler:
         if sequence is not self.waiting.first:
             num_slots_wanted += self._num_slots(self.waiting.first)
             reserve += self.block_manager.num_blocks_for(self.waiting.first.num_tokens) + 1
-        cacheable = sequence.sampling.prompt_logprobs is None
-        if self._num_used_slots + num_slots_wanted > self.config.max_num_seqs or not self.block_manager.admit(
-            sequence, reserve=reserve, use_prefix_cache=cacheable
-        ):
+        if self._num_used_slots + num_slots_wanted > self.config.max_num_seqs:
+            return False
+        if sequence.status is SequenceStatus.SWAPPED:
+            copies = self.block_manager.swap_in(sequence, reserve=reserve)
+            if copies is None:
+                return False
+            self.num_swapped_in_blocks += len(copies)
+            step.swap_in += copies
+            step.swapped.append(sequence)
+        elif not self._admit_anew(sequence, reserve):
             return False
         self._num_used_slots += num_slots
         self.waiting.remove(sequence)
@@ -228,6 +262,12 @@ class Scheduler:
         sequence.status = SequenceStatus.RUNNING
         self.running.add(sequence)
         insort(prompts, sequence, key=rank)
+        return True
+
+    def _admit_anew(self, sequence: Sequence, reserve: int) -> bool:
+        cacheable = sequence.sampling.prompt_logprobs is None
+        if not self.block_manager.admit(sequence, reserve=reserve, use_prefix_cache=cacheable):
+            return False
         if cacheable and not sequence.preempted:  # else it would find the blocks that it computed itself
             self.num_prefix_queried_tokens += sequence.num_tokens
             self.num_prefix_hit_tokens += sequence.num_computed_tokens
@@ -240,12 +280,21 @@ class Scheduler:
         assert group is not None
         return 1 if group.forked else len(group.sequences)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self._leave_running(sequence)
-        sequence.status = SequenceStatus.WAITING
-        sequence.preempted = True
-        self.waiting.add(sequence)
+    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+        step.preempted = sequence.preempted = True
         self.num_preemptions += 1
+        copies = self._swap_out(sequence)
+        self._leave_running(sequence)
+        self.waiting.add(sequence)
+        if copies is None:
+            self.block_manager.release(sequence)
+            sequence.status = SequenceStatus.WAITING
+            return
+        sequence.status = SequenceStatus.SWAPPED
+        self.num_preemptions_by_swap += 1
+        self.num_swapped_out_blocks += len(copies)
+        step.swap_out += copies
+        step.swapped.append(sequence)
 
     def _sampled(self, sequence: Sequence) -> tuple[Sequence, ...]:
         """Who samples when all tokens of a sequence are computed; makes the other choices of a prompt."""
@@ -261,30 +310,53 @@ class Scheduler:
             self.running.add(sibling)
         return tuple(group.sequences)
 
+    def _swap_out(self, sequence: Sequence) -> BlockCopies | None:
+        """None when recomputation is the better way, or the only one."""
+        manager = self.block_manager
+        if manager.num_host_blocks == 0 or sequence.num_computed_tokens == 0:
+            return None
+        if not self.preemption_cost.prefers_swap(manager.preemption_size(sequence)):
+            return None
+        return manager.swap_out(sequence)
+
     def _leave_running(self, sequence: Sequence) -> None:
         self._num_used_slots -= self._num_slots(sequence)
         self.running.remove(sequence)
-        self.block_manager.release(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         group = sequence.group
         assert group is not None
         if sequence.status is SequenceStatus.RUNNING:
             self._leave_running(sequence)
-        elif sequence.status is SequenceStatus.WAITING and (group.forked or sequence is group.sequences[0]):
+        elif not sequence.finished and (group.forked or sequence is group.sequences[0]):
             self.waiting.remove(sequence)  # the other choices of a prompt are not queued before it is forked
+        self.block_manager.release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
 
 class _Step:
-    """A step while it is being put together."""
+    """A step while it is being put together; the fields are those of SchedulerOutput."""
 
-    __slots__ = ("block_copies", "preempted", "scheduled")
+    __slots__ = ("block_copies", "preempted", "scheduled", "swap_in", "swap_out", "swapped")
 
     def __init__(self) -> None:
         self.scheduled: list[ScheduledSequence] = []
-        self.block_copies: list[tuple[int, int]] = []
+        self.swap_out: BlockCopies = []
+        self.swap_in: BlockCopies = []
+        self.block_copies: BlockCopies = []
+        self.swapped: list[Sequence] = []
         self.preempted = False
+
+    def output(self) -> SchedulerOutput:
+        assert self.scheduled or not self.swapped
+        assert not (self.swap_out and self.swap_in)
+        return SchedulerOutput(
+            tuple(self.scheduled),
+            swap_out=tuple(self.swap_out),
+            swap_in=tuple(self.swap_in),
+            block_copies=tuple(self.block_copies),
+            swapped=tuple(self.swapped),
+        )
 
 
 class _PromptShare:

@@ -12,6 +12,7 @@ from model_worker.engine.sampling_params import SamplingParams
 
 class SequenceStatus(Enum):
     WAITING = auto()  # holds no blocks
+    SWAPPED = auto()  # waits; holds blocks of the host pool
     RUNNING = auto()  # holds blocks
     FINISHED = auto()  # holds no blocks
 
@@ -32,21 +33,25 @@ class Sequence:
         rank: place in the order of service: (priority, seq_id).
         variant_digest: identity of the weights that compute it; part of the prefix cache's key.
         seed: of the sequence's own random stream; the draw for position p depends on (seed, p) only.
-        block_table: physical block numbers, one per block_size tokens.
+        block_tables: for each layer group the physical block numbers, one per block_size tokens (see BlockManager).
+        num_released_blocks: for each layer group, leading entries of its table that are not held any more.
+        host_block_tables: while swapped, for each layer group the blocks of the host pool.
         output_counts: how often each token id was sampled.
         prompt_unique_ids: the distinct ids of the prompt, 64-bit; filled by the sampler when a penalty needs them.
     """
 
     __slots__ = (
         "block_hashes",
-        "block_table",
+        "block_tables",
         "finish_reason",
         "group",
+        "host_block_tables",
         "index",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_entered_blocks",
         "num_prompt_tokens",
+        "num_released_blocks",
         "output_counts",
         "preempted",
         "priority",
@@ -84,14 +89,25 @@ class Sequence:
         self.preempted = False  # at least once
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first scheduled
-        self.block_table: list[int] = []
+        self.block_tables: list[list[int]] = [[]]
+        self.num_released_blocks = [0]
+        self.host_block_tables: list[list[int]] = []
         self.block_hashes: list[bytes] = []  # hash chain over the leading full blocks of token_ids, made as needed
-        self.num_entered_blocks = 0  # leading blocks of block_table that the prefix cache knows
+        self.num_entered_blocks = 0  # leading full blocks that are accounted for as computed
         self.output_counts: dict[int, int] = {}
         self.prompt_unique_ids: array[int] | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.group: SequenceGroup | None = None
+
+    @property
+    def block_table(self) -> list[int]:
+        """Of the first layer group, which is the only one of most models."""
+        return self.block_tables[0]
+
+    @block_table.setter
+    def block_table(self, blocks: list[int]) -> None:
+        self.block_tables[0] = blocks
 
     @property
     def num_tokens(self) -> int:
@@ -117,7 +133,7 @@ class Sequence:
     def __repr__(self) -> str:
         return (
             f"Sequence({self.seq_id}, {self.status.name}, computed {self.num_computed_tokens}/{self.num_tokens}, "
-            f"blocks {self.block_table})"
+            f"blocks {self.block_tables})"
         )
 
 

@@ -30,11 +30,21 @@ class ScheduledSequence(NamedTuple):
 class SchedulerOutput:
     """One step's work.
 
-    `block_copies` (source, destination) are done before anything is computed: copy-on-write of shared blocks.
+    The copies (source, destination) are done before anything is computed, in the order of the fields. A step that
+    swaps out swaps nothing in.
+
+    Attributes:
+        swap_out: from a block to a block of the host pool.
+        swap_in: from a block of the host pool to a block.
+        block_copies: copy-on-write of shared blocks. All sources are read before a destination is written.
+        swapped: the sequences that `swap_out` or `swap_in` moves.
     """
 
     scheduled: tuple[ScheduledSequence, ...]
+    swap_out: tuple[tuple[int, int], ...] = ()
+    swap_in: tuple[tuple[int, int], ...] = ()
     block_copies: tuple[tuple[int, int], ...] = ()
+    swapped: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -50,7 +60,9 @@ class StepResult:
             (logits not finite) ends that request only.
         prompt_logprobs: seq_id to the logprobs of prompt tokens at positions start + 1 ... start + num_tokens (cut at
             the prompt's end), for scheduled sequences whose sampling asks for prompt_logprobs.
+        swap_s: seconds that swapping took.
     """
 
     samples: tuple[SampledToken | RootgraftError, ...]
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+    swap_s: float = 0.0

@@ -147,8 +147,9 @@ def inspect_model(
 def _trace(runner: ModelRunner, request: InspectRequest, config: EngineConfig, report: Callable[[str], None]) -> Traces:
     decode = [step for step in _decode_steps(request.rows, request.contexts) if fits(runner, step)]
     if not decode:
+        num_tokens = runner.num_blocks // len(runner.groups) * runner.block_size
         raise InvalidRequestError(
-            f"The KV cache of {runner.num_blocks * runner.block_size} tokens holds none of these steps; ask for fewer "
+            f"The KV cache of {num_tokens} tokens holds none of these steps; ask for fewer "
             "--rows or shorter --context, or raise --kv-cache-gib."
         )
     # A longer prompt is computed in chunks of so many tokens.

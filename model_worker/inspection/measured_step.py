@@ -99,7 +99,8 @@ def trace_step(runner: ModelRunner, shape: StepShape, *, num_runs: int = _NUM_RU
 
 
 def _blocks_of_one(runner: ModelRunner, shape: StepShape) -> int:
-    return -(-shape.context // runner.block_size)
+    """Blocks of one sequence, in all layer groups together."""
+    return -(-shape.context // runner.block_size) * len(runner.groups)
 
 
 def _step(runner: ModelRunner, shape: StepShape) -> SchedulerOutput:
@@ -119,7 +120,8 @@ def _step(runner: ModelRunner, shape: StepShape) -> SchedulerOutput:
         token_ids = torch.randint(runner.vocab_size, (shape.context,), generator=generator).tolist()
         sequence = Sequence(row, 0, token_ids, SamplingParams(temperature=0.0), seed=row)
         # Neighbouring blocks of one sequence lie apart, as they do in a cache that has been in use.
-        sequence.block_table = list(range(row, shape.num_rows * num_blocks, shape.num_rows))
+        blocks = range(row, shape.num_rows * num_blocks, shape.num_rows)
+        sequence.block_tables = [list(blocks[group :: len(runner.groups)]) for group in range(len(runner.groups))]
         start = 0 if shape.phase == "prefill" else shape.context - 1
         items.append(ScheduledSequence(sequence, start, shape.context - start, (sequence,)))
     return SchedulerOutput(tuple(items))

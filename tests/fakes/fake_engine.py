@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from adapters.tokenizer import Tokenizer
 from model_worker.engine.outputs import (
@@ -50,7 +50,7 @@ class FakeEngine:
         self.fail_after: tuple[int, RootgraftError] | None = None
         self.started = False
         self._died = asyncio.Event()
-        self._stats = EngineStats(0, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0, 0)
+        self._stats = EngineStats(**{field.name: 0 for field in fields(EngineStats)} | {"kv_blocks_total": 64})
 
     async def start(self) -> None:
         self.started = True

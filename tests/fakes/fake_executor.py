@@ -1,7 +1,7 @@
 """An executor without a model: it keeps token ids where a model keeps K and V, and reads them back to sample.
 
-The next token is a fixed function of all tokens that the block table leads to, so a wrong block, a missing copy or a
-token that was never computed changes the output.
+The next token is a fixed function of all tokens that the block tables lead to and that the layers of each group can
+see, so a wrong block, a missing copy or a token that was never computed changes the output.
 """
 
 from __future__ import annotations
@@ -12,12 +12,21 @@ from collections.abc import Callable, Sequence as SequenceOf
 from model_worker.engine.outputs import SampledToken, TokenLogprobs
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import SchedulerOutput, StepResult
+from model_worker.engine.visibility import Visibility
 from registry.errors import RootgraftError
 
+EVERYTHING = (Visibility(),)
 
-def next_token(token_ids: SequenceOf[int], index: int, vocab_size: int) -> int:
+
+def next_token(
+    token_ids: SequenceOf[int], index: int, vocab_size: int, groups: SequenceOf[Visibility] = EVERYTHING
+) -> int:
     """The token that FakeExecutor samples after `token_ids` for choice `index`."""
-    digest = hashlib.sha256(repr((list(token_ids), index)).encode()).digest()
+    return _draw([list(token_ids[group.first_visible(len(token_ids) - 1) :]) for group in groups], index, vocab_size)
+
+
+def _draw(visible: list[list[int]], index: int, vocab_size: int) -> int:
+    digest = hashlib.sha256(repr((visible, index)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % vocab_size
 
 
@@ -30,27 +39,32 @@ class FakeExecutor:
         block_size: int = 4,
         vocab_size: int = 256,
         *,
+        num_host_blocks: int = 0,
+        groups: SequenceOf[Visibility] = EVERYTHING,
         before_step: Callable[[SchedulerOutput], None] = lambda output: None,
         fail_sample: Callable[[Sequence], RootgraftError | None] = lambda sequence: None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
+        self.num_host_blocks = num_host_blocks
+        self.groups = groups
         self.steps: list[SchedulerOutput] = []
         self._before_step = before_step
         self._fail_sample = fail_sample
-        self._memory: dict[tuple[int, int], int] = {}
+        self._memory: dict[tuple[int, int], int] = {}  # (block, offset) to token id
+        self._host_memory: dict[tuple[int, int], int] = {}
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         self._before_step(output)
         self.steps.append(output)
-        for source, destination in output.block_copies:
-            for offset in range(self.block_size):
-                if (source, offset) in self._memory:
-                    self._memory[destination, offset] = self._memory[source, offset]
+        self._copy(self._memory, self._host_memory, output.swap_out)
+        self._copy(self._host_memory, self._memory, output.swap_in)
+        self._copy(self._memory, self._memory, output.block_copies)
         for item in output.scheduled:
             for position in range(item.start, item.start + item.num_tokens):
-                self._memory[self._slot(item.sequence, position)] = item.sequence.token_ids[position]
+                for g in range(len(self.groups)):
+                    self._memory[self._slot(item.sequence, g, position)] = item.sequence.token_ids[position]
         samples: list[SampledToken | RootgraftError] = []
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         for item in output.scheduled:
@@ -60,12 +74,28 @@ class FakeExecutor:
                 prompt_logprobs[item.sequence.seq_id] = [
                     TokenLogprobs(item.sequence.token_ids[position], -float(position), ()) for position in known
                 ]
-            if item.sampled:
-                context = [self._memory[self._slot(item.sequence, position)] for position in range(end)]
+            visible = [self._visible(item.sequence, g, item.start, end) for g in range(len(self.groups))]
             for sequence in item.sampled:
-                token_id = next_token(context, sequence.index, self.vocab_size)
+                token_id = _draw(visible, sequence.index, self.vocab_size)
                 samples.append(self._fail_sample(sequence) or SampledToken(token_id, None))
         return StepResult(tuple(samples), prompt_logprobs)
 
-    def _slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
-        return sequence.block_table[position // self.block_size], position % self.block_size
+    def _visible(self, sequence: Sequence, group: int, start: int, end: int) -> list[int]:
+        """Tokens that the last of [start, end) sees; what the others see must be there as well."""
+        first_visible = self.groups[group].first_visible
+        tokens = [self._memory[self._slot(sequence, group, p)] for p in range(first_visible(start), end)]
+        return tokens[first_visible(end - 1) - first_visible(start) :]
+
+    def _copy(
+        self, source: dict[tuple[int, int], int], target: dict[tuple[int, int], int], pairs: SequenceOf[tuple[int, int]]
+    ) -> None:
+        """Whole blocks; all are read before any is written, and what a block held before is gone."""
+        read = [(b, [source.get((a, offset)) for offset in range(self.block_size)]) for a, b in pairs]
+        for block, tokens in read:
+            for offset, token in enumerate(tokens):
+                target.pop((block, offset), None)
+                if token is not None:
+                    target[block, offset] = token
+
+    def _slot(self, sequence: Sequence, group: int, position: int) -> tuple[int, int]:
+        return sequence.block_tables[group][position // self.block_size], position % self.block_size

@@ -15,12 +15,22 @@ class ForwardContext:
     """What the layers of one model need to know of the step under way; owned by the model, set before each step.
 
     Attributes:
-        metadata: the batch; None between steps.
-        slot_mapping: [T] int64, the KV cache slot of each token.
+        metadata: the batch, with the block tables of the first layer group; None between steps.
+        slot_mapping: [T] int64, the KV cache slot of each token in the first layer group.
+        further_groups: both for each other layer group, which few models have.
     """
 
     metadata: AttentionMetadata | None = None
     slot_mapping: Tensor | None = None
+    further_groups: tuple[tuple[AttentionMetadata, Tensor], ...] = ()
+
+    def of_group(self, group: int) -> tuple[AttentionMetadata, Tensor]:
+        """Metadata and slot mapping for the layers of a group."""
+        if group > 0:
+            return self.further_groups[group - 1]
+        assert self.metadata is not None, "the model runs outside a step"
+        assert self.slot_mapping is not None
+        return self.metadata, self.slot_mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,7 @@ class PagedAttention:
         kv_shape: what it keeps of each token.
         query_temperature: scaling of queries by position, or None.
         key_cache, value_cache: [num_blocks, block_size, Hkv, D] and [..., Dv]; set by `KVCache`.
+        group: of layers, whose block table it reads; set by `KVCache`.
     """
 
     def __init__(
@@ -74,6 +85,7 @@ class PagedAttention:
         self.query_temperature = query_temperature
         self.key_cache: Tensor | None = None
         self.value_cache: Tensor | None = None
+        self.group = 0
         self._context = context
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -85,9 +97,7 @@ class PagedAttention:
         Returns:
             [T, H, Dv]
         """
-        metadata, slot_mapping = self._context.metadata, self._context.slot_mapping
-        assert metadata is not None, "the model runs outside a step"
-        assert slot_mapping is not None
+        metadata, slot_mapping = self._context.of_group(self.group)
         assert self.key_cache is not None, "the KV cache is not allocated"
         assert self.value_cache is not None
         if self.query_temperature is not None:

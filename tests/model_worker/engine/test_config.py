@@ -16,6 +16,8 @@ from registry.errors import InvalidRequestError
         (lambda: CacheConfig(kv_cache_gib=math.nan), "kv_cache_gib"),
         (lambda: CacheConfig(kv_cache_gib=math.inf), "kv_cache_gib"),
         (lambda: CacheConfig(kv_cache_gib=-1.0), "kv_cache_gib"),
+        (lambda: CacheConfig(swap_space_gib=-1.0), "swap_space_gib"),
+        (lambda: CacheConfig(swap_space_gib=math.inf), "swap_space_gib"),
         (lambda: EngineConfig(num_threads=0), "num_threads"),
     ],
 )

@@ -7,7 +7,14 @@ import torch
 
 from adapters import memory
 from model_worker.engine.config import CacheConfig
-from model_worker.engine.kv_cache import KVCache, bytes_per_block, choose_num_blocks, free_memory_bytes
+from model_worker.engine.kv_cache import (
+    KVCache,
+    bytes_per_block,
+    choose_num_blocks,
+    choose_num_host_blocks,
+    free_memory_bytes,
+)
+from model_worker.engine.layer_groups import group_layers
 from model_worker.engine.layers.attention import ForwardContext, KVShape, PagedAttention
 from model_worker.engine.ops.paged_attention import AttentionParams
 from registry.errors import InsufficientMemoryError
@@ -58,7 +65,14 @@ def test_blocks_are_copied_and_cleared_in_all_layers() -> None:
     attentions = [
         PagedAttention(ForwardContext(), AttentionParams(scale=1.0), KVShape(1, 4, value_dim)) for value_dim in (4, 2)
     ]
-    cache = KVCache(attentions, num_blocks=5, block_size=2, dtype=torch.float32, device=CPU)
+    cache = KVCache(
+        attentions,
+        group_layers(attentions, max_model_len=64),
+        num_blocks=5,
+        block_size=2,
+        dtype=torch.float32,
+        device=CPU,
+    )
     tensors = [tensor for a in attentions for tensor in (a.key_cache, a.value_cache) if tensor is not None]
     assert [list(tensor.shape) for tensor in tensors] == [[5, 2, 1, 4], [5, 2, 1, 4], [5, 2, 1, 4], [5, 2, 1, 2]]
     for tensor in tensors:
@@ -76,3 +90,59 @@ def test_blocks_are_copied_and_cleared_in_all_layers() -> None:
         assert torch.equal(tensor[:2], old[:2])
     cache.copy_blocks([])
     cache.clear_blocks([])
+
+
+def _cache(pattern: tuple[int | None, ...], **sizes: int) -> tuple[KVCache, list[PagedAttention]]:
+    """A cache for layers with these windows."""
+    attentions = [
+        PagedAttention(ForwardContext(), AttentionParams(scale=1.0, sliding_window=window), KVShape(1, 4, 2))
+        for window in pattern
+    ]
+    groups = group_layers(attentions, max_model_len=64)
+    return KVCache(attentions, groups, block_size=2, dtype=torch.float32, device=CPU, **sizes), attentions
+
+
+def test_layers_of_different_groups_share_memory_and_those_of_one_do_not() -> None:
+    _, (a, b, c, d) = _cache((8, None, 8, None), num_blocks=3)
+    assert (a.group, b.group, c.group, d.group) == (0, 1, 0, 1)
+    assert a.key_cache is b.key_cache
+    assert c.value_cache is d.value_cache
+    assert a.key_cache is not c.key_cache
+
+
+def test_swapped_blocks_come_back_as_they_were() -> None:
+    cache, attentions = _cache((None, None), num_blocks=4, num_host_blocks=3)
+    tensors = [tensor for a in attentions for tensor in (a.key_cache, a.value_cache) if tensor is not None]
+    for tensor in tensors:
+        tensor.normal_()
+    before = [tensor.clone() for tensor in tensors]
+    cache.swap_out([(1, 2), (3, 0)])
+    cache.clear_blocks([1, 3])
+    cache.swap_in([(0, 1), (2, 0)])
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor[1], old[3])
+        assert torch.equal(tensor[0], old[1])
+        assert torch.equal(tensor[2], old[2])
+        assert not tensor[3].any()
+    cache.swap_out([])
+    cache.swap_in([])
+
+
+@pytest.mark.parametrize(
+    ("gib", "device", "free", "expected"),
+    [
+        (None, "cpu", 100 * GIB, 0),  # it would be the same memory
+        (None, "cuda", 100 * GIB, 4096),
+        (None, "cuda", GIB, 512),
+        (0.5, "cpu", GIB, 512),
+        (0.0, "cuda", GIB, 0),
+    ],
+)
+def test_number_of_host_blocks(gib: float | None, device: str, free: int, expected: int) -> None:
+    config = CacheConfig(swap_space_gib=gib)
+    assert choose_num_host_blocks(config, 2**20, free_bytes=free, device=torch.device(device)) == expected
+
+
+def test_more_swap_space_than_there_is_is_an_error() -> None:
+    with pytest.raises(InsufficientMemoryError, match="--swap-space-gib"):
+        choose_num_host_blocks(CacheConfig(swap_space_gib=2.0), 2**20, free_bytes=GIB, device=CPU)

@@ -275,3 +275,29 @@ async def test_a_dead_engine_thread_fails_everything_and_says_so() -> None:
     assert isinstance(engine.failed, AssertionError)
     with pytest.raises(InternalError):
         await collect(engine.generate("s", [1], SamplingParams(max_tokens=2)))
+
+
+@pytest.mark.parametrize("direction", ["swap_out", "swap_in"])
+def test_what_a_failed_step_swapped_is_computed_again(direction: str) -> None:
+    """The copies may or may not have been made: nobody reads them."""
+    failed: list[SchedulerOutput] = []
+
+    def fail_once(output: SchedulerOutput) -> None:
+        if getattr(output, direction) and not failed:
+            failed.append(output)
+            raise RuntimeError("out of memory")
+
+    executor = FakeExecutor(num_blocks=10, block_size=4, vocab_size=128, num_host_blocks=20, before_step=fail_once)
+    engine = make_engine(executor)
+    for i in range(4):
+        engine.add_request(f"r{i}", [i] * 6, SamplingParams(max_tokens=20))
+    news = run(engine)
+    lost = {item.sequence.group.request_id for item in failed[0].scheduled if item.sequence.group}
+    assert {name for name, outputs in news.items() if outputs[-1].error} == lost
+    kept = set(news) - lost
+    assert kept
+    for name in kept:
+        assert tokens_of(news[name]) == continuation([int(name[1])] * 6, 20)
+    stats = engine.stats()
+    assert stats.preemptions_by_swap_total > 0
+    assert stats.kv_host_blocks_used == 0

@@ -87,9 +87,9 @@ def _run(
     return tokens, engine
 
 
-def _runner(path: Path, *, block_size: int, num_blocks: int) -> ModelRunner:
+def _runner(path: Path, *, block_size: int, num_blocks: int, swap_space_gib: float | None = None) -> ModelRunner:
     config = EngineConfig(
-        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks),
+        cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, swap_space_gib=swap_space_gib),
         scheduler=SchedulerConfig(max_num_batched_tokens=32),
     )
     return ModelRunner(make_tiny_plan(path), config)
@@ -117,9 +117,26 @@ def test_greedy_tokens_equal_those_of_generate(name: str, tmp_path: Path) -> Non
     assert in_chunks == expected
     assert engine.stats().prefix_hit_tokens_total > 0  # the later prompts found the blocks of the longest
 
-    scarce, engine = _run(_runner(tmp_path, block_size=8, num_blocks=20), prompts, max_num_batched_tokens=64)
+    num_blocks = 12 * len(runner.groups)  # just enough for the longest
+    scarce, engine = _run(_runner(tmp_path, block_size=8, num_blocks=num_blocks), prompts, max_num_batched_tokens=64)
     assert scarce == expected
-    assert engine.stats().preemptions_total > 0
+    assert engine.stats().preemptions_total > 0 or any(group.limited for group in runner.groups)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gemma3_text", "llama4-chunked", "deepseek_v3"])
+@pytest.mark.parametrize("swap_space_gib", [0.0, 0.001], ids=["recompute", "swap"])
+def test_preempted_sequences_go_on_as_if_nothing_had_happened(name: str, swap_space_gib: float, tmp_path: Path) -> None:
+    model = build_tiny_model(name)
+    model.save_pretrained(tmp_path)
+    prompts = [prompt[:9] for prompt in _prompts()] + [prompt[:4] for prompt in _prompts()]
+    num_groups = len(_runner(tmp_path, block_size=4, num_blocks=80).groups)
+    runner = _runner(tmp_path, block_size=4, num_blocks=14 * num_groups, swap_space_gib=swap_space_gib)
+    found, engine = _run(runner, prompts, max_num_seqs=10)
+    assert found == [_reference(model, prompt) for prompt in prompts]
+    stats = engine.stats()
+    assert stats.preemptions_total > 0
+    assert (stats.swapped_out_blocks_total > 0) == (swap_space_gib > 0)
+    assert (stats.swapped_in_blocks_total > 0) == (swap_space_gib > 0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

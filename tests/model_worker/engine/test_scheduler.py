@@ -10,9 +10,10 @@ from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.scheduler import Scheduler
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from model_worker.engine.step import SchedulerOutput
+from model_worker.engine.visibility import Visibility
 from registry.errors import InvalidRequestError, RateLimitError
 from tests.fakes.fake_clock import FakeClock
-from tests.fakes.fake_executor import FakeExecutor, next_token
+from tests.fakes.fake_executor import EVERYTHING, FakeExecutor, next_token
 
 VOCAB = 256
 
@@ -20,12 +21,28 @@ VOCAB = 256
 class Harness:
     """A scheduler and a fake executor, with the part of the engine between them."""
 
-    def __init__(self, *, num_blocks: int = 64, block_size: int = 4, caching: bool = True, **config: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        caching: bool = True,
+        num_host_blocks: int = 0,
+        groups: tuple[Visibility, ...] = EVERYTHING,
+        **config: int,
+    ) -> None:
         settings_ = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_num_waiting": 100, **config}
-        self.manager = BlockManager(num_blocks, block_size, enable_prefix_caching=caching)
+        self.groups = groups
+        self.manager = BlockManager(
+            num_blocks,
+            block_size,
+            enable_prefix_caching=caching,
+            num_host_blocks=num_host_blocks,
+            groups=groups,
+        )
         self.clock = FakeClock()
         self.scheduler = Scheduler(SchedulerConfig(**settings_), self.manager, clock=self.clock)
-        self.executor = FakeExecutor(num_blocks, block_size, VOCAB)
+        self.executor = FakeExecutor(num_blocks, block_size, VOCAB, num_host_blocks=num_host_blocks, groups=groups)
         self.next_id = 0
 
     def add(
@@ -42,6 +59,7 @@ class Harness:
         output = self.scheduler.schedule()
         if output.scheduled:
             samples = iter(self.executor.execute(output).samples)
+            self.scheduler.observe(output, seconds=0.01 * output.num_tokens, swap_s=self.swap_s(output))
             self.scheduler.complete(output)
             for item in output.scheduled:
                 for sequence in item.sampled:
@@ -53,6 +71,9 @@ class Harness:
         self.scheduler.check_integrity()
         return output
 
+    def swap_s(self, output: SchedulerOutput) -> float:
+        return 1e-6 * (len(output.swap_out) + len(output.swap_in))
+
     def run(self, limit: int = 10_000) -> None:
         for _ in range(limit):
             if not self.scheduler.has_unfinished:
@@ -61,10 +82,12 @@ class Harness:
         raise AssertionError("the scheduler does not come to an end")
 
 
-def expected_output(prompt: list[int], index: int, max_tokens: int) -> list[int]:
+def expected_output(
+    prompt: list[int], index: int, max_tokens: int, groups: tuple[Visibility, ...] = EVERYTHING
+) -> list[int]:
     tokens = list(prompt)
     for _ in range(max_tokens):
-        tokens.append(next_token(tokens, index, VOCAB))
+        tokens.append(next_token(tokens, index, VOCAB, groups))
     return tokens[len(prompt) :]
 
 
@@ -181,6 +204,65 @@ def test_the_youngest_is_preempted_and_everybody_finishes_with_the_right_tokens(
     assert harness.manager.num_used_blocks == 0
 
 
+def test_swapped_sequences_go_on_where_they_were() -> None:
+    harness = Harness(num_blocks=10, num_host_blocks=20, caching=False)
+    groups = [harness.add([i] * 6, max_tokens=20) for i in range(4)]
+    most_host_blocks = 0
+    while harness.scheduler.has_unfinished:
+        output = harness.step()
+        most_host_blocks = max(most_host_blocks, harness.manager.num_used_host_blocks)
+        assert not (output.swap_out and output.swap_in)
+    scheduler = harness.scheduler
+    assert scheduler.num_preemptions == scheduler.num_preemptions_by_swap > 0
+    assert scheduler.num_swapped_out_blocks == scheduler.num_swapped_in_blocks > 0
+    assert most_host_blocks > 0
+    computed = sum(item.num_tokens for output in harness.executor.steps for item in output.scheduled)
+    assert computed == 4 * (6 + 20 - 1)  # nothing twice
+    for i, group in enumerate(groups):
+        assert group.sequences[0].output_token_ids == expected_output([i] * 6, 0, 20)
+
+
+def test_a_full_host_pool_leaves_recomputation() -> None:
+    harness = Harness(num_blocks=10, num_host_blocks=2, caching=False)
+    for i in range(4):
+        harness.add([i] * 6, max_tokens=20)
+    harness.run()
+    assert harness.scheduler.num_preemptions > harness.scheduler.num_preemptions_by_swap
+
+
+def test_whichever_is_cheaper_is_chosen() -> None:
+    harness = Harness(num_blocks=10, num_host_blocks=20, caching=False)
+    harness.scheduler.preemption_cost.blocks_swapped(1, seconds=1e3)
+    for i in range(4):
+        harness.add([i] * 6, max_tokens=20)
+    harness.run()
+    assert harness.scheduler.num_preemptions > 0
+    assert harness.scheduler.num_preemptions_by_swap == 0
+
+
+def test_a_swapped_request_can_be_cancelled() -> None:
+    harness = Harness(num_blocks=10, num_host_blocks=20, caching=False)
+    groups = [harness.add([i] * 6, n=2, max_tokens=20) for i in range(2)]
+    while not harness.manager.num_used_host_blocks:
+        harness.step()
+    for group in groups:
+        harness.scheduler.abort(group.request_id)
+        harness.scheduler.check_integrity()
+    assert harness.manager.num_used_host_blocks == harness.manager.num_used_blocks == 0
+
+
+def test_windowed_layers_let_a_sequence_hold_a_bounded_number_of_blocks() -> None:
+    windowed = (Visibility(sliding_window=8),)
+    harness = Harness(num_blocks=40, groups=windowed, max_num_batched_tokens=16)
+    group = harness.add([3] * 40, max_tokens=60)
+    used = []
+    while harness.scheduler.has_unfinished:
+        harness.step()
+        used.append(harness.manager.num_used_blocks)
+    assert max(used[4:]) <= 3  # of 4 tokens: 8 are seen, and the block under way
+    assert group.sequences[0].output_token_ids == expected_output([3] * 40, 0, 60, windowed)
+
+
 def test_choices_share_the_prompt_and_differ_after_it() -> None:
     harness = Harness()
     group = harness.add(list(range(10)), n=3, max_tokens=6)
@@ -292,13 +374,26 @@ REQUEST = st.tuples(
 )
 
 
-@settings(max_examples=150, deadline=None)
+LAYERS = st.sampled_from(
+    [
+        EVERYTHING,
+        (Visibility(sliding_window=7),),
+        (Visibility(chunk_size=6),),
+        (Visibility(), Visibility(sliding_window=5)),
+        (Visibility(sliding_window=9), Visibility(), Visibility(sliding_window=9)),
+    ]
+)
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     requests=st.lists(REQUEST, min_size=1, max_size=12),
     num_blocks=st.integers(10, 30),
     budget=st.integers(4, 20),
     mixed=st.integers(1, 20),
     caching=st.booleans(),
+    num_host_blocks=st.integers(0, 30),
+    layers=LAYERS,
 )
 def test_any_mix_ends_with_the_right_tokens_and_nothing_held(
     requests: list[tuple[int, int, int, int, int, int | None, int]],
@@ -306,11 +401,15 @@ def test_any_mix_ends_with_the_right_tokens_and_nothing_held(
     budget: int,
     mixed: int,
     caching: bool,
+    num_host_blocks: int,
+    layers: tuple[Visibility, ...],
 ) -> None:
     """No leak, no double use, no starvation, whatever arrives, is cancelled or is preempted."""
     harness = Harness(
-        num_blocks=num_blocks,
+        num_blocks=num_blocks * len(layers),
         caching=caching,
+        num_host_blocks=num_host_blocks,
+        groups=layers,
         max_num_seqs=4,
         max_num_batched_tokens=budget,
         max_mixed_prefill_tokens=mixed,
@@ -333,7 +432,7 @@ def test_any_mix_ends_with_the_right_tokens_and_nothing_held(
         if number not in cancelled:
             for sequence in group.sequences:
                 assert sequence.output_token_ids == expected_output(
-                    prompts[number], sequence.index, requests[number][3]
+                    prompts[number], sequence.index, requests[number][3], layers
                 )
     assert harness.manager.num_used_blocks == 0
     assert not harness.scheduler.running

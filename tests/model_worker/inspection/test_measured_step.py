@@ -18,10 +18,10 @@ from tests.fakes.tiny_models import VOCAB_SIZE, build_tiny_model, make_tiny_plan
 HIDDEN, INNER = 32, 48  # of the tiny models
 
 
-def load(name: str, path: Path) -> ModelRunner:
+def load(name: str, path: Path, *, num_blocks: int = 128) -> ModelRunner:
     torch.set_num_threads(1)
     build_tiny_model(name).save_pretrained(path)
-    config = EngineConfig(CacheConfig(block_size=8, num_blocks=32), SchedulerConfig(max_num_batched_tokens=64))
+    config = EngineConfig(CacheConfig(block_size=8, num_blocks=num_blocks), SchedulerConfig(max_num_batched_tokens=64))
     return ModelRunner(make_tiny_plan(path), config)
 
 
@@ -110,7 +110,7 @@ def test_tracing_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_steps_that_the_cache_cannot_hold_are_told(tmp_path: Path) -> None:
-    runner = load("llama", tmp_path)
+    runner = load("llama", tmp_path, num_blocks=32)
     assert fits(runner, StepShape("decode", 4, 64))
     assert not fits(runner, StepShape("decode", 5, 64))
     assert time_step(runner, StepShape("decode", 4, 64), num_runs=1).duration_ns > 0

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from model_worker.engine.visibility import Visibility
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionMetadata:
@@ -79,11 +81,10 @@ class AttentionParams:
     sinks: Tensor | None = None
     alibi: Alibi | None = None
 
+    @property
+    def visibility(self) -> Visibility:
+        return Visibility(self.sliding_window, self.chunk_size)
+
     def first_visible(self, position: int) -> int:
         """The first key position that the token at `position` sees."""
-        first = 0
-        if self.sliding_window is not None:
-            first = max(first, position - self.sliding_window + 1)
-        if self.chunk_size is not None:
-            first = max(first, position - position % self.chunk_size)
-        return first
+        return self.visibility.first_visible(position)

@@ -1,0 +1,39 @@
+"""Which earlier positions a layer's attention can see. Pure Python; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """The limits of a layer; layers with equal ones can share their block tables.
+
+    Attributes:
+        sliding_window: a token sees this many positions, its own included; None: all.
+        chunk_size: a token sees only positions of its own chunk, [n * chunk_size, (n + 1) * chunk_size); None: all.
+    """
+
+    sliding_window: int | None = None
+    chunk_size: int | None = None
+
+    def within(self, max_model_len: int) -> Visibility:
+        """The same for positions below `max_model_len`: limits that none of them reaches are left out."""
+        window, chunk = self.sliding_window, self.chunk_size
+        return Visibility(
+            window if window is not None and window < max_model_len else None,
+            chunk if chunk is not None and chunk < max_model_len else None,
+        )
+
+    @property
+    def limited(self) -> bool:
+        return self.sliding_window is not None or self.chunk_size is not None
+
+    def first_visible(self, position: int) -> int:
+        """The first position that the token at `position` sees; it never moves back as `position` grows."""
+        first = 0
+        if self.sliding_window is not None:
+            first = max(first, position - self.sliding_window + 1)
+        if self.chunk_size is not None:
+            first = max(first, position - position % self.chunk_size)
+        return first
