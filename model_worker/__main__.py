@@ -55,6 +55,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     plan = plan_load(
         source.path,
         dtype=config.dtype,
+        quantization=config.quantization,
         chat_template=config.chat_template,
         max_model_len=config.max_model_len,
         deltas=config.deltas,

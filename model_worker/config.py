@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from adapters.quantization import QUANTIZATIONS
 from model_worker.engine.config import EngineConfig, ProfileConfig
 from registry.errors import InvalidRequestError
 from registry.flags import add_flags, config_from_args
@@ -31,7 +32,7 @@ class WorkerConfig:
         port: 0 lets the OS choose; None: DEFAULT_PORT or the next free one.
         advertise_url: where the controller reaches this worker; None: made from host and port.
         worker_token: the secret shared with the controller, checked in both directions; None: no check.
-        dtype, chat_template, max_model_len, deltas: as in `adapters.plan_load`.
+        dtype, quantization, chat_template, max_model_len, deltas: as in `adapters.plan_load`.
         drain_timeout_s: how long running requests may go on after SIGTERM.
         log_level: of the worker's own log lines on stderr.
         engine: configuration of the engine.
@@ -46,6 +47,7 @@ class WorkerConfig:
     advertise_url: str | None
     worker_token: str | None
     dtype: str
+    quantization: str
     chat_template: str | None
     max_model_len: int | None
     deltas: tuple[Path, ...]
@@ -113,7 +115,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of weights and KV cache (default: %(default)s)",
+        help="of weights that are not quantized, and of the KV cache (default: %(default)s)",
+    )
+    model.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="auto",
+        help="bits of the weights: int8 or int4, rounded to while loading; none: all in --dtype; auto: as stored, so "
+        "that a GGUF file is served from its own 8- and 4-bit blocks (default: %(default)s)",
     )
     model.add_argument(
         "--max-model-len",
@@ -154,6 +163,7 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
         advertise_url=args.advertise_url,
         worker_token=token,
         dtype=args.dtype,
+        quantization=args.quantization,
         chat_template=args.chat_template,
         max_model_len=args.max_model_len,
         deltas=tuple(args.delta),

@@ -47,7 +47,7 @@ class LLM:
     Args:
         model: checkpoint directory or GGUF file.
         config: engine settings.
-        dtype, chat_template, max_model_len: as the worker's flags of the same names.
+        dtype, quantization, chat_template, max_model_len: as the worker's flags of the same names.
 
     Raises:
         ClientError: the model cannot be loaded; the message says why.
@@ -59,6 +59,7 @@ class LLM:
         config: EngineConfig | None = None,
         *,
         dtype: str = "auto",
+        quantization: str = "auto",
         chat_template: str | None = None,
         max_model_len: int | None = None,
     ) -> None:
@@ -66,6 +67,7 @@ class LLM:
         self.plan = plan_load(
             Path(model),
             dtype=dtype,
+            quantization=quantization,
             chat_template=chat_template,
             max_model_len=max_model_len,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,

@@ -92,6 +92,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     plan = plan_load(
         source.path,
         dtype=args.dtype,
+        quantization=args.quantization,
         max_model_len=args.max_model_len,
         deltas=args.delta,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,

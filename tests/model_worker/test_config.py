@@ -17,6 +17,7 @@ def test_defaults() -> None:
     assert config.port is None
     assert config.worker_token is None
     assert config.deltas == ()
+    assert config.quantization == "auto"
     assert config.engine == EngineConfig()
 
 
@@ -29,11 +30,12 @@ def test_engine_flags_are_generated_from_its_config() -> None:
 
 def test_worker_flags() -> None:
     flags = ["--controller", "http://c:1/", "--port", "0", "--delta", "a", "--delta", "b", "--drain-timeout", "2.5"]
-    config = parse_config([*MODEL, *flags], worker_token=None)
+    config = parse_config([*MODEL, *flags, "--quantization", "int4"], worker_token=None)
     assert config.controller == "http://c:1"
     assert config.port == 0
     assert config.deltas == (Path("a"), Path("b"))
     assert config.drain_timeout_s == 2.5
+    assert config.quantization == "int4"
 
 
 def test_standalone() -> None:
@@ -64,6 +66,7 @@ def test_a_token_that_no_header_can_hold_is_refused(token: str) -> None:
         ["--drain-timeout", "nan"],
         ["--max-model-len", "0"],
         ["--dtype", "int3"],
+        ["--quantization", "int3"],
         ["--controller", "http://c", "--no-controller"],
     ],
 )
