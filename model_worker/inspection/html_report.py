@@ -120,9 +120,7 @@ def _load(load: LoadSummary) -> PageSection:
 
 
 def _trace(traces: Traces) -> PageSection:
-    plots = [
-        Plot("Time of a decode step by rows", draw_lines(_lines(traces), format_ms_axis, x_title="rows", y_title="ms")),
-    ]
+    plots = list(_growth(traces))
     for trace in (traces.prefill, traces.decode):
         title = describe_step(trace.shape)
         kinds = [
@@ -140,16 +138,21 @@ def _trace(traces: Traces) -> PageSection:
     return PageSection("trace", "Forward-pass trace", tuple(plots), tuple(tables), tuple(details))
 
 
-def _lines(traces: Traces) -> list[Line]:
-    contexts = list(dict.fromkeys(time.shape.context for time in traces.times))
-    return [
-        Line(
-            _LINE_COLOURS[index % len(_LINE_COLOURS)],
-            f"{context} tokens",
-            tuple((t.shape.num_rows, t.duration_ns) for t in traces.times if t.shape.context == context),
-        )
-        for index, context in enumerate(contexts)
-    ]
+def _growth(traces: Traces) -> Iterator[Plot]:
+    """How the time of a decode step grows, where more than one size was measured."""
+    times = [(time.shape.num_rows, time.shape.context, time.duration_ns) for time in traces.times]
+    by_rows = {f"{context} tokens": [(r, ns) for r, c, ns in times if c == context] for _, context, _ in times}
+    by_context = {f"{rows} rows": [(c, ns) for r, c, ns in times if r == rows] for rows, _, _ in times}
+    for title, x_title, groups in (
+        ("Decode step by rows, for each length of the context", "rows", by_rows),
+        ("Decode step by context, for each number of rows", "tokens of context", by_context),
+    ):
+        lines = [
+            Line(_LINE_COLOURS[index % len(_LINE_COLOURS)], name, tuple(points))
+            for index, (name, points) in enumerate(groups.items())
+        ]
+        if max(len(line.points) for line in lines) > 1:
+            yield Plot(title, draw_lines(lines, format_ms_axis, x_title=x_title, y_title="ms"))
 
 
 def _columns(trace: StepTrace) -> list[Bar]:

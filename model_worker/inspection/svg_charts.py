@@ -16,6 +16,7 @@ _WIDTH = 860
 _BAR, _BAR_GAP = 22, 12
 _LABEL_WIDTH, _TOTAL_WIDTH = 130, 120
 _PLOT_HEIGHT = 220
+_MAX_COLUMN = 64
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 130, 12, 40
 
 
@@ -68,9 +69,9 @@ def draw_bars(bars: Sequence[Bar], show: Callable[[float], str]) -> str:
 def draw_columns(columns: Sequence[Bar], show: Callable[[float], str], *, x_title: str, y_title: str) -> str:
     """Vertical stacked bars on one scale."""
     highest = max(column.total for column in columns) or 1.0
-    width = (_WIDTH - _LEFT - 10) / len(columns)
+    width = min((_WIDTH - _LEFT - 10) / len(columns), _MAX_COLUMN)
     scale = _PLOT_HEIGHT / highest
-    marks = list(_y_axis(highest, show, right=_WIDTH - 10))
+    marks = list(_y_axis(highest, show, right=_LEFT + width * len(columns)))
     labelled = max(1, math.ceil(len(columns) / 24))  # every so many; more would not be legible
     for index, column in enumerate(columns):
         x, y = _LEFT + index * width, float(_TOP + _PLOT_HEIGHT)

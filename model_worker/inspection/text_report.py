@@ -59,11 +59,12 @@ def format_flowchart(chart: Flowchart) -> str:
     └
     """
     lines: list[str] = []
+    width = max(len(_names(block)) for section in chart.sections for block in section.blocks)
     for section in chart.sections:
         if section.layers:
             lines.append(f"  ┌ layer{_times(section)}")
         edge = "│ " if section.layers else ""
-        lines += [f"  {edge}{_block(block, chart.total_ns, 2 - len(edge))}" for block in section.blocks]
+        lines += [f"  {edge}{_block(block, chart.total_ns, 2 - len(edge), width)}" for block in section.blocks]
         if section.layers:
             lines.append("  └")
     return "\n".join([f"Flow of {chart.phase}, T = {chart.num_tokens} tokens", *lines])
@@ -74,9 +75,13 @@ def _times(section: Section) -> str:
     return f" {section.layers[0]}" if num == 1 else f"s {layer_ranges(section.layers)}, {num} times"
 
 
-def _block(block: Block, total_ns: int, indent: int) -> str:
+def _names(block: Block) -> str:
+    return format_list(block.names, most=3)
+
+
+def _block(block: Block, total_ns: int, indent: int, names_width: int) -> str:
     kind = block.kind.value.ljust(16 + indent)
-    names = format_list(block.names).ljust(58)
+    names = _names(block).ljust(names_width)
     flow = f"{format_list(block.inputs)} -> {format_list(block.outputs)}" if block.outputs else ""
     time = f"{format_ms(block.self_ns):>8} ms {format_share(block.self_ns / total_ns):>7}"
     return f"{kind}{names}{time}  {flow}".rstrip()

@@ -159,7 +159,7 @@ def test_the_page_needs_nothing_else(inspection: Inspection) -> None:
     assert {"script", "link", "img", "iframe"} & page.num.keys() == set()
     assert page.references == ["#footprint", "#load", "#trace", "#flowchart"]
     assert not re.search(r"https?:|//[a-z]|@import|url\(", text)
-    assert page.num["svg"] == 1 + 1 + 1 + 2 * 2 + 2  # memory; load; times; two plots and a flowchart a step
+    assert page.num["svg"] == 1 + 1 + 2 + 2 * 2 + 2  # memory; load; growth; two plots and a flowchart a step
     assert "NaN" not in text
     assert "tiny <llama>" in "".join(page.texts)  # escaped, so that it is text
     assert "prefers-color-scheme: dark" in text
@@ -231,3 +231,13 @@ def test_other_families_have_reports_too(model: str, tmp_path: Path) -> None:
     assert page.open == []
     json.loads(format_json(inspection))
     format_text(inspection)
+
+
+def test_growth_is_plotted_where_more_than_one_size_was_measured(tmp_path: Path) -> None:
+    by_rows, by_context = "Decode step by rows", "Decode step by context"
+    one = format_html(inspect(tmp_path, rows=(2,), contexts=(8,), sections=("trace",)))
+    assert by_rows not in one
+    assert by_context not in one
+    rows = format_html(inspect(tmp_path, rows=(1, 2), contexts=(8,), sections=("trace",)))
+    assert by_rows in rows
+    assert by_context not in rows
