@@ -1,4 +1,4 @@
-"""Sets up what the scripts need: a virtual environment, the small model, a browser for the tests.
+"""Sets up what the scripts need: a virtual environment, CPU kernels, the small model, a browser for the tests.
 
 Standard library only. Everything is idempotent: a second call finds what the first one made and returns at once.
 """
@@ -25,6 +25,7 @@ MIN_PYTHON = (3, 11)
 MAX_PYTHON = (3, 13)
 CPU_TORCH = "torch==2.13.0"
 FREE_GIB_FOR_INSTALL = 4.0
+COMPILERS = ("c++", "g++", "clang++")  # as in model_worker/engine/ops/cpu/build.py
 
 
 def fail(message: str) -> NoReturn:
@@ -73,6 +74,34 @@ def prepare_small_model() -> Path:
     return target
 
 
+def prepare_kernels() -> None:
+    """Build the engine's CPU kernels into the cache, unless they are there; installs a compiler for it where it may.
+
+    Workers do without them, slower, so whatever is lacking is said and is no failure.
+    """
+    stamp = VENV / ".rootgraft-kernels"
+    wanted = _kernels_fingerprint()
+    done = stamp.read_text().split("\n") if stamp.is_file() else [""]
+    if done[0] == wanted and Path(done[-1]).is_file():
+        return
+    obstacle = None if _has_compiler() else _try_apt_install("g++", purpose="the CPU kernels")
+    if obstacle is None:
+        say("Building the CPU kernels; the first time takes some ten seconds ...")
+        command = [str(PYTHON), "-m", "model_worker.engine.ops.cpu"]
+        built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        if built.returncode == 0:
+            stamp.write_text(f"{wanted}\n{_last_line(built.stdout)}")
+            return
+        obstacle = built.stderr.split("\n")[0].removeprefix("error: ")
+    say(f"There are no CPU kernels, so the engine serves by a slower route. {obstacle}")
+
+
+def prepare_compiler() -> None:
+    """Install a C++ compiler for the tests of the CPU kernels, unless there is one."""
+    if not _has_compiler():
+        _apt_install("g++", purpose="the tests of the CPU kernels")
+
+
 def prepare_browser() -> None:
     """Install Debian's Chromium for the browser tests, unless there is one."""
     if shutil.which("chromium") is None:
@@ -97,6 +126,19 @@ def _fingerprint() -> str:
     """Changes when the project's requirements change or the checkout moves."""
     content = (ROOT / "pyproject.toml").read_bytes() + str(ROOT).encode() + str(_has_cuda()).encode()
     return hashlib.sha256(content).hexdigest()
+
+
+def _kernels_fingerprint() -> str:
+    """Changes when the kernels' sources change or the cache directory moves."""
+    digest = hashlib.sha256(f"{os.environ.get('XDG_CACHE_HOME')}\0{os.environ.get('HOME')}".encode())
+    ops = ROOT / "model_worker" / "engine" / "ops"
+    for file in sorted([*ops.glob("*/*.cpp"), *ops.glob("*/*.h"), *ops.glob("cpu/*.py")]):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) is not None for name in COMPILERS)
 
 
 def _has_cuda() -> bool:
@@ -135,14 +177,22 @@ def _find_python() -> str:
 
 
 def _apt_install(package: str, *, purpose: str) -> None:
+    obstacle = _try_apt_install(package, purpose=purpose)
+    if obstacle is not None:
+        fail(obstacle)
+
+
+def _try_apt_install(package: str, *, purpose: str) -> str | None:
+    """-> why it is not installed, and what to do; None: it is."""
     if shutil.which("apt-get") is None or os.geteuid() != 0:
-        fail(f"{package} is needed for {purpose}: install it with your system's package manager and run this again.")
+        return f"{package} is needed for {purpose}: install it with your system's package manager and run this again."
     say(f"Installing {package} for {purpose} ...")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["apt-get", "update"], ["apt-get", "install", "-y", package]):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode != 0:
-            fail(f"`{' '.join(command)}` failed: {_last_line(done.stderr)}")
+            return f"`{' '.join(command)}` failed: {_last_line(done.stderr)}"
+    return None
 
 
 def _pip(*arguments: str) -> None:

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     except RootgraftError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{options.level}: {path} ({time.monotonic() - began:.1f} s)")
+    print(f"{options.level}, {time.monotonic() - began:.1f} s")
+    print(path)
     return 0
 
 

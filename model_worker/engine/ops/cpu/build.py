@@ -60,8 +60,8 @@ def build_library(level: MachineLevel, cache_dir: Path, *, low_priority: bool = 
         low_priority: let whatever else wants to compute go first.
 
     Raises:
-        InternalError: there is no compiler, or it failed (the message ends with what it printed), or the cache cannot
-            be written.
+        InternalError: there is no compiler, or it failed (its first error first, then all that it printed), or the
+            cache cannot be written.
     """
     cached = cached_library(level, cache_dir)
     if cached is not None:
@@ -117,7 +117,9 @@ def _compile(compiler: str, level: MachineLevel, output: Path, *, low_priority: 
     logger.info("Building the CPU kernels for %s.", level.name)
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode != 0:
-        raise InternalError(f"Building the CPU kernels failed: {' '.join(command)}\n{result.stderr[-4000:]}")
+        errors = [line for line in result.stderr.splitlines() if "error" in line]
+        why = errors[0] if errors else f"{compiler} ended with status {result.returncode}"
+        raise InternalError(f"Building the CPU kernels failed: {why}\n{' '.join(command)}\n{result.stderr[-4000:]}")
 
 
 def _remove_old(directory: Path, level: MachineLevel) -> None:
