@@ -15,8 +15,9 @@ other's dependencies. All messages are JSON over HTTP.
 
 Both directions carry the shared token in the header WORKER_TOKEN_HEADER when one is configured. Errors outside a
 stream have a status of 4xx or 5xx and the body ErrorEvent. A generate stream that was accepted (status 200) ends in
-exactly one terminal event, `done` or `error`; a connection that closes before it is a failed worker. Closing the
-connection from the controller's side cancels the request in the engine.
+exactly one terminal event, `done` or `error`; a connection that closes before it is a failed worker. Blank lines
+between the events only say that the worker is alive. Closing the connection from the controller's side cancels the
+request in the engine.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from controller.protocol import (
     TokenizeRequest,
 )
 from model_worker.events import error_event
-from model_worker.generate_response import GenerateResponse
+from model_worker.generate_response import KEEP_ALIVE_S, GenerateResponse
 from model_worker.service import WorkerService
 from registry.errors import (
     AuthenticationError,
@@ -39,10 +39,16 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def create_app(
-    service: WorkerService, *, worker_token: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    service: WorkerService,
+    *,
+    worker_token: str | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    keep_alive_s: float = KEEP_ALIVE_S,
 ) -> Starlette:
+    """Args: keep_alive_s: as in GenerateResponse."""
+
     async def generate(request: Request) -> GenerateResponse:
-        return GenerateResponse(service, await read(request, GenerateRequest))
+        return GenerateResponse(service, await read(request, GenerateRequest), keep_alive_s=keep_alive_s)
 
     async def tokenize(request: Request) -> Response:
         return _reply(await service.tokenize(await read(request, TokenizeRequest)))

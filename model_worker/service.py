@@ -41,6 +41,8 @@ class Engine(Protocol):
     def max_model_len(self) -> int: ...
     @property
     def failed(self) -> BaseException | None: ...
+    @property
+    def num_steps(self) -> int: ...
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     def generate(
@@ -72,6 +74,11 @@ class WorkerService:
     def failed(self) -> BaseException | None:
         """Why the engine died, if it did."""
         return self._engine.failed
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that the engine has computed so far."""
+        return self._engine.num_steps
 
     def close(self) -> None:
         self._encoder.close()

@@ -11,35 +11,11 @@ from dataclasses import dataclass
 
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.outputs import EngineStats, RequestOutput
+from model_worker.engine.request_tracker import News, RequestTracker
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import InternalError, RootgraftError
 
 logger = logging.getLogger(__name__)
-
-
-class RequestTracker:
-    """Delivers what the engine says to whoever waits for it, in the event loop's thread."""
-
-    def __init__(self) -> None:
-        self._queues: dict[str, asyncio.Queue[RequestOutput | RootgraftError]] = {}
-
-    def open(self, request_id: str) -> asyncio.Queue[RequestOutput | RootgraftError]:
-        assert request_id not in self._queues
-        self._queues[request_id] = asyncio.Queue()
-        return self._queues[request_id]
-
-    def close(self, request_id: str) -> None:
-        del self._queues[request_id]
-
-    def deliver(self, news: list[tuple[str, RequestOutput | RootgraftError]]) -> None:
-        for request_id, item in news:
-            waiting = self._queues.get(request_id)
-            if waiting is not None:  # else its reader has gone, and its abort is on the way
-                waiting.put_nowait(item)
-
-    def fail_all(self, error: RootgraftError) -> None:
-        for waiting in self._queues.values():
-            waiting.put_nowait(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +42,14 @@ class AsyncLLMEngine:
     Attributes:
         failed: what ended the engine thread, if anything did; every request then gets an InternalError, and the
             process should end.
+        num_steps: computed so far; while it grows, a request that gets nothing is only waiting for its turn.
     """
 
     def __init__(self, engine: LLMEngine, *, on_failure: Callable[[], None] | None = None) -> None:
         self.tokenizer = engine.tokenizer
         self.max_model_len = engine.max_model_len
         self.failed: BaseException | None = None
+        self.num_steps = 0
         self._engine = engine
         self._on_failure = on_failure
         self._tracker = RequestTracker()
@@ -101,6 +79,8 @@ class AsyncLLMEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the news of one request until it is finished. Closing the generator cancels the request.
 
+        News that came while the caller was busy come as one output.
+
         Raises:
             ClientError: the request was not accepted (before anything was yielded).
             InternalError: the engine has died, or was stopped.
@@ -109,17 +89,17 @@ class AsyncLLMEngine:
             raise _shutting_down()
         if self.failed is not None:
             raise InternalError("The engine of this model worker has failed; see its log.")
-        news = self._tracker.open(request_id)
+        mailbox = self._tracker.open(request_id)
         self._commands.put(_Add(request_id, prompt_token_ids, sampling))
         finished = False
         try:
             while not finished:
-                item = await news.get()
-                if isinstance(item, RootgraftError):
-                    finished = True
-                    raise item
-                finished = item.finished
-                yield item
+                for item in await mailbox.take():
+                    if isinstance(item, RootgraftError):
+                        finished = True
+                        raise item
+                    finished = item.finished
+                    yield item
         finally:
             self._tracker.close(request_id)
             if not finished:
@@ -136,6 +116,7 @@ class AsyncLLMEngine:
             while self._obey_commands(loop):
                 if self._engine.has_unfinished_requests:
                     self._deliver(loop, [(output.request_id, output) for output in self._engine.step()])
+                    self.num_steps += 1
                 if not self._engine.has_unfinished_requests:
                     self._engine.check_integrity()
                 self._stats = self._engine.stats()
@@ -152,7 +133,7 @@ class AsyncLLMEngine:
     def _obey_commands(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Carry out what is queued, waiting for it only when there is nothing to compute; False: stop."""
         idle = not self._engine.has_unfinished_requests
-        refused: list[tuple[str, RequestOutput | RootgraftError]] = []
+        refused: list[tuple[str, News]] = []
         while idle or not self._commands.empty():
             command = self._commands.get()
             idle = False
@@ -168,7 +149,7 @@ class AsyncLLMEngine:
         self._deliver(loop, refused)
         return True
 
-    def _deliver(self, loop: asyncio.AbstractEventLoop, news: list[tuple[str, RequestOutput | RootgraftError]]) -> None:
+    def _deliver(self, loop: asyncio.AbstractEventLoop, news: list[tuple[str, News]]) -> None:
         if news:
             with self._engine.profiler.span("deliver", requests=len(news)):
                 loop.call_soon_threadsafe(self._tracker.deliver, news)

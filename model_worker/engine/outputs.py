@@ -38,7 +38,7 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class SequenceDelta:
-    """What one sequence of a request gained in a step. The last one has a finish_reason."""
+    """What one sequence of a request gained since the last one. The last one has a finish_reason."""
 
     index: int
     text: str
@@ -50,7 +50,7 @@ class SequenceDelta:
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """News of one request after one step.
+    """News of one request after one step, or after several where its reader was behind.
 
     Exactly one output of each request has `finished` set, and nothing follows it. `error` is set only there.
     `prompt_logprobs` come once, with the first output that has deltas; entry 0 is None (nothing predicts the first

@@ -34,6 +34,7 @@ class FakeEngine:
         running, aborted: ids of requests that run, and of those that were closed before their end.
         refuse_with: refuse requests so.
         fail_after: end each request with this error after so many tokens.
+        num_steps: grows only by the test's hand.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, max_model_len: int = 256, reply: Reply = echo) -> None:
@@ -49,6 +50,7 @@ class FakeEngine:
         self.refuse_with: RootgraftError | None = None
         self.fail_after: tuple[int, RootgraftError] | None = None
         self.started = False
+        self.num_steps = 0
         self._died = asyncio.Event()
         self._stats = EngineStats(**{field.name: 0 for field in fields(EngineStats)} | {"kv_blocks_total": 64})
 

@@ -223,6 +223,35 @@ async def test_a_caller_that_stops_reading_and_goes_away_aborts(app: Starlette, 
     assert not engine.running
 
 
+async def test_a_request_that_waits_gets_blank_lines_as_long_as_the_engine_computes(
+    service: WorkerService, engine: FakeEngine
+) -> None:
+    engine.gate.clear()
+    connection = Connection(create_app(service, keep_alive_s=0.001), body("ab"))
+    await until(lambda: engine.running)
+    await asyncio.sleep(0.02)
+    assert connection.sent == []  # an engine that computes nothing may hang
+    engine.num_steps += 1
+    await until(lambda: connection.content == b"\n")
+    assert connection.status == 200
+    engine.gate.set()
+    await connection.task
+    assert kinds(connection.content.lstrip(b"\n")) == ["prompt", "delta", "delta", "done"]
+
+
+async def test_an_error_after_a_blank_line_is_an_event(service: WorkerService, engine: FakeEngine) -> None:
+    engine.gate.clear()
+    engine.fail_after = (0, InternalError("broken"))
+    connection = Connection(create_app(service, keep_alive_s=0.001), body())
+    await until(lambda: engine.running)
+    await asyncio.sleep(0)
+    engine.num_steps += 1
+    await until(lambda: connection.content != b"")
+    engine.gate.set()
+    await connection.task
+    assert kinds(connection.content.lstrip(b"\n")) == ["error"]
+
+
 async def test_a_draining_worker_refuses_and_finishes(
     app: Starlette, client: httpx.AsyncClient, service: WorkerService, engine: FakeEngine
 ) -> None:

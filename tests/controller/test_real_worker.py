@@ -1,0 +1,81 @@
+"""The real controller and the real worker on loopback sockets; only the engine is a fake."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from model_worker import worker as worker_module
+from model_worker.app import create_app
+from model_worker.config import parse_config
+from model_worker.worker import Worker, bind
+from registry.errors import RateLimitError
+from tests.controller.conftest import RunningController, StartController
+from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.fake_engine import FakeEngine
+from tests.fakes.load_plans import make_plan
+from tests.fakes.until import until
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+
+
+@asynccontextmanager
+async def running_worker(engine: FakeEngine, controller: RunningController) -> AsyncIterator[None]:
+    config = parse_config(["--model-path", "m", "--port", "0", "--controller", controller.url], worker_token=None)
+    with bind(config.host, config.port) as sock:
+        worker = Worker(engine, make_plan(), config, sock, model_name="m", engine_died=asyncio.Event())
+        serving = asyncio.create_task(worker.run())
+        try:
+            await until(lambda: controller.state.workers.num_ready == 1)
+            yield
+        finally:
+            worker._stop.set()
+            await serving
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_workers_retry_after_reaches_the_client(start_controller: StartController, stream: bool) -> None:
+    controller = await start_controller()
+    engine = FakeEngine(ByteTokenizer())
+    engine.refuse_with = RateLimitError("The queue is full.", retry_after_s=6.3)
+    async with running_worker(engine, controller):
+        response = await controller.post("/v1/chat/completions", json={**CHAT, "stream": stream})
+        assert (response.status, response.headers["retry-after"]) == (429, "7")
+        assert (await response.json())["error"]["code"] == "rate_limit_exceeded"
+
+
+async def test_a_request_that_waits_longer_than_the_worker_timeout_is_served(
+    start_controller: StartController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "create_app", functools.partial(create_app, keep_alive_s=0.05))
+    controller = await start_controller(worker_timeout_s=0.5)
+    engine = FakeEngine(ByteTokenizer())
+    engine.gate.clear()
+    async with running_worker(engine, controller):
+        request = asyncio.create_task(controller.post("/v1/chat/completions", json=CHAT))
+        await until(lambda: engine.running)
+        for _ in range(10):  # other requests are computed
+            await asyncio.sleep(0.1)
+            engine.num_steps += 1
+        assert not request.done()
+        engine.gate.set()
+        response = await request
+        assert (response.status, (await response.json())["usage"]["completion_tokens"]) == (200, 3)
+        assert len(engine.requests) == 1
+
+
+async def test_a_request_of_an_engine_that_hangs_is_given_up(
+    start_controller: StartController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "create_app", functools.partial(create_app, keep_alive_s=0.05))
+    controller = await start_controller(worker_timeout_s=0.3)
+    engine = FakeEngine(ByteTokenizer())
+    engine.gate.clear()
+    async with running_worker(engine, controller):
+        response = await controller.post("/v1/chat/completions", json=CHAT)
+        assert response.status == 502
+        await until(lambda: engine.aborted)
