@@ -1,31 +1,28 @@
 """How much memory a model needs in each precision, computed from its config and headers; no weight is read.
 
-    weights(precision) = sum over matrices of linear layers and experts   blocks of the precision
-                       + sum over everything else                         its 4 or 2 bytes a value
-    batch(context)     = (free - weights - activations) // (KV of one token * context in whole blocks)
+    batch(context) = (free - weights - activations) // (KV of one token * context in whole blocks)
 
-In int8 and int4, 32 consecutive inputs of an output are one group (engine/ops/linear/packed_weight.py): 34 bytes with
-a 16-bit scale, 20 bytes with a 16-bit scale and minimum. Embeddings, norms and biases keep 16 bits. A head that is
-tied to the embedding costs nothing in floating point; in int8 and int4 it is a quantized copy beside it.
+int8 and int4 are those of `adapters.quantization`: matrices whose rows are whole groups of 32 in 34 or 20 bytes a
+group, embedding and head in 8 bits in either; everything else keeps 16 bits.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from adapters.gguf_architectures import find_architecture
 from adapters.load_plan import LoadPlan
 from adapters.memory import estimate_memory
 from adapters.model_adapter import find_model_adapter
+from adapters.quantization import GROUP_BYTES
+from compression.grouped_weight import GROUP, can_quantize
 from model_worker.engine.layers.linear import Linear
 from model_worker.engine.model_parts import Part, part_of
 from model_worker.engine.models.transformers_model import TransformersModel
-
-_GROUP = 32  # inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +31,21 @@ class Precision:
 
     Attributes:
         name: as on the command line.
-        group_bytes: of 32 values of a matrix, scales included.
-        value_bytes: of a value of anything else, and of one of the KV cache and the activations.
+        value_bytes: of a value of what is not quantized, and of one of the KV cache and the activations.
+        quantization: what matrices are rounded to; None: not rounded.
     """
 
     name: str
-    group_bytes: int
     value_bytes: int
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.group_bytes < _GROUP * self.value_bytes
+    quantization: str | None = None
 
 
 PRECISIONS = (
-    Precision("float32", 128, 4),
-    Precision("bfloat16", 64, 2),
-    Precision("float16", 64, 2),
-    Precision("int8", 34, 2),
-    Precision("int4", 20, 2),
+    Precision("float32", 4),
+    Precision("bfloat16", 2),
+    Precision("float16", 2),
+    Precision("int8", 2, "int8"),
+    Precision("int4", 2, "int4"),
 )
 KV_PRECISIONS: Mapping[str, int] = {"float32": 4, "16 bits": 2, "8 bits": 1}
 """Bytes of one key or value element; scales of 8-bit elements are not counted."""
@@ -63,7 +56,6 @@ class PartFootprint:
     """The weights of one part of the model.
 
     Attributes:
-        num_parameters: a tied head has none.
         stored_bytes: in the checkpoint's files; None: its format has no headers.
         bytes_by_precision: in memory.
     """
@@ -90,7 +82,8 @@ class Footprint:
 
     Attributes:
         parts: those that the model has.
-        tied_head: the output head is the embedding's matrix.
+        tied_head: the output head is the embedding's matrix, and counted there.
+        planned_bytes: weights as they would be loaded, by the estimate of the plan.
         kv_bytes_per_token: by precision of the KV cache, over all layers.
         activation_tokens: tokens of the largest step.
         activations_bytes: of that step, by precision of the weights; an estimate from above.
@@ -100,6 +93,7 @@ class Footprint:
 
     parts: tuple[PartFootprint, ...]
     tied_head: bool
+    planned_bytes: int
     kv_bytes_per_token: Mapping[str, int]
     activation_tokens: int
     activations_bytes: Mapping[str, int]
@@ -158,7 +152,8 @@ def measure_footprint(
     ]
     return Footprint(
         parts=parts,
-        tied_head=_has_tied_head(model),
+        tied_head=any(part_of(name) is Part.HEAD for name in model.ties),
+        planned_bytes=plan.memory.weights_bytes,
         kv_bytes_per_token=kv,
         activation_tokens=max_num_batched_tokens,
         activations_bytes=activations,
@@ -171,13 +166,12 @@ def _parts(plan: LoadPlan, model: TransformersModel) -> tuple[PartFootprint, ...
     stored = _stored_bytes(plan)
     values: dict[Part, int] = {}
     sizes: dict[Part, dict[str, int]] = {}
-    for name, weight, is_own in _weights(model):
+    for name, weight in model.weights():
         part = part_of(name)
-        values[part] = values.get(part, 0) + (weight.numel() if is_own else 0)
+        values[part] = values.get(part, 0) + weight.numel()
         of_part = sizes.setdefault(part, dict.fromkeys((p.name for p in PRECISIONS), 0))
         for precision in PRECISIONS:
-            if is_own or precision.is_quantized:
-                of_part[precision.name] += _weight_bytes(weight, precision, is_matrix=_is_matrix(model, name, weight))
+            of_part[precision.name] += _weight_bytes(model, name, weight, precision)
     return tuple(
         PartFootprint(part, values[part], None if stored is None else stored.get(part, 0), sizes[part])
         for part in Part
@@ -185,32 +179,20 @@ def _parts(plan: LoadPlan, model: TransformersModel) -> tuple[PartFootprint, ...
     )
 
 
-def _weights(model: TransformersModel) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Name and tensor of every weight, and whether it is its own; a tied head is the embedding's under its name."""
-    weights = dict(model.weights())
-    for name, weight in weights.items():
-        yield name, weight, True
-    for name, source in model.ties.items():
-        if part_of(name) is Part.HEAD and source in weights:
-            yield name, weights[source], False
-
-
-def _has_tied_head(model: TransformersModel) -> bool:
-    return any(not is_own for _, _, is_own in _weights(model))
-
-
-def _is_matrix(model: TransformersModel, name: str, weight: torch.Tensor) -> bool:
-    """Whether the weight is a linear layer's matrix or those of experts: what is quantized."""
-    if weight.ndim == 2:
-        return isinstance(model.causal_lm.get_submodule(name.rpartition(".")[0]), Linear)
-    return weight.ndim == 3 and part_of(name) is Part.EXPERTS
-
-
-def _weight_bytes(weight: torch.Tensor, precision: Precision, *, is_matrix: bool) -> int:
-    if is_matrix and precision.is_quantized:
-        *outputs, num_inputs = weight.shape
-        return math.prod(outputs) * -(-num_inputs // _GROUP) * precision.group_bytes
+def _weight_bytes(model: TransformersModel, name: str, weight: Tensor, precision: Precision) -> int:
+    if precision.quantization is not None and _can_quantize(model, name, weight):
+        in_8_bits = part_of(name) in (Part.EMBEDDING, Part.HEAD)
+        return weight.numel() // GROUP * GROUP_BYTES["int8" if in_8_bits else precision.quantization]
     return weight.numel() * max(precision.value_bytes, 4 if weight.dtype == torch.float32 else 0)
+
+
+def _can_quantize(model: TransformersModel, name: str, weight: Tensor) -> bool:
+    """Whether this is a matrix of a linear layer, of the token embedding or of experts, with rows of whole groups."""
+    if weight.ndim == 3:
+        return part_of(name) is Part.EXPERTS and weight.shape[-1] % GROUP == 0
+    module = model.causal_lm.get_submodule(name.rpartition(".")[0])
+    is_matrix = isinstance(module, Linear) or module is model.causal_lm.get_input_embeddings()
+    return is_matrix and can_quantize(weight.shape)
 
 
 def _stored_bytes(plan: LoadPlan) -> dict[Part, int] | None:

@@ -72,7 +72,7 @@ def _figures(inspection: Inspection) -> Iterator[tuple[str, str]]:
     model, footprint, load, trace = inspection.model, inspection.footprint, inspection.load, inspection.trace
     if footprint is not None:
         yield format_count(footprint.num_parameters), "parameters"
-        yield format_bytes(footprint.weights_bytes(model.dtype)), f"weights in {model.dtype}"
+        yield format_bytes(footprint.planned_bytes), "weights as they would be loaded"
         kv = footprint.kv_bytes_per_token["float32" if model.dtype == "float32" else "16 bits"]
         yield format_bytes(kv), "KV cache for a token"
     if load is not None:

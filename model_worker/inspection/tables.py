@@ -63,9 +63,12 @@ def footprint_tables(footprint: Footprint) -> Iterator[Table]:
     )
     step = f"activations, {footprint.activation_tokens} tokens"
     rows.append((step, "", "", *(format_bytes(footprint.activations_bytes[name]) for name in names)))
-    notes = ["int8 and int4: matrices in groups of 32 with 16-bit scales; the rest keeps 16 bits."]
+    notes = [
+        f"As they would be loaded, weights take {format_bytes(footprint.planned_bytes)}.",
+        "int8 and int4: matrices in groups of 32 with 16-bit scales, embedding and head in 8 bits; the rest 16 bits.",
+    ]
     if footprint.tied_head:
-        notes.append("The head is the embedding's matrix; int8 and int4 keep a quantized copy of it as well.")
+        notes.append("The head is the embedding's matrix, and counted there.")
     yield Table("Memory by part and precision", ("part", "parameters", "in the files", *names), rows, 1, tuple(notes))
     kv = footprint.kv_bytes_per_token
     contexts = list(dict.fromkeys(limit.context for limit in footprint.batches))

@@ -48,15 +48,16 @@ def test_every_part_in_every_precision(tmp_path: Path) -> None:
     assert _sizes(footprint, "float32") == {part: 4 * count for part, count in values.items()}
     assert _sizes(footprint, "bfloat16") == {part: 2 * count for part, count in values.items()}
     assert _sizes(footprint, "float16") == _sizes(footprint, "bfloat16")
-    # 32 inputs are one group, the 48 of the down projection are two.
     groups = {
         Part.ATTENTION: ATTENTION // 32,
-        Part.MLP: LAYERS * (2 * INNER + 2 * HIDDEN),
-        Part.HEAD: VOCAB_SIZE,
+        Part.MLP: LAYERS * 2 * INNER,  # gate and up; rows of 48, as the down projection has them, are no whole groups
     }
-    kept = {Part.EMBEDDING: 2 * embedding, Part.NORM: 2 * NORM}
-    assert _sizes(footprint, "int8") == kept | {part: 34 * count for part, count in groups.items()}
-    assert _sizes(footprint, "int4") == kept | {part: 20 * count for part, count in groups.items()}
+    down = 2 * LAYERS * HIDDEN * INNER
+    kept = {Part.EMBEDDING: VOCAB_SIZE * 34, Part.HEAD: VOCAB_SIZE * 34, Part.NORM: 2 * NORM}
+    for precision, group_bytes in (("int8", 34), ("int4", 20)):
+        quantized = {part: group_bytes * count for part, count in groups.items()}
+        quantized[Part.MLP] += down
+        assert _sizes(footprint, precision) == kept | quantized
     assert footprint.weights_bytes("float32") == 4 * footprint.num_parameters
     assert not footprint.tied_head
 
@@ -67,21 +68,19 @@ def test_what_is_stored_is_what_the_file_holds(tmp_path: Path) -> None:
     assert sum(part.stored_bytes or 0 for part in footprint.parts) == stored == footprint.weights_bytes("float32")
 
 
-def test_a_tied_head_costs_nothing_until_it_is_quantized(tmp_path: Path) -> None:
+def test_a_tied_head_is_counted_with_the_embedding(tmp_path: Path) -> None:
     footprint = _footprint("llama-tied", tmp_path)
-    head = next(part for part in footprint.parts if part.part is Part.HEAD)
     assert footprint.tied_head
-    assert head.num_parameters == 0
-    assert [head.bytes_by_precision[name] for name in ("float32", "bfloat16")] == [0, 0]
-    assert head.bytes_by_precision["int4"] == VOCAB_SIZE * 20
+    assert Part.HEAD not in {part.part for part in footprint.parts}
+    assert _sizes(footprint, "int4")[Part.EMBEDDING] == VOCAB_SIZE * 34
 
 
 def test_experts_are_quantized_and_their_router_is_not(tmp_path: Path) -> None:
     experts = {part.part: part for part in _footprint("qwen3_moe", tmp_path).parts}[Part.EXPERTS]
     router, inner = LAYERS * 4 * HIDDEN, 24
     assert experts.num_parameters == LAYERS * 4 * 3 * HIDDEN * inner + router
-    groups = LAYERS * 4 * (2 * inner + HIDDEN)
-    assert experts.bytes_by_precision["int8"] == groups * 34 + 2 * router
+    gate_up, down = LAYERS * 4 * 2 * inner * 34, LAYERS * 4 * HIDDEN * inner * 2  # rows of 24 are no whole groups
+    assert experts.bytes_by_precision["int8"] == gate_up + down + 2 * router
 
 
 def test_what_a_family_keeps_in_float32_stays_so(tmp_path: Path) -> None:
@@ -129,7 +128,7 @@ def test_a_gguf_file_is_counted_part_by_part(smollm2_gguf: Path) -> None:
     stored = {part.part: part.stored_bytes for part in footprint.parts}
     assert sum(size or 0 for size in stored.values()) == sum(h.num_bytes for h in plan.checkpoint.tensors.values())
     assert stored[Part.EMBEDDING] == 49152 * 576 // 32 * 34  # Q8_0
-    assert stored[Part.HEAD] == 0
+    assert Part.HEAD not in stored
     assert footprint.weights_bytes("bfloat16") == 269_030_016
 
 
