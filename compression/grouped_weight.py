@@ -34,6 +34,10 @@ class GroupedWeight:
     def shape(self) -> torch.Size:
         return self.values.shape
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.values, self.scales, self.minimums) if tensor is not None)
+
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> GroupedWeight:
         """With rows selected or put into another order: `function` [N, ...] -> [M, ...] looks at whole rows only."""
         return GroupedWeight(

@@ -21,6 +21,8 @@ from adapters.plan_report import plan_rows
 from model_worker.config import WorkerConfig, parse_config
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
+from model_worker.engine.ops.cpu.kernels import find_kernels
 from model_worker.engine.step_profiler import make_profiler
 from model_worker.identity import weights_digest
 from model_worker.inspection import command as inspection
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]) -> int:
     cache_dir = default_cache_dir(environ)
     source = find_model(config.model, name=config.model_name, cache_dir=cache_dir, report=_say)
+    kernels = find_kernels(cache_dir)
+    native = kernels is not None and config.engine.model_impl != "transformers"
     plan = plan_load(
         source.path,
         dtype=config.dtype,
@@ -60,6 +64,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
         max_model_len=config.max_model_len,
         deltas=config.deltas,
         max_num_batched_tokens=config.engine.scheduler.max_num_batched_tokens,
+        native_model_types=NATIVE_MODEL_TYPES if native else (),
     )
     _say(f"Loading {source.name}:")
     for row, text in plan_rows(plan):
@@ -67,7 +72,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     engine_died = asyncio.Event()
     digest = weights_digest(plan, cache_dir)
     profiler = make_profiler(config.profile, title=f"model_worker {source.name}")
-    inner = LLMEngine.from_plan(plan, config.engine, variant_digest=digest, profiler=profiler)
+    inner = LLMEngine.from_plan(plan, config.engine, variant_digest=digest, kernels=kernels, profiler=profiler)
     engine = AsyncLLMEngine(inner, on_failure=engine_died.set)
     resident = psutil.Process().memory_info().rss
     _say(

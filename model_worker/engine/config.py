@@ -24,6 +24,11 @@ class CacheConfig:
     block_size: int = flag(16, "tokens in one KV cache block")
     num_blocks: int | None = flag(None, "number of KV cache blocks; default: from --kv-cache-gib")
     kv_cache_gib: float | None = flag(None, "memory for the KV cache in GiB; default: a share of the free memory")
+    kv_cache_dtype: str = flag(
+        "auto",
+        "type of the keys and values that are kept; auto: that of the model; 8 bits need the native decoder",
+        choices=("auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
+    )
     swap_space_gib: float | None = flag(
         None, "host memory in GiB to swap preempted requests to; default: 4 for GPUs, none for CPUs"
     )
@@ -59,9 +64,11 @@ class ProfileConfig:
     """
 
     profile: str | None = flag(None, "directory or .json file for a trace of the steps, for Perfetto; default: none")
-    profile_steps: int | None = flag(None, "steps that the trace holds; default: 100 of spans, 10 of torch")
+    profile_steps: int | None = flag(None, "steps that the trace holds; default: 100, with torch 10")
     profile_detail: str = flag(
-        "spans", "parts of each step, or every operator of torch as well (slow)", choices=("spans", "torch")
+        "spans",
+        "parts of each step; operations: those of the model too; torch: every operator of torch (slow)",
+        choices=("spans", "operations", "torch"),
     )
 
     def __post_init__(self) -> None:
@@ -81,6 +88,11 @@ class EngineConfig:
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    model_impl: str = flag(
+        "auto",
+        "what computes the model: our native decoder, transformers' code, or native where it knows the model",
+        choices=("auto", "native", "transformers"),
+    )
     num_threads: int | None = flag(None, "threads for tensor work; default: one per core")
 
     def __post_init__(self) -> None:

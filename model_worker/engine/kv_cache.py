@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from adapters.memory import available_memory_bytes
 from model_worker.engine.config import CacheConfig
 from model_worker.engine.layer_groups import LayerGroups
-from model_worker.engine.layers.attention import KVShape, PagedAttention
+from model_worker.engine.layers.attention import AttentionLayer
 from registry.errors import InsufficientMemoryError
 
 _GIB = 2**30
@@ -21,9 +19,9 @@ _DEFAULT_SWAP_BYTES = 4 * _GIB
 _MAX_DEFAULT_BYTES = 4 * _GIB  # where nobody asked for a size, for CPUs: the memory is other programs' too
 
 
-def bytes_per_block(shapes: Sequence[KVShape], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in layers (or slots) of these shapes."""
-    return block_size * dtype.itemsize * sum(shape.num_elements for shape in shapes)
+def bytes_per_block(attentions: Sequence[AttentionLayer], groups: LayerGroups, block_size: int, dtype: str) -> int:
+    """Bytes of one block in all slots."""
+    return sum(attentions[layer].block_bytes(block_size, dtype) for layer in groups.slots)
 
 
 def choose_num_blocks(
@@ -91,20 +89,20 @@ def free_memory_bytes(device: torch.device) -> int:
 
 
 class KVCache:
-    """Keys and values of all layers: for each, [num_blocks, block_size, Hkv, D] and [num_blocks, block_size, Hkv, Dv].
+    """Keys and values of all layers, in tensors [num_blocks, ...] whose further layout is the attention's own.
 
-    Layers that share a slot (see LayerGroups) share these tensors. They start as zeros: attention reads whole blocks,
-    and what it reads must be finite. The host pool has tensors of the same shape with `num_host_blocks` blocks.
+    Layers that share a slot (see LayerGroups) share these tensors. They start as zeros. The host pool has tensors of
+    the same shape with `num_host_blocks` blocks.
     """
 
     def __init__(
         self,
-        attentions: Sequence[PagedAttention],
+        attentions: Sequence[AttentionLayer],
         groups: LayerGroups,
         *,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        dtype: str,
         device: torch.device,
         num_host_blocks: int = 0,
     ) -> None:
@@ -113,19 +111,20 @@ class KVCache:
         self.block_size = block_size
         self.groups = groups
         self._device = device
-        pinned = device.type != "cpu"
+        host = torch.device("cpu")
         self._tensors: list[Tensor] = []
         self._host_tensors: list[Tensor] = []
-        for shape in groups.slots:
-            for width in (shape.key_dim, shape.value_dim):
-                inner = (block_size, shape.num_kv_heads, width)
-                self._tensors.append(_zeros((num_blocks, *inner), dtype, device))
-                if num_host_blocks:
-                    self._host_tensors.append(_host_zeros((num_host_blocks, *inner), dtype, pinned=pinned))
+        slots = []
+        for layer in groups.slots:
+            allocate = attentions[layer].allocate
+            slots.append(allocate(num_blocks, block_size, dtype, device))
+            self._tensors += slots[-1]
+            if num_host_blocks:
+                self._host_tensors += allocate(num_host_blocks, block_size, dtype, host, pinned=device.type != "cpu")
         for group, layers in enumerate(groups.members):
             for slot, layer in enumerate(layers):
                 attentions[layer].group = group
-                attentions[layer].key_cache, attentions[layer].value_cache = self._tensors[2 * slot : 2 * slot + 2]
+                attentions[layer].use_cache(slots[slot], block_size, dtype)
 
     def swap_out(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy blocks to blocks of the host pool (block, host block) in all layers. Waits until it is done."""
@@ -163,20 +162,4 @@ class KVCache:
             return
         index = torch.tensor(blocks, device=self._device)
         for cache in self._tensors:
-            cache.index_fill_(0, index, 0.0)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros whose memory, on CPUs, is taken from the system page by page when it is first written.
-
-    torch.zeros writes every page at once: seconds for a large cache of which most may never be used.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    data = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(data).view(dtype).view(shape)
-
-
-def _host_zeros(shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """Pinned memory is copied to and from a GPU several times faster, but is taken at once."""
-    return torch.zeros(shape, dtype=dtype, pin_memory=True) if pinned else _zeros(shape, dtype, torch.device("cpu"))
+            cache.index_fill_(0, index, 0)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model_worker.engine.layers.attention import KVShape, PagedAttention
+from model_worker.engine.layers.attention import AttentionLayer
 from model_worker.engine.visibility import Visibility
 
 _MAX_GROUPS = 8  # a block table for each has to be made in every step
@@ -30,19 +30,19 @@ class LayerGroups:
     Attributes:
         visibility: what the layers of each group see.
         members: for each group the indices of its layers; at most one for each slot, in the order of the slots.
-        slots: what each slot keeps of a token.
+        slots: for each slot a layer that uses it; the others that do keep the same of a token.
     """
 
     visibility: tuple[Visibility, ...]
     members: tuple[tuple[int, ...], ...]
-    slots: tuple[KVShape, ...]
+    slots: tuple[int, ...]
 
     @property
     def num_groups(self) -> int:
         return len(self.members)
 
 
-def group_layers(attentions: Sequence[PagedAttention], *, max_model_len: int, mixed: bool = True) -> LayerGroups:
+def group_layers(attentions: Sequence[AttentionLayer], *, max_model_len: int, mixed: bool = True) -> LayerGroups:
     """The groups that leave the fewest slots unused, and of those the fewest groups.
 
     Layers with a window that no request reaches see everything. Where kinds are mixed and the layers keep different
@@ -61,7 +61,7 @@ def group_layers(attentions: Sequence[PagedAttention], *, max_model_len: int, mi
         kinds = {Visibility(): list(range(len(attentions)))}
     if len(kinds) == 1:
         ((visibility, layers),) = kinds.items()
-        return LayerGroups((visibility,), (tuple(layers),), tuple(shapes))
+        return LayerGroups((visibility,), (tuple(layers),), tuple(layers))
     size = min(range(1, max(map(len, kinds.values())) + 1), key=lambda size: _cost(kinds, size))
     groups = [
         (visibility, tuple(layers[start : start + size]))
@@ -71,7 +71,7 @@ def group_layers(attentions: Sequence[PagedAttention], *, max_model_len: int, mi
     return LayerGroups(
         tuple(visibility for visibility, _ in groups),
         tuple(layers for _, layers in groups),
-        (shapes[0],) * size,
+        max((layers for _, layers in groups), key=len),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 from adapters import plan_load
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
+from model_worker.engine.ops.cpu.kernels import find_kernels
 from model_worker.engine.outputs import FinishReason, RequestOutput, TokenLogprobs
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import InvalidRequestError
+from registry.paths import default_cache_dir
 
 Prompt = str | Sequence[int]
 
@@ -48,6 +52,7 @@ class LLM:
         model: checkpoint directory or GGUF file.
         config: engine settings.
         dtype, quantization, chat_template, max_model_len: as the worker's flags of the same names.
+        cache_dir: where built kernels are kept; None: where the worker keeps them.
 
     Raises:
         ClientError: the model cannot be loaded; the message says why.
@@ -62,8 +67,10 @@ class LLM:
         quantization: str = "auto",
         chat_template: str | None = None,
         max_model_len: int | None = None,
+        cache_dir: Path | None = None,
     ) -> None:
         config = config or EngineConfig()
+        kernels = find_kernels(default_cache_dir(os.environ) if cache_dir is None else cache_dir)
         self.plan = plan_load(
             Path(model),
             dtype=dtype,
@@ -71,8 +78,9 @@ class LLM:
             chat_template=chat_template,
             max_model_len=max_model_len,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            native_model_types=NATIVE_MODEL_TYPES if kernels and config.model_impl != "transformers" else (),
         )
-        self.engine = LLMEngine.from_plan(self.plan, config)
+        self.engine = LLMEngine.from_plan(self.plan, config, kernels=kernels)
         self._num_requests = 0
 
     def generate(

@@ -15,6 +15,7 @@ from model_worker.engine.config import EngineConfig
 from model_worker.engine.detokenizer import IncrementalDetokenizer
 from model_worker.engine.executor import Executor
 from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.outputs import (
     EngineStats,
     FinishReason,
@@ -109,15 +110,24 @@ class LLMEngine:
 
     @classmethod
     def from_plan(
-        cls, plan: LoadPlan, config: EngineConfig, *, variant_digest: str = "", profiler: Profiler | None = None
+        cls,
+        plan: LoadPlan,
+        config: EngineConfig,
+        *,
+        variant_digest: str = "",
+        kernels: KernelLibrary | None = None,
+        profiler: Profiler | None = None,
     ) -> LLMEngine:
         """Load the model of a plan; blocks until it is ready.
+
+        Args:
+            kernels: of this CPU, for the native decoder; None: there are none.
 
         Raises:
             ClientError: the checkpoint, the memory or the configuration does not allow it.
         """
         tokenizer = load_tokenizer(plan.tokenizer_path)
-        runner = ModelRunner(plan, config, profiler=profiler)
+        runner = ModelRunner(plan, config, kernels=kernels, profiler=profiler)
         return cls(
             config,
             runner,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 
@@ -10,9 +11,15 @@ from torch import Tensor
 
 from adapters.load_plan import LoadPlan
 from adapters.weights import iterate_weights
+from compression.grouped_weight import GroupedWeight
 from model_worker.engine.load_report import LoadReport, Outcome
+from model_worker.engine.models.causal_model import CausalModel
+from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.models.transformers_model import TransformersModel
+from model_worker.engine.ops.cpu.program import Team
 from registry.errors import CheckpointError, UnsupportedModelError
+
+logger = logging.getLogger(__name__)
 
 # Names that older checkpoints use for what transformers calls otherwise now.
 _RENAMES = (
@@ -51,28 +58,44 @@ class _Place:
     half: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NativeRoute:
+    """What the native decoder runs on.
+
+    Attributes:
+        team: threads and kernels.
+        max_rows: most tokens of one step.
+    """
+
+    team: Team
+    max_rows: int
+
+
 @torch.no_grad()
-def load_model(plan: LoadPlan, device: torch.device, report: LoadReport | None = None) -> TransformersModel:
-    """Build the planned model and fill it; at most one tensor is in memory beside it.
+def load_model(
+    plan: LoadPlan,
+    device: torch.device,
+    report: LoadReport | None = None,
+    *,
+    model_impl: str = "auto",
+    native: NativeRoute | None = None,
+) -> CausalModel:
+    """Build the planned model and fill it; at most one matrix is in memory beside it.
 
     Args:
         report: takes note of what happens to each tensor.
+        model_impl: "native", "transformers", or "auto": native where the model and the machine allow it.
+        native: None: the machine does not allow it.
 
     Raises:
         CheckpointError: tensors are missing, unknown, given twice or of the wrong shape; names them.
-        UnsupportedModelError: the model cannot be computed exactly.
+        UnsupportedModelError: the model cannot be computed exactly, or not in the way that was asked for.
     """
-    if plan.quantization is not None:
-        raise UnsupportedModelError(
-            f"Weights cannot be kept in {plan.quantization}; load the model without --quantization."
-        )
-    dtype = getattr(torch, plan.dtype)
-    assert isinstance(dtype, torch.dtype)
     report = LoadReport() if report is None else report
     with report.phase("build"):
-        model = TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len)
-        filler = _Filler(model, device, report)
-    for name, tensor in report.timed("read", iterate_weights(plan)):
+        model = _build(plan, device, model_impl, native)
+        filler = _Filler(model, report)
+    for name, tensor in report.timed("read", iterate_weights(plan, keep_blocks=model.keeps_blocks)):
         with report.phase("fill"):
             filler.put(name, tensor)
     with report.phase("finish"):
@@ -82,17 +105,47 @@ def load_model(plan: LoadPlan, device: torch.device, report: LoadReport | None =
     return model
 
 
+def _build(plan: LoadPlan, device: torch.device, model_impl: str, native: NativeRoute | None) -> CausalModel:
+    dtype = getattr(torch, plan.dtype)
+    assert isinstance(dtype, torch.dtype)
+    why = "--model-impl transformers was asked for"
+    if model_impl != "transformers":
+        if native is None:
+            why = "there are no kernels for this machine: a C++ compiler is needed once, to build them"
+        else:
+            try:
+                return NativeDecoder(
+                    plan.config,
+                    dtype=dtype,
+                    quantization=plan.quantization,
+                    max_model_len=plan.max_model_len,
+                    max_rows=native.max_rows,
+                    team=native.team,
+                )
+            except UnsupportedModelError as error:
+                why = error.message
+        if model_impl == "native":
+            raise UnsupportedModelError(f"--model-impl native is not possible: {why}")
+    if plan.quantization is not None:
+        raise UnsupportedModelError(
+            f"Only the native decoder keeps weights in {plan.quantization}, and it cannot be used: {why}. Load the "
+            "model with --quantization none."
+        )
+    logger.info("The native decoder is not used: %s", why)
+    return TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len)
+
+
 class _Filler:
     """Puts tensors into a model and keeps account of them."""
 
-    def __init__(self, model: TransformersModel, device: torch.device, report: LoadReport) -> None:
+    def __init__(self, model: CausalModel, report: LoadReport) -> None:
         self._model = model
-        self._device = device
         self._report = report
-        self._weights = dict(model.weights())  # on meta until they are filled
+        self._weights = dict(model.weights())  # on meta
+        self._begun: set[str] = set()  # weights of which something has come
         self._filled: dict[_Place, str] = {}  # to the name in the checkpoint
 
-    def put(self, name: str, tensor: Tensor) -> None:
+    def put(self, name: str, tensor: Tensor | GroupedWeight) -> None:
         place = self._find(name)
         if place is None:
             if _IGNORED.search(name) is None:
@@ -153,39 +206,33 @@ class _Filler:
         halves: tuple[int | None, ...] = (0, 1) if matrix == "gate_up_proj" else (None,)
         return [_Place(weight, index, half) for index in range(len(self._weights[weight])) for half in halves]
 
-    def _fill(self, name: str, place: _Place, tensor: Tensor) -> None:
-        weight = self._weights[place.weight]
-        if weight.device.type == "meta":
-            weight = torch.empty_like(weight, device=self._device)
-            self._weights[place.weight] = weight
-            self._model.set_weight(place.weight, weight)
-        elif place.index is None:
-            raise CheckpointError(f"The checkpoint holds {name!r} and also parts of it under other names.")
-        if place.index is not None:
-            if place.index >= len(weight) or _Place(place.weight) in self._filled:
-                raise CheckpointError(f"The checkpoint holds {name!r}, but the model has {len(weight)} experts.")
-            weight = weight[place.index]
-            if place.half is not None:
-                weight = weight.chunk(2)[place.half]
-        linear = self._model.linear_of(place.weight)
-        if linear is not None and linear.stored_transposed and tensor.ndim == 2:
+    def _fill(self, name: str, place: _Place, tensor: Tensor | GroupedWeight) -> None:
+        shape = tuple(self._weights[place.weight].shape)
+        if place.index is None:
+            if place.weight in self._begun:
+                raise CheckpointError(f"The checkpoint holds {name!r} and also parts of it under other names.")
+        else:
+            if place.index >= shape[0] or _Place(place.weight) in self._filled:
+                raise CheckpointError(f"The checkpoint holds {name!r}, but the model has {shape[0]} experts.")
+            shape = shape[1:] if place.half is None else (shape[1] // 2, *shape[2:])
+        if isinstance(tensor, Tensor) and tensor.ndim == 2 and self._model.is_stored_transposed(place.weight):
             tensor = tensor.t()
-        if tensor.shape != weight.shape:
+        if tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{name!r} has shape {list(tensor.shape)}, the model needs {list(weight.shape)}; config.json and the "
+                f"{name!r} has shape {list(tensor.shape)}, the model needs {list(shape)}; config.json and the "
                 "weights are of different models."
             )
-        weight.copy_(tensor)
+        self._begun.add(place.weight)
+        self._model.fill(place.weight, tensor, index=place.index, half=place.half)
 
-    def _check_tied(self, name: str, place: _Place, tensor: Tensor) -> None:
+    def _check_tied(self, name: str, place: _Place, tensor: Tensor | GroupedWeight) -> None:
         """Some checkpoints hold a tied weight under both of its names."""
-        weight = self._weights[place.weight]
         is_tied = name in self._model.ties or self._filled[place] in self._model.ties
-        if not is_tied or tensor.shape != weight.shape:
+        if not is_tied or tensor.shape != self._weights[place.weight].shape:
             raise CheckpointError(
                 f"The checkpoint holds {name!r} and {self._filled[place]!r}, which are the same weight."
             )
-        if not torch.equal(tensor.to(weight.device, weight.dtype), weight):
+        if not self._model.holds(place.weight, tensor):
             raise CheckpointError(
                 f"{name!r} and {self._filled[place]!r} are tied by config.json but differ; set tie_word_embeddings to "
                 "false if the model was trained so."

@@ -22,7 +22,8 @@ from model_worker.engine.kv_cache import (
 )
 from model_worker.engine.layer_groups import group_layers
 from model_worker.engine.load_report import LoadReport
-from model_worker.engine.loader import load_model
+from model_worker.engine.loader import NativeRoute, load_model
+from model_worker.engine.ops.cpu.program import KernelLibrary, Team
 from model_worker.engine.ops.paged_attention import AttentionMetadata
 from model_worker.engine.outputs import TokenLogprobs
 from model_worker.engine.sampler import Sampler
@@ -31,6 +32,7 @@ from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput, StepResult
 from model_worker.engine.step_profiler import Profiler
 from model_worker.engine.visibility import Visibility
+from registry.errors import UnsupportedModelError
 
 _LOGPROB_ROWS = 64  # prompt rows whose logits are held at once
 
@@ -42,6 +44,7 @@ class ModelRunner:
         plan: what to load.
         config: cache, batch bounds, threads.
         device: where it runs.
+        kernels: of this CPU, for the native decoder; None: there are none.
         profiler: records where the time of a step goes.
 
     Attributes:
@@ -56,21 +59,33 @@ class ModelRunner:
     """
 
     def __init__(
-        self, plan: LoadPlan, config: EngineConfig, *, device: str = "cpu", profiler: Profiler | None = None
+        self,
+        plan: LoadPlan,
+        config: EngineConfig,
+        *,
+        device: str = "cpu",
+        kernels: KernelLibrary | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         self.profiler = profiler or Profiler()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.device = torch.device(device)
         self.load_report = LoadReport()
-        self.model = load_model(plan, self.device, self.load_report)
+        native = None
+        if kernels is not None and self.device.type == "cpu":
+            team = Team(kernels, torch.get_num_threads())
+            native = NativeRoute(team, max_rows=config.scheduler.max_num_batched_tokens)
+        self.model = load_model(plan, self.device, self.load_report, model_impl=config.model_impl, native=native)
+        self.profiler.watch(self.model)
         self.vocab_size = self.model.vocab_size
         # An id past the vocabulary ends nothing: the model cannot produce it.
         stop_token_ids = tuple(token_id for token_id in plan.stop_token_ids if token_id < self.vocab_size)
         self._sampler = Sampler(self.vocab_size, stop_token_ids)
         block_size = config.cache.block_size
+        kv_dtype = self._choose_kv_dtype(config.cache.kv_cache_dtype)
         groups = group_layers(self.model.attentions, max_model_len=plan.max_model_len)
-        block_bytes = bytes_per_block(groups.slots, block_size, self.model.dtype)
+        block_bytes = bytes_per_block(self.model.attentions, groups, block_size, kv_dtype)
         num_blocks = choose_num_blocks(
             config.cache,
             block_bytes,
@@ -89,7 +104,7 @@ class ModelRunner:
             groups,
             num_blocks=num_blocks,
             block_size=block_size,
-            dtype=self.model.dtype,
+            dtype=kv_dtype,
             device=self.device,
             num_host_blocks=num_host_blocks,
         )
@@ -100,6 +115,14 @@ class ModelRunner:
                 num_blocks // groups.num_groups * block_size,
             )
         )
+
+    def _choose_kv_dtype(self, wanted: str) -> str:
+        if wanted != "auto" and wanted not in self.model.kv_dtypes:
+            raise UnsupportedModelError(
+                f"--kv-cache-dtype {wanted} is not possible for this model on this machine; it can be "
+                f"{', '.join(self.model.kv_dtypes)}."
+            )
+        return self.model.kv_dtypes[0] if wanted == "auto" else wanted
 
     @property
     def num_blocks(self) -> int:

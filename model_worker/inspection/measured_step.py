@@ -112,9 +112,12 @@ def _step(runner: ModelRunner, shape: StepShape) -> SchedulerOutput:
     generator = torch.Generator().manual_seed(0)
     num_blocks = _blocks_of_one(runner, shape)
     for attention in runner.model.attentions:
-        for cache in (attention.key_cache, attention.value_cache):
-            assert cache is not None
-            cache[: shape.num_rows * num_blocks].normal_(0.0, 0.1)
+        for cache in attention.caches:
+            used = cache[: shape.num_rows * num_blocks]
+            if used.is_floating_point():
+                used.normal_(0.0, 0.1)
+            else:
+                used.random_(0, 60)  # bytes of numbers below 1 in every type that the native decoder keeps
     items = []
     for row in range(shape.num_rows):
         token_ids = torch.randint(runner.vocab_size, (shape.context,), generator=generator).tolist()

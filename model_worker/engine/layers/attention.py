@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from model_worker.engine.layers.zeros import torch_dtype, zeros
 from model_worker.engine.ops.paged_attention import AttentionMetadata, AttentionParams, paged_attention, write_kv
 
 
@@ -62,6 +64,36 @@ class QueryTemperature:
         return (query * factor[:, None, None]).to(query.dtype)
 
 
+class AttentionLayer(Protocol):
+    """One layer's attention, as the KV cache sees it.
+
+    Attributes:
+        params: constants of the layer.
+        kv_shape: what it keeps of each token.
+        group: of layers, whose block table it reads; set by `KVCache`.
+        caches: the tensors [num_blocks, ...] that it uses; none before there is a KV cache.
+    """
+
+    params: AttentionParams
+    kv_shape: KVShape
+    group: int
+    caches: tuple[Tensor, ...]
+
+    def block_bytes(self, block_size: int, dtype: str) -> int:
+        """Bytes of a block whose numbers are of this type."""
+        ...
+
+    def allocate(
+        self, num_blocks: int, block_size: int, dtype: str, device: torch.device, *, pinned: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Tensors [num_blocks, ...] of zeros, for this layer or any other of its shape."""
+        ...
+
+    def use_cache(self, tensors: tuple[Tensor, ...], block_size: int, dtype: str) -> None:
+        """Read from and write to these tensors, which `allocate` made, from now on."""
+        ...
+
+
 class PagedAttention:
     """Attached to each attention module of a model.
 
@@ -69,7 +101,7 @@ class PagedAttention:
         params: constants of the layer.
         kv_shape: what it keeps of each token.
         query_temperature: scaling of queries by position, or None.
-        key_cache, value_cache: [num_blocks, block_size, Hkv, D] and [..., Dv]; set by `KVCache`.
+        caches: keys [num_blocks, block_size, Hkv, D] and values [..., Dv]; none until there is a KV cache.
         group: of layers, whose block table it reads; set by `KVCache`.
     """
 
@@ -83,10 +115,24 @@ class PagedAttention:
         self.params = params
         self.kv_shape = kv_shape
         self.query_temperature = query_temperature
-        self.key_cache: Tensor | None = None
-        self.value_cache: Tensor | None = None
+        self.caches: tuple[Tensor, ...] = ()
         self.group = 0
         self._context = context
+
+    def block_bytes(self, block_size: int, dtype: str) -> int:
+        return block_size * self.kv_shape.num_elements * torch_dtype(dtype).itemsize
+
+    def allocate(
+        self, num_blocks: int, block_size: int, dtype: str, device: torch.device, *, pinned: bool = False
+    ) -> tuple[Tensor, ...]:
+        lead = (num_blocks, block_size, self.kv_shape.num_kv_heads)
+        return tuple(
+            zeros((*lead, width), torch_dtype(dtype), device, pinned=pinned)
+            for width in (self.kv_shape.key_dim, self.kv_shape.value_dim)
+        )
+
+    def use_cache(self, tensors: tuple[Tensor, ...], block_size: int, dtype: str) -> None:
+        self.caches = tensors
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keep the step's keys and values, then attend.
@@ -98,9 +144,9 @@ class PagedAttention:
             [T, H, Dv]
         """
         metadata, slot_mapping = self._context.of_group(self.group)
-        assert self.key_cache is not None, "the KV cache is not allocated"
-        assert self.value_cache is not None
+        assert self.caches, "the KV cache is not allocated"
+        key_cache, value_cache = self.caches
         if self.query_temperature is not None:
             query = self.query_temperature.apply(query, metadata.positions)
-        write_kv(key, value, self.key_cache, self.value_cache, slot_mapping)
-        return paged_attention(query, self.key_cache, self.value_cache, metadata, self.params)
+        write_kv(key, value, key_cache, value_cache, slot_mapping)
+        return paged_attention(query, key_cache, value_cache, metadata, self.params)

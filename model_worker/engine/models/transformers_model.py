@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compression.grouped_weight import GroupedWeight
 from model_worker.engine.layers.attention import ForwardContext, PagedAttention
 from model_worker.engine.layers.linear import Linear, choose_method
 from model_worker.engine.models.attention_interface import ATTRIBUTE, PAGED_ATTENTION, AttentionProbe
 from model_worker.engine.models.patches import PATCHES
+from model_worker.engine.models.rope_limits import refuse_batch_dependent_rope
 from model_worker.engine.models.transformers_trace import trace_modules
 from model_worker.engine.trace import TraceRow
 from registry.errors import UnsupportedModelError
@@ -49,6 +51,8 @@ class TransformersModel:
         UnsupportedModelError: the model cannot be computed exactly in a flat batch.
     """
 
+    keeps_blocks = False
+
     def __init__(
         self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device, max_model_len: int
     ) -> None:
@@ -61,11 +65,12 @@ class TransformersModel:
         self.causal_lm.requires_grad_(False).eval()
         self.config = hf_config
         self.dtype = dtype
+        self.kv_dtypes: tuple[str, ...] = (str(dtype).removeprefix("torch."),)
         self.device = device
         self.context = ForwardContext()
         self.attentions: list[PagedAttention] = []
         self.ties: dict[str, str] = self.causal_lm.get_expanded_tied_weights_keys(all_submodels=True)
-        _refuse_batch_dependent_rope(self.causal_lm, max_model_len)
+        refuse_batch_dependent_rope(self.causal_lm, max_model_len)
         if model_type in PATCHES:
             PATCHES[model_type](self.causal_lm)
         self._replace_linears()
@@ -118,14 +123,29 @@ class TransformersModel:
         module = self.causal_lm.get_submodule(name.rpartition(".")[0])
         return module if isinstance(module, Linear) else None
 
-    def set_weight(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in the place of a parameter or persistent buffer on meta."""
-        path, _, attribute = name.rpartition(".")
-        module = self.causal_lm.get_submodule(path)
-        if attribute in module._buffers:
-            module._buffers[attribute] = tensor
-        else:
-            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+    def is_stored_transposed(self, name: str) -> bool:
+        linear = self.linear_of(name)
+        return linear is not None and linear.stored_transposed
+
+    def fill(
+        self, name: str, tensor: Tensor | GroupedWeight, *, index: int | None = None, half: int | None = None
+    ) -> None:
+        """See CausalModel; the memory of a weight is taken when the first part of it comes."""
+        assert isinstance(tensor, Tensor)
+        weight = self._weight(name)
+        if weight.device.type == "meta":
+            weight = torch.empty_like(weight, device=self.device)
+            self._set_weight(name, weight)
+        if index is not None:
+            weight = weight[index]
+        if half is not None:
+            weight = weight.chunk(2)[half]
+        weight.copy_(tensor)
+
+    def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
+        assert isinstance(tensor, Tensor)
+        weight = self._weight(name)
+        return torch.equal(tensor.to(weight.device, weight.dtype), weight)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -160,6 +180,21 @@ class TransformersModel:
         assert isinstance(head, Linear)
         return head
 
+    def _weight(self, name: str) -> Tensor:
+        path, _, attribute = name.rpartition(".")
+        weight = getattr(self.causal_lm.get_submodule(path), attribute)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def _set_weight(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor in the place of a parameter or persistent buffer."""
+        path, _, attribute = name.rpartition(".")
+        module = self.causal_lm.get_submodule(path)
+        if attribute in module._buffers:
+            module._buffers[attribute] = tensor
+        else:
+            module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+
     def _replace_linears(self) -> None:
         for parent in list(self.causal_lm.modules()):
             for name, child in list(parent.named_children()):
@@ -189,7 +224,7 @@ class TransformersModel:
         pattern = re.compile("|".join(rf"((^|\.){name}($|\.))" for name in names))
         for name, tensor in list(self.weights()):
             if pattern.search(name):
-                self.set_weight(name, torch.empty_like(tensor, dtype=torch.float32))
+                self._set_weight(name, torch.empty_like(tensor, dtype=torch.float32))
 
     def _compute_buffers(self) -> None:
         """Buffers that no checkpoint holds (rotary frequencies, embedding scales) are set by transformers' own code."""
@@ -229,21 +264,3 @@ class TransformersModel:
             )
         for module, attention in calls:
             setattr(module, ATTRIBUTE, attention)
-
-
-def _refuse_batch_dependent_rope(model: nn.Module, max_model_len: int) -> None:
-    """Rotary frequencies that depend on the longest sequence of the batch would let requests change each other."""
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "rope_type")]
-    for module in modules:
-        parameters = module.config.rope_parameters  # of the model, or of each layer type
-        for rope in parameters.values() if isinstance(module.rope_type, dict) else [parameters]:
-            if rope["rope_type"] == "dynamic":
-                raise UnsupportedModelError(
-                    "Rope scaling 'dynamic' makes answers depend on other requests in the batch; use a release of the "
-                    "model with 'yarn' or 'linear' scaling."
-                )
-            if rope["rope_type"] == "longrope" and max_model_len > rope["original_max_position_embeddings"]:
-                raise UnsupportedModelError(
-                    "Rope scaling 'longrope' makes answers depend on other requests once one of them is long; use "
-                    f"--max-model-len {rope['original_max_position_embeddings']}."
-                )

@@ -24,8 +24,12 @@ GIB = 2**30
 
 
 def test_a_block_counts_keys_and_values_of_all_layers() -> None:
-    shapes = [KVShape(2, 8, 8), KVShape(4, 24, 16)]
-    assert bytes_per_block(shapes, 16, torch.bfloat16) == 16 * 2 * (2 * 16 + 4 * 40)
+    attentions = [
+        PagedAttention(ForwardContext(), AttentionParams(scale=1.0), shape)
+        for shape in (KVShape(2, 8, 8), KVShape(4, 24, 16))
+    ]
+    groups = group_layers(attentions, max_model_len=64)
+    assert bytes_per_block(attentions, groups, 16, "bfloat16") == 16 * 2 * (2 * 16 + 4 * 40)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +74,10 @@ def test_blocks_are_copied_and_cleared_in_all_layers() -> None:
         group_layers(attentions, max_model_len=64),
         num_blocks=5,
         block_size=2,
-        dtype=torch.float32,
+        dtype="float32",
         device=CPU,
     )
-    tensors = [tensor for a in attentions for tensor in (a.key_cache, a.value_cache) if tensor is not None]
+    tensors = [tensor for a in attentions for tensor in a.caches]
     assert [list(tensor.shape) for tensor in tensors] == [[5, 2, 1, 4], [5, 2, 1, 4], [5, 2, 1, 4], [5, 2, 1, 2]]
     for tensor in tensors:
         assert not tensor.any()
@@ -99,20 +103,20 @@ def _cache(pattern: tuple[int | None, ...], **sizes: int) -> tuple[KVCache, list
         for window in pattern
     ]
     groups = group_layers(attentions, max_model_len=64)
-    return KVCache(attentions, groups, block_size=2, dtype=torch.float32, device=CPU, **sizes), attentions
+    return KVCache(attentions, groups, block_size=2, dtype="float32", device=CPU, **sizes), attentions
 
 
 def test_layers_of_different_groups_share_memory_and_those_of_one_do_not() -> None:
     _, (a, b, c, d) = _cache((8, None, 8, None), num_blocks=3)
     assert (a.group, b.group, c.group, d.group) == (0, 1, 0, 1)
-    assert a.key_cache is b.key_cache
-    assert c.value_cache is d.value_cache
-    assert a.key_cache is not c.key_cache
+    assert a.caches[0] is b.caches[0]
+    assert c.caches[1] is d.caches[1]
+    assert a.caches[0] is not c.caches[0]
 
 
 def test_swapped_blocks_come_back_as_they_were() -> None:
     cache, attentions = _cache((None, None), num_blocks=4, num_host_blocks=3)
-    tensors = [tensor for a in attentions for tensor in (a.key_cache, a.value_cache) if tensor is not None]
+    tensors = [tensor for a in attentions for tensor in a.caches]
     for tensor in tensors:
         tensor.normal_()
     before = [tensor.clone() for tensor in tensors]

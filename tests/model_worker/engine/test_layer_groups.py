@@ -29,14 +29,14 @@ def test_one_kind_is_one_group_whatever_its_layers_keep() -> None:
     groups = group_layers(layers("www", odd=1), max_model_len=100)
     assert groups.visibility == (WINDOW,)
     assert groups.members == ((0, 1, 2),)
-    assert groups.slots == (SHAPE, KVShape(2, 8, 4), SHAPE)
+    assert groups.slots == (0, 1, 2)
 
 
 def test_alternating_layers_make_two_groups_of_half_the_size() -> None:
     groups = group_layers(layers("wfwf"), max_model_len=100)
     assert groups.visibility == (WINDOW, FULL)
     assert groups.members == ((0, 2), (1, 3))
-    assert groups.slots == (SHAPE, SHAPE)
+    assert groups.slots == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
-"""Greedy tokens of the whole engine equal those of transformers' `generate`, for every family that is served."""
+"""Greedy tokens of the whole engine equal those of transformers' `generate`, for every family that is served.
+
+Each family runs through transformers' modeling code, and again through the native decoder if that knows it.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -12,12 +16,16 @@ from transformers import PreTrainedModel
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
+from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.sampling_params import SamplingParams
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
 
 NUM_NEW_TOKENS = 24
 PROMPT_LENGTHS = (5, 17, 70, 33, 48)
+NATIVE = [name for name, model in TINY_MODELS.items() if model.model_type in NATIVE_MODEL_TYPES]
+BOTH = [*((name, "transformers") for name in TINY_MODELS), *((name, "native") for name in NATIVE)]
 NUM_SHARED = 40  # tokens that the last two prompts have in common with the longest
 
 
@@ -87,21 +95,32 @@ def _run(
     return tokens, engine
 
 
-def _runner(path: Path, *, block_size: int, num_blocks: int, swap_space_gib: float | None = None) -> ModelRunner:
+def _runner(
+    path: Path,
+    impl: str,
+    kernels: KernelLibrary,
+    *,
+    block_size: int,
+    num_blocks: int,
+    swap_space_gib: float | None = None,
+) -> ModelRunner:
     config = EngineConfig(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, swap_space_gib=swap_space_gib),
-        scheduler=SchedulerConfig(max_num_batched_tokens=32),
+        scheduler=SchedulerConfig(max_num_batched_tokens=512),
+        model_impl=impl,
     )
-    return ModelRunner(make_tiny_plan(path), config)
+    return ModelRunner(make_tiny_plan(path), config, kernels=kernels)
 
 
-@pytest.mark.parametrize("name", TINY_MODELS)
-def test_greedy_tokens_equal_those_of_generate(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "impl"), BOTH)
+def test_greedy_tokens_equal_those_of_generate(
+    name: str, impl: str, best_kernels: KernelLibrary, tmp_path: Path
+) -> None:
     model = build_tiny_model(name)
     model.save_pretrained(tmp_path)
     prompts = _prompts()
     expected = [_reference(model, prompt) for prompt in prompts]
-    runner = _runner(tmp_path, block_size=16, num_blocks=64)
+    runner = _runner(tmp_path, impl, best_kernels, block_size=16, num_blocks=64)
 
     alone, _ = _run(runner, prompts[2:3])
     assert alone == expected[2:3]
@@ -118,19 +137,34 @@ def test_greedy_tokens_equal_those_of_generate(name: str, tmp_path: Path) -> Non
     assert engine.stats().prefix_hit_tokens_total > 0  # the later prompts found the blocks of the longest
 
     num_blocks = 12 * len(runner.groups)  # just enough for the longest
-    scarce, engine = _run(_runner(tmp_path, block_size=8, num_blocks=num_blocks), prompts, max_num_batched_tokens=64)
+    small = _runner(tmp_path, impl, best_kernels, block_size=8, num_blocks=num_blocks)
+    scarce, engine = _run(small, prompts, max_num_batched_tokens=64)
     assert scarce == expected
     assert engine.stats().preemptions_total > 0 or any(group.limited for group in runner.groups)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma2", "gemma3_text", "llama4-chunked", "deepseek_v3"])
+@pytest.mark.parametrize(
+    ("name", "impl"),
+    [
+        *itertools.product(
+            ["llama", "mistral-window", "gemma2", "gemma3_text"],
+            ["transformers", "native"],
+        ),
+        ("llama4-chunked", "transformers"),
+        ("deepseek_v3", "transformers"),
+    ],
+)
 @pytest.mark.parametrize("swap_space_gib", [0.0, 0.001], ids=["recompute", "swap"])
-def test_preempted_sequences_go_on_as_if_nothing_had_happened(name: str, swap_space_gib: float, tmp_path: Path) -> None:
+def test_preempted_sequences_go_on_as_if_nothing_had_happened(
+    name: str, impl: str, swap_space_gib: float, best_kernels: KernelLibrary, tmp_path: Path
+) -> None:
     model = build_tiny_model(name)
     model.save_pretrained(tmp_path)
     prompts = [prompt[:9] for prompt in _prompts()] + [prompt[:4] for prompt in _prompts()]
-    num_groups = len(_runner(tmp_path, block_size=4, num_blocks=80).groups)
-    runner = _runner(tmp_path, block_size=4, num_blocks=14 * num_groups, swap_space_gib=swap_space_gib)
+    num_groups = len(_runner(tmp_path, impl, best_kernels, block_size=4, num_blocks=80).groups)
+    runner = _runner(
+        tmp_path, impl, best_kernels, block_size=4, num_blocks=14 * num_groups, swap_space_gib=swap_space_gib
+    )
     found, engine = _run(runner, prompts, max_num_seqs=10)
     assert found == [_reference(model, prompt) for prompt in prompts]
     stats = engine.stats()
@@ -141,14 +175,20 @@ def test_preempted_sequences_go_on_as_if_nothing_had_happened(name: str, swap_sp
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral-window", "gpt2", "bloom", "gemma2", "falcon-alibi", "deepseek_v3", "gpt_oss"]
+    ("name", "impl"),
+    [
+        *itertools.product(["llama", "mistral-window", "gemma2"], ["transformers", "native"]),
+        *((name, "transformers") for name in ["gpt2", "bloom", "falcon-alibi", "deepseek_v3", "gpt_oss"]),
+    ],
 )
-def test_half_precision_stays_close(name: str, dtype: str, tmp_path: Path) -> None:
+def test_half_precision_stays_close(
+    name: str, impl: str, dtype: str, best_kernels: KernelLibrary, tmp_path: Path
+) -> None:
     """The median, because rounding may send a token to another expert."""
     model = build_tiny_model(name)
     model.save_pretrained(tmp_path)
-    config = EngineConfig(CacheConfig(num_blocks=64), SchedulerConfig(max_num_batched_tokens=32))
-    runner = ModelRunner(make_tiny_plan(tmp_path, dtype=dtype), config)
+    config = EngineConfig(CacheConfig(num_blocks=64), SchedulerConfig(max_num_batched_tokens=512), model_impl=impl)
+    runner = ModelRunner(make_tiny_plan(tmp_path, dtype=dtype), config, kernels=best_kernels)
     prompt = _prompts()[2]
     difference = _prompt_logprobs(runner, prompt) - _reference_prompt_logprobs(model, prompt)
     assert difference.abs().median() < (0.15 if dtype == "bfloat16" else 0.02)

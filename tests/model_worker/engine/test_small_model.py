@@ -14,7 +14,8 @@ from model_worker.engine.sampling_params import SamplingParams
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60)
 
 SETTINGS = {
-    "together": EngineConfig(),
+    "together": EngineConfig(model_impl="native"),
+    "transformers": EngineConfig(model_impl="transformers"),
     "alone": EngineConfig(scheduler=SchedulerConfig(max_num_seqs=1)),
     "in chunks": EngineConfig(scheduler=SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=24)),
     "preempted": EngineConfig(cache=CacheConfig(block_size=8, num_blocks=14, enable_prefix_caching=False)),

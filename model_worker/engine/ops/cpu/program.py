@@ -30,8 +30,9 @@ class Step:
     """The batch of one step, on the host, contiguous. T tokens of S sequences.
 
     Attributes:
-        input_ids, positions, slot_mapping: [T] int64.
-        block_tables: [S, max_blocks] int32.
+        input_ids, positions: [T] int64.
+        slot_mapping: [G, T] int64, for each layer group the slot of each token.
+        block_tables: [G, S, max_blocks] int32.
         query_start: [S + 1] int64; tokens [query_start[s], query_start[s + 1]) belong to sequence s.
         seq_lens: [S] int64; tokens of the sequence up to and with those of this batch.
     """
@@ -48,7 +49,7 @@ class Step:
         """A step of operations that look at rows only."""
         empty = torch.empty(num_rows, dtype=torch.int64)
         none = torch.empty(0, dtype=torch.int64)
-        return cls(empty, empty, empty, torch.empty(0, 0, dtype=torch.int32), none, none)
+        return cls(empty, empty, empty[None], torch.empty(1, 0, 0, dtype=torch.int32), none, none)
 
     @property
     def num_rows(self) -> int:
@@ -121,7 +122,7 @@ class _Step(ctypes.Structure):
             step.positions.data_ptr(),
             step.slot_mapping.data_ptr(),
             step.block_tables.data_ptr(),
-            step.block_tables.shape[1],
+            step.block_tables.shape[2],
             step.query_start.data_ptr(),
             step.seq_lens.data_ptr(),
         )

@@ -20,8 +20,8 @@ struct Step {
   int64_t num_sequences;         // S
   const int64_t* input_ids;      // [T]
   const int64_t* positions;      // [T]
-  const int64_t* slot_mapping;   // [T] block * block_size + offset
-  const int32_t* block_tables;   // [S, block_table_stride]
+  const int64_t* slot_mapping;   // [G, T] for each layer group: block * block_size + offset
+  const int32_t* block_tables;   // [G, S, block_table_stride]
   int64_t block_table_stride;
   const int64_t* query_start;    // [S + 1]
   const int64_t* seq_lens;       // [S]

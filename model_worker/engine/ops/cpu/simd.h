@@ -101,19 +101,32 @@ inline BFloat16 to_bfloat16(float value) {
   return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-inline float sum(Floats value) {
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += value[i];
+inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+inline Ints max(Ints a, Ints b) { return a > b ? a : b; }
+
+#if defined(__AVX512F__)  // what the compiler makes of the loops below is several times slower
+inline float sum(Floats value) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(value)); }
+inline int32_t sum(Ints value) { return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(value)); }
+inline float max(Floats value) { return _mm512_reduce_max_ps(reinterpret_cast<__m512>(value)); }
+inline int32_t max(Ints value) { return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(value)); }
+inline Bytes narrow(Ints value) {
+  return reinterpret_cast<Bytes>(_mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(value)));
+}
+#else
+template <typename Vector>
+inline auto sum(Vector value) {
+  auto total = value[0];
+  for (int i = 1; i < kLanes; ++i) total += value[i];
   return total;
 }
-
-inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
-
-inline float max(Floats value) {
-  float result = value[0];
+template <typename Vector>
+inline auto max(Vector value) {
+  auto result = value[0];
   for (int i = 1; i < kLanes; ++i) result = value[i] > result ? value[i] : result;
   return result;
 }
+inline Bytes narrow(Ints value) { return __builtin_convertvector(value, Bytes); }
+#endif
 
 // e^x to about 2 units in the last place; 0 below -87, infinity above 88.7, NaN for NaN.
 // e^x = 2^n e^r, n = round(x / ln 2), |r| <= ln 2 / 2; Taylor series of e^r up to r^7 (error below 6e-9).

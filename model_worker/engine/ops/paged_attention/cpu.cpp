@@ -50,6 +50,7 @@ struct PagedAttentionArgs {
   const float* sinks;       // [num_heads], or null
   float* workspace;         // kFewTiles counters, which are zero between two runs, then the parts of cut tiles
   int64_t workspace_floats;
+  int64_t layer_group;  // whose block tables are read
 
   int64_t group() const { return num_heads / kv.num_kv_heads; }
   int64_t first_visible(int64_t position) const {
@@ -128,11 +129,13 @@ void make_tiles(const PagedAttentionArgs& a, const Step& step, std::vector<Tile>
 
 // ------------------------------------------------------------------------------------ products
 
-// Where 16 consecutive positions lie.
+// Where 16 consecutive positions lie, and those that come a group later: they are fetched while these are used.
 template <typename W>
 struct Span {
   const W* keys;
   const W* values;
+  const W* next_keys;
+  const W* next_values;
   const float* key_scales;
   const float* value_scales;
 };
@@ -146,13 +149,16 @@ struct Spans {
 
 // scores[r, 0:32] = rows[r] . keys of two spans, for R rows.
 template <int R, typename W>
-inline void multiply_keys(const W* first, const W* second, int64_t stride, const float* rows, int64_t dim,
-                          float* scores) {
+inline void multiply_keys(const Span<W>* spans, int64_t stride, const float* rows, int64_t dim, float* scores) {
+  const W* const first = spans[0].keys;
+  const W* const second = spans[1].keys;
   Floats local[R][kVectors] = {};
   const float* fours[(R + 3) / 4];  // four rows share a pointer: twelve would not fit the integer registers
   for (int i = 0; i < (R + 3) / 4; ++i) fours[i] = rows + 4 * i * dim;
   for (int64_t d = 0; d < dim; ++d) {
     Floats key[kVectors];
+    __builtin_prefetch(spans[0].next_keys + d * stride);
+    __builtin_prefetch(spans[1].next_keys + d * stride);
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       key[v] = load(v < kVectors / 2 ? first + d * stride + v * kLanes : second + d * stride + v * kLanes - kSpan);
@@ -170,34 +176,36 @@ inline void multiply_keys(const W* first, const W* second, int64_t stride, const
     for (int v = 0; v < kVectors; ++v) store(scores + r * kGroup + v * kLanes, local[r][v]);
 }
 
-// sums[r, 0:V vectors] += weights[r, begin:end] * values[begin:end, column:column + V vectors], for R rows.
-template <int R, int V, typename W>
+// sums[r, 0:32] += weights[r, begin:end] * values[begin:end, column:column + 32], for R rows.
+template <int R, typename W>
 inline void multiply_values(const Spans<W>& spans, int64_t column, const float* weights, int begin, int end,
                             float* sums, int64_t sums_stride) {
-  Floats local[R][V];
+  Floats local[R][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) local[r][v] = load(sums + r * sums_stride + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) local[r][v] = load(sums + r * sums_stride + v * kLanes);
   for (int i = begin; i < end;) {
     const W* values = spans.span[i / kSpan].values + i % kSpan * spans.value_stride + column;
+    const int64_t ahead = spans.span[i / kSpan].next_values - spans.span[i / kSpan].values;
     const int span_end = std::min(end, (i / kSpan + 1) * kSpan);
     for (; i < span_end; ++i, values += spans.value_stride) {
-      Floats value[V];
+      __builtin_prefetch(values + ahead);
+      Floats value[kVectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) value[v] = load(values + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) value[v] = load(values + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const Floats weight = broadcast(weights[r * kGroup + i]);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) local[r][v] += weight * value[v];
+        for (int v = 0; v < kVectors; ++v) local[r][v] += weight * value[v];
       }
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(sums + r * sums_stride + v * kLanes, local[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(sums + r * sums_stride + v * kLanes, local[r][v]);
 }
 
 // ------------------------------------------------------------------------------------ softmax
@@ -326,7 +334,7 @@ struct Scratch {
 class TileRun {
  public:
   TileRun(const PagedAttentionArgs& a, const Step& step, const Tile& tile, int64_t head, float* memory)
-      : a_(a), tile_(tile), head_(head), scratch_(a, memory), table_(step.block_tables + tile.sequence * step.block_table_stride) {
+      : a_(a), tile_(tile), head_(head), scratch_(a, memory), table_(step.block_tables + (a.layer_group * step.num_sequences + tile.sequence) * step.block_table_stride) {
     first_token_ = step.query_start[tile.sequence];
     first_position_ = step.seq_lens[tile.sequence] - (step.query_start[tile.sequence + 1] - first_token_);
   }
@@ -338,6 +346,7 @@ class TileRun {
       float* const scaled = scratch_.queries + row * a_.kv.key_dim;
       for (int64_t d = 0; d < a_.kv.key_dim; ++d) scaled[d] = query[d] * a_.scale;
     }
+    last_ = std::min(tile_.end, tile_.end_part * kPart);
     scratch_.total.clear(tile_.num_rows);
     for (int64_t part = tile_.first_part; part < tile_.end_part; ++part) {
       scratch_.part.clear(tile_.num_rows);
@@ -377,7 +386,11 @@ class TileRun {
       const int64_t position = std::clamp(group + i * kSpan, begin / kSpan * kSpan, (end - 1) / kSpan * kSpan);
       const int64_t offset = position % a_.kv.block_size;
       const HeadBlock<W> block = head_block<W>(a_.kv, table_[position / a_.kv.block_size], head_);
+      const int64_t next = position + kGroup < last_ ? position + kGroup : position;
+      const HeadBlock<W> nb = head_block<W>(a_.kv, table_[next / a_.kv.block_size], head_);
+      const int64_t noff = next % a_.kv.block_size;
       spans.span[i] = {block.keys + offset, block.values + offset * a_.kv.padded_value_dim,
+                       nb.keys + noff, nb.values + noff * a_.kv.padded_value_dim,
                        block.key_scales == nullptr ? nullptr : block.key_scales + offset,
                        block.key_scales == nullptr ? nullptr : block.value_scales + offset};
     }
@@ -391,6 +404,7 @@ class TileRun {
     Spans<float> spans;
     for (int i = 0; i < kGroup / kSpan; ++i) {
       spans.span[i] = {scratch_.keys + i * kSpan, scratch_.values + i * kSpan * a_.kv.padded_value_dim,
+                       scratch_.keys + i * kSpan, scratch_.values + i * kSpan * a_.kv.padded_value_dim,
                        source.span[i].key_scales, source.span[i].value_scales};
     }
     spans.key_stride = kGroup;
@@ -463,8 +477,7 @@ class TileRun {
     if (needed.begin >= needed.end) return;
     const float* const queries = scratch_.queries + first * a_.kv.key_dim;
     for (int i = needed.begin / kPanel * kPanel; i < needed.end; i += kPanel) {
-      multiply_keys<R>(spans.span[i / kSpan].keys, spans.span[i / kSpan + 1].keys, spans.key_stride, queries,
-                       a_.kv.key_dim, scratch_.scores + i);
+      multiply_keys<R>(spans.span + i / kSpan, spans.key_stride, queries, a_.kv.key_dim, scratch_.scores + i);
     }
     for (int r = 0; r < R; ++r) {
       const int64_t p = position(first + r);
@@ -473,12 +486,8 @@ class TileRun {
     }
     const int64_t width = a_.kv.padded_value_dim;
     float* const sums = scratch_.part.value + first * width;
-    int64_t column = 0;
-    for (; column + kPanel <= width; column += kPanel) {
-      multiply_values<R, kVectors>(spans, column, scratch_.scores, needed.begin, needed.end, sums + column, width);
-    }
-    if (column < width) {
-      multiply_values<R, kVectors / 2>(spans, column, scratch_.scores, needed.begin, needed.end, sums + column, width);
+    for (int64_t column = 0; column < width; column += kPanel) {
+      multiply_values<R>(spans, column, scratch_.scores, needed.begin, needed.end, sums + column, width);
     }
   }
 
@@ -521,6 +530,7 @@ class TileRun {
   const int64_t head_;  // of keys and values
   Scratch scratch_;
   const int32_t* table_;
+  int64_t last_;
   int64_t first_token_;     // of the sequence, in the batch
   int64_t first_position_;  // of that token
 };

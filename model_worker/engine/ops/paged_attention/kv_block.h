@@ -26,7 +26,7 @@ struct KVBlocks {
   int64_t num_kv_heads;
   int64_t key_dim;
   int64_t value_dim;
-  int64_t padded_value_dim;  // to a multiple of 16
+  int64_t padded_value_dim;  // to a multiple of 32
   KVFormat format;
 };
 

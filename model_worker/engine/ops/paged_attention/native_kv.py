@@ -4,7 +4,7 @@
     head        key scales     [block_size]        float32      int8 and float8 only
                 value scales   [block_size]        float32      int8 and float8 only
                 keys           [D, block_size]     transposed: 16 neighbours in a row are one vector of the kernels
-                values         [block_size, Dv padded to a multiple of 16]
+                values         [block_size, Dv padded to a multiple of 32]
 
     key[t, g]   = stored * key scale[t, g],    value[t, g] = stored * value scale[t, g]
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 64
-_VALUE_PADDING = 16
+_VALUE_PADDING = 32
 _SMALLEST_PEAK = 2.0**-100  # as in rotary/cpu.cpp
 
 

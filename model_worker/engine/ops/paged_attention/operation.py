@@ -43,6 +43,7 @@ class _PagedAttentionArgs(ctypes.Structure):
         ("sinks", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
         ("workspace_floats", ctypes.c_int64),
+        ("layer_group", ctypes.c_int64),
     )
 
 
@@ -56,6 +57,7 @@ class PagedAttention:
         params: without ALiBi; sinks are float32 and contiguous.
         out: [T, H * Dv]
         workspace: of `allocate_workspace`.
+        layer_group: whose block tables are read.
     """
 
     name: str
@@ -65,6 +67,7 @@ class PagedAttention:
     params: AttentionParams
     out: Tensor
     workspace: Tensor
+    layer_group: int = 0
     kernel: str = "rootgraft_paged_attention"
 
     def __post_init__(self) -> None:
@@ -96,13 +99,14 @@ class PagedAttention:
             address(params.sinks),
             address(self.workspace),
             self.workspace.numel(),
+            self.layer_group,
         )
 
     def reference(self, step: Step) -> None:
         for sequence, seq_len in enumerate(step.seq_lens.tolist()):
             start, end = step.query_start[sequence : sequence + 2].tolist()
             first = self.params.first_visible(seq_len - (end - start))
-            table = step.block_tables[sequence].clone()
+            table = step.block_tables[self.layer_group, sequence].clone()
             table[: first // self.layout.block_size] = 0  # blocks that no row sees any more may be gone
             keys, values = self.layout.gather(self.blocks, table, seq_len)
             keys[:first], values[:first] = 0.0, 0.0

@@ -6,7 +6,7 @@
     RotaryKV        for every head of query and key, and i < R / 2, in place:
                     x[i]          <-  x[i] cos[t, i] - x[i + R / 2] sin[t, i]
                     x[i + R / 2]  <-  x[i + R / 2] cos[t, i] + x[i] sin[t, i]
-                    then key and value of token t go to slot step.slot_mapping[t] of the cache
+                    then key and value of token t go to slot step.slot_mapping[layer group, t] of the cache
 
         f          [R / 2] float32, inverse frequencies; c, the attention scaling, is a number
         cos, sin   [T, R / 2] float32, contiguous
@@ -99,6 +99,7 @@ class _RotaryKVArgs(ctypes.Structure):
         ("sin", ctypes.c_void_p),
         ("half", ctypes.c_int64),
         ("kv", KVBlocks),
+        ("layer_group", ctypes.c_int64),
     )
 
 
@@ -119,6 +120,7 @@ class RotaryKV:
     table: RotaryTable | None
     blocks: Tensor
     layout: NativeKVLayout
+    layer_group: int = 0
     kernel: str = "rootgraft_rotary_kv"
 
     def __post_init__(self) -> None:
@@ -145,6 +147,7 @@ class RotaryKV:
             None if table is None else address(table.sin),
             0 if table is None else table.cos.shape[1],
             self.layout.describe(self.blocks),
+            self.layer_group,
         )
 
     def reference(self, step: Step) -> None:
@@ -156,7 +159,7 @@ class RotaryKV:
             cos, sin = self.table.cos[:num_rows, None], self.table.sin[:num_rows, None]
             _rotate(query, cos, sin)
             _rotate(key, cos, sin)
-        layout.scatter(self.blocks, step.slot_mapping, key, value)
+        layout.scatter(self.blocks, step.slot_mapping[self.layer_group], key, value)
 
     def bytes_moved(self, step: Step) -> int:
         rotated = 0 if self.table is None else 2 * (self.query.shape[1] + self.key.shape[1])

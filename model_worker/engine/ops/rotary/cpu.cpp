@@ -28,6 +28,7 @@ struct RotaryKVArgs {
   const float* sin;
   int64_t half;
   KVBlocks kv;
+  int64_t layer_group;  // whose slots are written
 };
 
 // x[i], x[i + half] -> x[i] cos[i] - x[i + half] sin[i], x[i + half] cos[i] + x[i] sin[i]
@@ -117,6 +118,7 @@ extern "C" void rootgraft_rotary_table(const void* args, const Step& step, Worke
 
 extern "C" void rootgraft_rotary_kv(const void* args, const Step& step, Worker& worker) {
   const RotaryKVArgs& a = *static_cast<const RotaryKVArgs*>(args);
+  const int64_t* const slots = step.slot_mapping + a.layer_group * step.num_rows;
   const int64_t num_tokens = std::clamp<int64_t>(step.num_rows / 16, 1, kMaxTileTokens);
   const int64_t num_tiles = (step.num_rows + num_tokens - 1) / num_tokens;
   for (int64_t tile; (tile = worker.take(num_tiles)) >= 0;) {
@@ -130,11 +132,11 @@ extern "C" void rootgraft_rotary_kv(const void* args, const Step& step, Worker& 
         }
       }
       switch (a.kv.format) {
-        case KVFormat::kFloat32: write_token<float>(a, t, step.slot_mapping[t]); break;
-        case KVFormat::kBFloat16: write_token<BFloat16>(a, t, step.slot_mapping[t]); break;
-        case KVFormat::kFloat16: write_token<Float16>(a, t, step.slot_mapping[t]); break;
-        case KVFormat::kInt8: write_token<int8_t>(a, t, step.slot_mapping[t]); break;
-        case KVFormat::kFloat8: write_token<Float8>(a, t, step.slot_mapping[t]); break;
+        case KVFormat::kFloat32: write_token<float>(a, t, slots[t]); break;
+        case KVFormat::kBFloat16: write_token<BFloat16>(a, t, slots[t]); break;
+        case KVFormat::kFloat16: write_token<Float16>(a, t, slots[t]); break;
+        case KVFormat::kInt8: write_token<int8_t>(a, t, slots[t]); break;
+        case KVFormat::kFloat8: write_token<Float8>(a, t, slots[t]); break;
       }
     }
   }

@@ -26,7 +26,7 @@ def _filled(config: dict[str, Any]) -> TransformersModel:
     """A model with all weights zero, not finished."""
     model = TransformersModel(config, dtype=torch.float32, device=CPU, max_model_len=64)
     for name, tensor in list(model.weights()):
-        model.set_weight(name, torch.zeros_like(tensor, device=CPU))
+        model.fill(name, torch.zeros_like(tensor, device=CPU))
     return model
 
 

@@ -37,7 +37,7 @@ def _step(lengths: list[tuple[int, int]], block_size: int) -> tuple[Step, int]:
     query_start = torch.tensor([0, *(new for _, new in lengths)]).cumsum(0)
     seq_lens = torch.tensor([before + new for before, new in lengths])
     return Step(
-        torch.zeros_like(positions), positions, torch.zeros_like(positions), tables, query_start, seq_lens
+        torch.zeros_like(positions), positions, torch.zeros_like(positions)[None], tables[None], query_start, seq_lens
     ), total
 
 
@@ -48,7 +48,7 @@ def _fill(step: Step, layout: NativeKVLayout, num_blocks: int) -> Tensor:
         num_slots = num_blocks * layout.block_size
         spoilt = torch.full((num_slots, layout.num_kv_heads, layout.key_dim + layout.value_dim), math.nan)
         layout.scatter(blocks, torch.arange(num_slots), *spoilt.split([layout.key_dim, layout.value_dim], dim=-1))
-    for table, length in zip(step.block_tables, step.seq_lens.tolist(), strict=True):
+    for table, length in zip(step.block_tables[0], step.seq_lens.tolist(), strict=True):
         positions = torch.arange(length)
         slots = table[positions // layout.block_size].long() * layout.block_size + positions % layout.block_size
         keys = torch.randn(length, layout.num_kv_heads, layout.key_dim)

@@ -13,7 +13,9 @@ from model_worker.engine.ops.rotary import RotaryKV, RotaryTable
 
 def _step(positions: torch.Tensor, slots: torch.Tensor) -> Step:
     none = torch.empty(0, dtype=torch.int64)
-    return Step(torch.zeros_like(positions), positions, slots, torch.empty(0, 0, dtype=torch.int32), none, none)
+    return Step(
+        torch.zeros_like(positions), positions, slots[None], torch.empty(1, 0, 0, dtype=torch.int32), none, none
+    )
 
 
 @pytest.mark.parametrize("scaling", [1.0, 1.19])

@@ -1,0 +1,286 @@
+"""Our own decoder for the Llama-shaped families, as one program of fused operations.
+
+    embedding ──► layer × N ──► norm                                            one program: tokens to hidden states
+                    norm ► qkv ► (norms of q, k) ► rotary + KV write ► attention ► output, added to x
+                    norm ► gate and up, activated ► down, added to x
+    rows ──► head                                                              another: hidden states to logits
+
+The hidden states x stay float32 from the first operation to the last, whatever the weights are; so do all sums. Every
+row is computed alike whatever its neighbours are, up to the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from compression.grouped_weight import GroupedWeight
+from model_worker.engine.layers.attention import ForwardContext, KVShape
+from model_worker.engine.models.decoder_spec import DecoderSpec, read_spec
+from model_worker.engine.models.native_attention import KV_FORMATS, NativeAttention
+from model_worker.engine.models.native_trace import Runner, TracedRun, run_plainly
+from model_worker.engine.models.native_weights import Fusion, NativeWeights
+from model_worker.engine.models.rope_limits import refuse_batch_dependent_rope
+from model_worker.engine.ops.cpu.program import Operation, Program, Step, Team, new_buffer
+from model_worker.engine.ops.embedding import Embedding
+from model_worker.engine.ops.linear import Linear, PackedWeight, QuantizedRows, QuantizeRows
+from model_worker.engine.ops.paged_attention.operation import PagedAttention, allocate_workspace
+from model_worker.engine.ops.rms_norm import RMSNorm
+from model_worker.engine.ops.rotary import RotaryKV, RotaryTable
+from model_worker.engine.trace import TraceRow
+
+_MAX_LOGIT_ROWS = 64  # rows of logits that are computed at once: their buffer has vocab_size columns
+
+
+class NativeDecoder:
+    """A causal language model that computes flat batches on the CPU's kernels.
+
+    Args:
+        config: of the model, with `model_type`.
+        dtype: of weights that are not quantized.
+        quantization: int8, int4, or None: as the checkpoint has them.
+        max_model_len: most positions that will ever be used.
+        max_rows: most tokens of one step.
+        team: threads and kernels.
+
+    Attributes:
+        context: the step under way; set before each call.
+        attentions: one for each layer, in order.
+        ties: parameter name to the name of the parameter that it is.
+
+    Raises:
+        UnsupportedModelError: the model is not of this shape.
+    """
+
+    decoder_prefix = "model"
+    keeps_blocks = True
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        quantization: str | None,
+        max_model_len: int,
+        max_rows: int,
+        team: Team,
+    ) -> None:
+        hf_config = CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
+        with torch.device("meta"):
+            build: Callable[..., Any] = AutoModelForCausalLM.from_config
+            causal_lm = build(hf_config, dtype=dtype, attn_implementation="eager")
+        refuse_batch_dependent_rope(causal_lm, max_model_len)
+        self.spec: DecoderSpec = read_spec(hf_config, causal_lm)
+        own = str(dtype).removeprefix("torch.")
+        self.kv_dtypes = (own, *(name for name in KV_FORMATS if name != own))
+        self.context = ForwardContext()
+        self.ties: dict[str, str] = causal_lm.get_expanded_tied_weights_keys(all_submodels=True)
+        self._shapes = {name: tensor for name, tensor in causal_lm.state_dict().items() if name not in self.ties}
+        self._max_rows = max_rows
+        self._team = team
+        self._weights = NativeWeights(
+            self._fusions(), dtype=dtype, quantization=quantization, wide_keys=frozenset({"embedding", "head"})
+        )
+        self.attentions = [
+            NativeAttention(layer.attention, KVShape(self.spec.num_kv_heads, self.spec.head_dim, self.spec.head_dim))
+            for layer in self.spec.layers
+        ]
+        self._run: Runner = run_plainly
+        self._quantized: dict[int, QuantizedRows] = {}  # by width; filled anew before each product
+        self._hidden = new_buffer(max_rows, self.spec.hidden_size)
+        self._head_rows = new_buffer(_MAX_LOGIT_ROWS, self.spec.hidden_size)
+        self._logits = new_buffer(_MAX_LOGIT_ROWS, self.spec.vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.spec.vocab_size
+
+    def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, valid until the next call."""
+        self._run(self._decoder, self._step(input_ids))
+        return self._hidden[: len(input_ids)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] -> [R, vocab_size] float32; up to 64 rows are valid until the next call."""
+        pieces = []
+        for rows in torch.split(hidden, _MAX_LOGIT_ROWS):
+            self._head_rows[: len(rows)] = rows
+            self._run(self._head, Step.of_rows(len(rows)))
+            logits = self._logits[: len(rows)]
+            if (cap := self.spec.logits_softcap) is not None:
+                logits.div_(cap).tanh_().mul_(cap)
+            pieces.append(logits if len(rows) == len(hidden) else logits.clone())
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    @contextmanager
+    def trace(self) -> Iterator[list[TraceRow]]:
+        """See `Traceable.trace`."""
+        traced = TracedRun()
+        self._run = traced
+        try:
+            yield traced.rows
+        finally:
+            self._run = run_plainly
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and meta tensor of everything that a checkpoint holds; of tied parameters only the one that owns them."""
+        yield from self._shapes.items()
+
+    def is_stored_transposed(self, name: str) -> bool:
+        return False
+
+    def fill(
+        self, name: str, tensor: Tensor | GroupedWeight, *, index: int | None = None, half: int | None = None
+    ) -> None:
+        """See CausalModel."""
+        assert index is None
+        assert half is None
+        self._weights.put(name, tensor)
+
+    def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
+        """See CausalModel."""
+        return self._weights.holds(name, tensor)
+
+    def finish(self) -> None:
+        """See CausalModel; the programs are put together when they are first run, because the KV cache comes later."""
+
+    def _fusions(self) -> list[Fusion]:
+        spec = self.spec
+        found: list[Fusion] = []
+
+        def add(key: str, *names: str, gated: bool = False, offset: float = 0.0) -> None:
+            known = tuple(name for name in names if name in self._shapes)
+            assert known in ((), names), f"the model has only {known} of {names}"
+            if known:
+                found.append(Fusion(key, names, gated, offset))
+
+        add("embedding", "model.embed_tokens.weight")
+        add("head", "lm_head.weight")
+        add("norm", "model.norm.weight", offset=spec.norm_offset)
+        qkv = ("qkv_proj",) if spec.fused_names else ("q_proj", "k_proj", "v_proj")
+        gate_up = ("gate_up_proj",) if spec.fused_names else ("gate_proj", "up_proj")
+        for i in range(len(spec.layers)):
+            path = f"model.layers.{i}"
+            for kind in ("weight", "bias"):
+                suffix = "" if kind == "weight" else ".bias"
+                add(f"layers.{i}.qkv{suffix}", *(f"{path}.self_attn.{part}.{kind}" for part in qkv))
+                add(f"layers.{i}.output{suffix}", f"{path}.self_attn.o_proj.{kind}")
+                add(f"layers.{i}.gate_up{suffix}", *(f"{path}.mlp.{part}.{kind}" for part in gate_up), gated=True)
+                add(f"layers.{i}.down{suffix}", f"{path}.mlp.down_proj.{kind}")
+            norms = {*(spec.input_norms or ()), *(spec.output_norms or ())}
+            for norm in sorted(norms):
+                add(f"layers.{i}.{norm}", f"{path}.{norm}.weight", offset=spec.norm_offset)
+            for norm in ("q_norm", "k_norm"):
+                add(f"layers.{i}.{norm}", f"{path}.self_attn.{norm}.weight", offset=spec.norm_offset)
+        covered = {name for fusion in found for name in fusion.names}
+        assert covered == self._shapes.keys(), f"no place for {sorted(self._shapes.keys() - covered)}"
+        return found
+
+    # ------------------------------------------------------------------------------------------ programs
+
+    @cached_property
+    def _decoder(self) -> Program:
+        """Tokens to hidden states."""
+        return Program(self._team, list(self._decoder_operations()))
+
+    @cached_property
+    def _head(self) -> Program:
+        """Hidden states to logits."""
+        return Program(self._team, list(self._head_operations()))
+
+    def _decoder_operations(self) -> Iterator[Operation]:
+        spec, rows = self.spec, self._max_rows
+        query_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        x = new_buffer(rows, spec.hidden_size)
+        normed = new_buffer(rows, spec.hidden_size)
+        qkv = new_buffer(rows, query_size + 2 * kv_size)
+        query, key, value = torch.split(qkv, [query_size, kv_size, kv_size], dim=1)
+        attended = new_buffer(rows, query_size)
+        activated = new_buffer(rows, -(-spec.intermediate_size // 16) * 16)  # whole halves of gated panels
+        tables = {
+            kind: RotaryTable.allocate(f"rotary.{kind}", rope.inverse_frequencies, rope.attention_scaling, rows)
+            for kind, rope in spec.ropes.items()
+        }
+        workspace = allocate_workspace()
+
+        yield Embedding("embedding", self._weights.matrices["embedding"], x, spec.embed_multiplier)
+        yield from tables.values()
+        for i, (layer, attention) in enumerate(zip(spec.layers, self.attentions, strict=True)):
+            path = f"layers.{i}"
+            before_attention, before_mlp = spec.input_norms or (None, None)
+            after_attention, after_mlp = spec.output_norms or (None, None)
+            yield from self._norm(path, before_attention, x, normed)
+            yield from self._linear(f"{path}.qkv", normed if before_attention else x, qkv)
+            if spec.qk_norm is not None:
+                per_head = spec.qk_norm == "head"
+                yield from self._norm(path, "q_norm", query, query, num_heads=spec.num_heads if per_head else 1)
+                yield from self._norm(path, "k_norm", key, key, num_heads=spec.num_kv_heads if per_head else 1)
+            table = None if layer.rope is None else tables[layer.rope]
+            layout, group, params = attention.layout, attention.group, attention.params
+            assert layout is not None, "the KV cache is not allocated"
+            (blocks,) = attention.caches
+            yield RotaryKV(f"{path}.rotary", query, key, value, table, blocks, layout, group)
+            yield PagedAttention(f"{path}.attention", query, blocks, layout, params, attended, workspace, group)
+            yield from self._add_linear(path, "output", attended, x, normed, after_attention)
+            yield from self._norm(path, before_mlp, x, normed)
+            source = normed if before_mlp else x
+            yield from self._linear(f"{path}.gate_up", source, activated, activation=spec.activation)
+            yield from self._add_linear(path, "down", activated[:, : spec.intermediate_size], x, normed, after_mlp)
+        yield self._norm_operation("norm", x, self._hidden)
+
+    def _head_operations(self) -> Iterator[Operation]:
+        weight = self._weights.matrices.get("head", self._weights.matrices["embedding"])
+        alpha = 1.0 / self.spec.logits_divisor
+        yield from self._linear("head", self._head_rows, self._logits, weight=weight, alpha=alpha)
+
+    def _norm(self, path: str, name: str | None, x: Tensor, out: Tensor, **options: Any) -> Iterator[Operation]:
+        """A norm of a layer, if it has this one."""
+        if name is not None:
+            yield self._norm_operation(f"{path}.{name}", x, out, **options)
+
+    def _norm_operation(self, key: str, x: Tensor, out: Tensor, **options: Any) -> RMSNorm:
+        return RMSNorm(key, x, self._weights.vectors[key], out, self.spec.norm_epsilon, **options)
+
+    def _linear(
+        self, key: str, x: Tensor, out: Tensor, *, weight: PackedWeight | None = None, **options: Any
+    ) -> Iterator[Operation]:
+        """A product; before it, where weights and machine want it, the quantization of its input."""
+        weight = self._weights.matrices[key] if weight is None else weight
+        quantized = None
+        if weight.format.is_quantized and self._team.library.level.has_integer_dot:
+            quantized = self._quantized.setdefault(x.shape[1], QuantizedRows.allocate(self._max_rows, x.shape[1]))
+            yield QuantizeRows(f"{key}.input", x, quantized)
+        bias = self._weights.vectors.get(f"{key}.bias")
+        yield Linear(key, x, weight, out, bias, quantized_x=quantized, **options)
+
+    def _add_linear(
+        self, path: str, name: str, x: Tensor, residual: Tensor, scratch: Tensor, norm: str | None
+    ) -> Iterator[Operation]:
+        """residual += residual_multiplier * norm(W x + b); `scratch` is free to use."""
+        multiplier = self.spec.residual_multiplier
+        if norm is None:
+            yield from self._linear(f"{path}.{name}", x, residual, accumulate=True, alpha=multiplier)
+        else:
+            yield from self._linear(f"{path}.{name}", x, scratch)
+            yield from self._norm(path, norm, scratch, residual, accumulate=True, alpha=multiplier)
+
+    def _step(self, input_ids: Tensor) -> Step:
+        """The step under way, with the block tables and slots of all layer groups."""
+        groups = [self.context.of_group(group) for group in range(1 + len(self.context.further_groups))]
+        metadata, _ = groups[0]
+        return Step(
+            input_ids=input_ids,
+            positions=metadata.positions,
+            slot_mapping=torch.stack([slots for _, slots in groups]),
+            block_tables=torch.stack([metadata.block_tables for metadata, _ in groups]),
+            query_start=torch.tensor(metadata.query_start),
+            seq_lens=torch.tensor(metadata.seq_lens),
+        )

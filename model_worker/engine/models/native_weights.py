@@ -1,0 +1,125 @@
+"""The native decoder's weights: parts of a checkpoint become packed, fused and, where wanted, quantized matrices.
+
+    checkpoint                                        here
+    q_proj, k_proj, v_proj .weight                    layers.i.qkv          one packed weight, outputs one after another
+    gate_proj, up_proj .weight                        layers.i.gate_up      one gated pair
+    embed_tokens.weight (tied: lm_head.weight too)    embedding, head       once, for both
+    norms, biases                                     float32 vectors
+
+A matrix is packed as soon as its last part is there, so that beside the packed model there is never more than one
+matrix in another form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from compression.grouped_weight import GroupedWeight, can_quantize
+from compression.int4 import quantize_int4
+from compression.int8 import quantize_int8
+from model_worker.engine.ops.linear import PackedWeight, interleave_gated, pack
+
+Quantizer = Callable[[Tensor], GroupedWeight]
+QUANTIZERS: dict[str, Quantizer] = {"int8": quantize_int8, "int4": quantize_int4}
+
+
+@dataclass(slots=True, eq=False)
+class Fusion:
+    """A matrix or vector made of parts of a checkpoint.
+
+    Attributes:
+        key: its name here.
+        names: its parts in the checkpoint, in the order of the outputs.
+        gated: there are a gate and an up projection, to be interleaved; one part holds both, one after the other.
+        offset: added to a vector.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    gated: bool = False
+    offset: float = 0.0
+    parts: dict[str, Tensor | GroupedWeight] = field(default_factory=dict)
+
+
+class NativeWeights:
+    """Fills fusions.
+
+    Args:
+        fusions: all that the model consists of.
+        dtype: of matrices that are not quantized.
+        quantization: key of `QUANTIZERS`; None: quantize nothing. Weights that come quantized stay as they are.
+        wide_keys: matrices that lose too much in 4 bits, and are given 8.
+
+    Attributes:
+        matrices, vectors: what is complete, by key.
+    """
+
+    def __init__(
+        self, fusions: list[Fusion], *, dtype: torch.dtype, quantization: str | None, wide_keys: frozenset[str]
+    ) -> None:
+        self.matrices: dict[str, PackedWeight] = {}
+        self.vectors: dict[str, Tensor] = {}
+        self._fusions = {name: fusion for fusion in fusions for name in fusion.names}
+        self._dtype = dtype
+        self._quantization = quantization
+        self._wide_keys = wide_keys
+
+    def put(self, name: str, tensor: Tensor | GroupedWeight) -> None:
+        """Take one tensor of the checkpoint."""
+        fusion = self._fusions[name]
+        fusion.parts[name] = tensor
+        if len(fusion.parts) < len(fusion.names):
+            return
+        parts = [fusion.parts.pop(part) for part in fusion.names]
+        if len(parts[0].shape) == 1:
+            self.vectors[fusion.key] = self._vector(fusion, parts)
+        else:
+            self.matrices[fusion.key] = self._matrix(fusion, parts)
+
+    def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
+        """Whether a complete matrix, made of this part alone, is what this tensor would make it."""
+        fusion = self._fusions[name]
+        assert fusion.names == (name,)
+        return torch.equal(self.matrices[fusion.key].data, self._matrix(fusion, [tensor]).data)
+
+    def _vector(self, fusion: Fusion, parts: list[Tensor | GroupedWeight]) -> Tensor:
+        vectors = [part.float() for part in parts if isinstance(part, Tensor)]
+        assert len(vectors) == len(parts)
+        if fusion.gated:
+            return interleave_gated(*_gate_and_up(vectors)).clone()
+        return torch.cat(vectors) + fusion.offset
+
+    def _matrix(self, fusion: Fusion, parts: list[Tensor | GroupedWeight]) -> PackedWeight:
+        prepared = [self._prepare(fusion.key, part) for part in parts]
+        grouped = [part for part in prepared if isinstance(part, GroupedWeight)]
+        same_form = len(grouped) == len(prepared) and len({part.minimums is None for part in grouped}) == 1
+        if not same_form:  # a file may keep one part of a fusion in a type of its own
+            dense = [part.dequantize() if isinstance(part, GroupedWeight) else part for part in prepared]
+            return pack(_join([part.to(self._dtype) for part in dense], gated=fusion.gated))
+        minimums = [part.minimums for part in grouped if part.minimums is not None]
+        return pack(
+            GroupedWeight(
+                _join([part.values for part in grouped], gated=fusion.gated),
+                _join([part.scales for part in grouped], gated=fusion.gated),
+                _join(minimums, gated=fusion.gated) if minimums else None,
+            )
+        )
+
+    def _prepare(self, key: str, part: Tensor | GroupedWeight) -> Tensor | GroupedWeight:
+        if isinstance(part, GroupedWeight) or self._quantization is None or not can_quantize(part.shape):
+            return part
+        quantization = "int8" if key in self._wide_keys else self._quantization
+        return QUANTIZERS[quantization](part.float())
+
+
+def _join(parts: list[Tensor], *, gated: bool) -> Tensor:
+    return interleave_gated(*_gate_and_up(parts)) if gated else torch.cat(parts)
+
+
+def _gate_and_up(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    gate, up = parts if len(parts) == 2 else parts[0].chunk(2)
+    return gate, up
