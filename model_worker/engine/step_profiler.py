@@ -32,6 +32,8 @@ from typing import Any
 from torch.profiler import profile, record_function
 
 from model_worker.engine.config import ProfileConfig
+from model_worker.engine.model_parts import OpKind
+from model_worker.engine.trace import Traceable, TraceRow
 from registry.atomic_file import write_file
 from registry.errors import InvalidRequestError, RootgraftError
 
@@ -50,6 +52,9 @@ class Profiler:
     def span(self, name: str, **counts: int) -> AbstractContextManager[None]:
         """Around one part of a step; `counts` are shown with it."""
         return _NOTHING
+
+    def watch(self, model: Traceable) -> None:
+        """This is the model whose operations may be recorded."""
 
     def close(self) -> None:
         """The engine has stopped: write what there is."""
@@ -80,7 +85,12 @@ def make_profiler(config: ProfileConfig, *, title: str) -> Profiler:
         ) from error
     if config.profile_detail == "torch":
         return TorchProfiler(destination, max_steps=config.profile_steps or 10, title=title)
-    return SpanProfiler(destination, max_steps=config.profile_steps or 100, title=title)
+    return SpanProfiler(
+        destination,
+        max_steps=config.profile_steps or 100,
+        title=title,
+        with_operations=config.profile_detail == "operations",
+    )
 
 
 class _RecordingProfiler(Profiler, ABC):
@@ -147,18 +157,46 @@ class Span:
 
 
 class SpanProfiler(_RecordingProfiler):
-    """Records the spans themselves, at about a microsecond each."""
+    """Records the spans themselves, at about a microsecond each; and the model's operations, if asked to."""
 
     def __init__(
-        self, destination: Path, *, max_steps: int, title: str, clock: Callable[[], int] = time.perf_counter_ns
+        self,
+        destination: Path,
+        *,
+        max_steps: int,
+        title: str,
+        with_operations: bool = False,
+        clock: Callable[[], int] = time.perf_counter_ns,
     ) -> None:
         super().__init__(destination, max_steps=max_steps, title=title)
+        self._with_operations = with_operations
+        self._model: Traceable | None = None
         self._clock = clock
         self._spans: list[Span] = []
         self._threads: dict[int, str] = {}
 
     def span(self, name: str, **counts: int) -> AbstractContextManager[None]:
         return self._span(name, counts) if self._recording else _NOTHING
+
+    def watch(self, model: Traceable) -> None:
+        if self._with_operations:
+            self._model = model
+
+    def step(self) -> AbstractContextManager[None]:
+        counted = super().step()
+        return self._traced(self._model, counted) if self._recording and self._model is not None else counted
+
+    @contextmanager
+    def _traced(self, model: Traceable, counted: AbstractContextManager[None]) -> Iterator[None]:
+        """A step with the model's operations, but without what encloses others."""
+        with counted, model.trace() as rows:
+            yield
+            thread = threading.get_native_id()
+            self._spans += [
+                Span(_name(row), thread, row.begin_ns, row.begin_ns + row.self_ns, {"bytes": row.bytes_moved})
+                for row in rows
+                if row.kind is not OpKind.BETWEEN
+            ]
 
     @contextmanager
     def _span(self, name: str, counts: Mapping[str, int]) -> Iterator[None]:
@@ -196,6 +234,10 @@ class TorchProfiler(_RecordingProfiler):
             path = Path(directory, "trace.json")
             self._profile.export_chrome_trace(str(path))
             return path.read_bytes()
+
+
+def _name(row: TraceRow) -> str:
+    return row.name if row.layer is None else f"{row.layer}.{row.name}"
 
 
 def chrome_trace(spans: list[Span], threads: Mapping[int, str], *, title: str) -> dict[str, Any]:

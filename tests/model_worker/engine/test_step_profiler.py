@@ -67,6 +67,26 @@ def test_every_part_of_a_step_lies_within_it(tmp_path: Path) -> None:
     assert [event["args"]["tokens"] for event in _events(tmp_path / "trace.json", "C")][:2] == [3, 0]
 
 
+def test_operations_lie_within_their_forward_pass(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    build_tiny_model("llama").save_pretrained(tmp_path)
+    config = ProfileConfig(str(tmp_path / "trace.json"), profile_steps=2, profile_detail="operations")
+    profiler = make_profiler(config, title="t")
+    engine_config = EngineConfig(CacheConfig(num_blocks=8), SchedulerConfig(max_num_batched_tokens=16))
+    runner = ModelRunner(make_tiny_plan(tmp_path), engine_config, profiler=profiler)
+    _run(_engine(profiler, runner), 5)
+    events = _events(tmp_path / "trace.json")
+    forwards = [event for event in events if event["name"] == "forward"]
+    assert len(forwards) == 2
+    for forward in forwards:
+        inside = _spans_in(events, forward)
+        assert inside[:2] == ["model.embed_tokens", "model.rotary_emb"]
+        assert {"0.self_attn.q_proj", "1.self_attn.paged_attention", "1.mlp.down_proj"} <= set(inside)
+    (logits, _) = [event for event in events if event["name"] == "logits"]
+    assert _spans_in(events, logits) == ["lm_head"]
+    assert not any(module._forward_hooks for module in runner.model.causal_lm.modules())
+
+
 def test_a_full_trace_is_written_while_the_engine_goes_on_and_never_again(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     profiler = make_profiler(ProfileConfig(str(path), profile_steps=2), title="t")
