@@ -89,7 +89,15 @@ inline Floats load(const Float16* source) {
 #endif
 }
 
-inline Floats load(const int8_t* source) { return __builtin_convertvector(bits_of<Bytes>(source), Floats); }
+inline Floats load(const int8_t* source) {
+#if defined(__AVX512F__)  // the compiler would convert one number after the other
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(source))));
+#else
+  return __builtin_convertvector(bits_of<Bytes>(source), Floats);
+#endif
+}
 
 inline void store(float* destination, Floats value) { std::memcpy(destination, &value, sizeof(value)); }
 
