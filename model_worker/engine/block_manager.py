@@ -7,6 +7,9 @@ positions (most models have one group). A sequence has a block table for each gr
     table of a group     [ released: nobody needs them any more | held ......................................]
                            num_released blocks of the group       blocks [num_released, len(table))
 
+A group that sees all positions gets blocks for all tokens at admission. One with limited sight gets no more than it
+can ever hold at once; `extend` makes its table longer from chunk to chunk of a prompt, while earlier blocks are let go.
+
 Blocks may be held by several sequences (a common prefix, or forks of one prompt) and are counted.
 
     referenced     ref_count > 0
@@ -24,6 +27,7 @@ Host pool: the blocks of a swapped sequence are copied to host blocks, which are
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence as SequenceOf
 from dataclasses import dataclass
@@ -58,6 +62,7 @@ class BlockManager:
         enable_prefix_caching: keep full blocks findable by content.
         num_host_blocks: blocks in the host pool.
         groups: what the layers of each group see.
+        max_step_tokens: most tokens of a sequence that are computed at once.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class BlockManager:
         enable_prefix_caching: bool = True,
         num_host_blocks: int = 0,
         groups: SequenceOf[Visibility] = (Visibility(),),
+        max_step_tokens: int = 512,
     ) -> None:
         assert num_blocks > 0
         assert block_size > 0
@@ -76,6 +82,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.num_host_blocks = num_host_blocks
         self.groups = tuple(groups)
+        self.max_step_tokens = max_step_tokens
         self._limited = [(g, group) for g, group in enumerate(self.groups) if group.limited]
         self._unlimited = [g for g, group in enumerate(self.groups) if not group.limited]
         self._pack = Struct(f"{block_size}i").pack
@@ -99,13 +106,19 @@ class BlockManager:
         return self.num_host_blocks - len(self._free_host)
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """In all groups, when all tokens are kept."""
-        return -(-num_tokens // self.block_size) * len(self.groups)
+        """The most that a sequence of so many tokens ever holds, in all groups together."""
+        return sum(self._num_blocks_in(group, num_tokens) for group in self.groups)
+
+    def longest_sequence(self, most: int) -> int:
+        """The most tokens, up to `most`, of a sequence that has the cache for itself."""
+        if self.num_blocks_for(most) <= self.num_blocks:
+            return most
+        return bisect_right(range(most), self.num_blocks, key=self.num_blocks_for) - 1
 
     # ------------------------------------------------------------------------------------------ taking blocks
 
     def admit(self, sequence: Sequence, *, reserve: int, use_prefix_cache: bool = True) -> bool:
-        """Give a sequence that holds nothing blocks for all its tokens, as many as possible from the prefix cache.
+        """Give a sequence that holds nothing blocks for its tokens, as many as possible from the prefix cache.
 
         On success `num_computed_tokens` counts the tokens found in the cache; at least one token is always left to
         compute, because its logits are wanted. Nothing changes when fewer than `reserve` blocks would stay free.
@@ -119,24 +132,41 @@ class BlockManager:
             [block_of[name] for name in names[start:]]
             for block_of, start in zip(self._block_of, num_released, strict=True)
         ]
-        num_new = self.num_blocks_for(sequence.num_tokens) // len(self.groups) - num_shared
+        num_new = [
+            self._num_blocks_in(group, sequence.num_tokens - start * self.block_size) - len(blocks)
+            for group, start, blocks in zip(self.groups, num_released, shared, strict=True)
+        ]
         num_revived = sum(1 for blocks in shared for block in blocks if self._ref_count[block] == 0)
-        if len(self._free) - num_revived - num_new * len(self.groups) < reserve:
+        if len(self._free) - num_revived - sum(num_new) < reserve:
             return False
         for blocks in shared:
             for block in blocks:
                 self._hold(block)
         sequence.block_tables = [
-            [0] * start + blocks + [self._take_free() for _ in range(num_new)]
-            for start, blocks in zip(num_released, shared, strict=True)
+            [0] * start + blocks + [self._take_free() for _ in range(num)]
+            for start, blocks, num in zip(num_released, shared, num_new, strict=True)
         ]
         sequence.num_released_blocks = num_released
         sequence.num_computed_tokens = num_shared * self.block_size
         sequence.num_entered_blocks = num_shared
         return True
 
+    def extend(self, sequence: Sequence, end: int) -> bool:
+        """Make all block tables of a prompt under way cover positions [0, end], as far as it has tokens.
+
+        False, with nothing changed, when blocks are lacking. Needs none where every group sees everything.
+        """
+        num_blocks = -(-min(end + 1, sequence.num_tokens) // self.block_size)
+        tables = [sequence.block_tables[g] for g, _ in self._limited]
+        num_new = [max(0, num_blocks - len(table)) for table in tables]
+        if sum(num_new) > len(self._free):
+            return False
+        for table, num in zip(tables, num_new, strict=True):
+            table.extend(self._take_free() for _ in range(num))
+        return True
+
     def grow(self, sequence: Sequence) -> BlockCopies | None:
-        """Make the block tables cover all tokens of a sequence, and its next position writable.
+        """Make the block tables of a decoding sequence cover all its tokens, and its next position writable.
 
         Returns the block copies to do before the next computation: those of the block that is written next when it is
         shared with a fork, else none. Returns None, with nothing changed, when blocks are lacking.
@@ -250,18 +280,18 @@ class BlockManager:
         return copies
 
     def swap_in(self, sequence: Sequence, *, reserve: int) -> BlockCopies | None:
-        """Give a swapped sequence blocks for all its tokens again. What the prefix cache still has is shared.
+        """Give a swapped sequence its blocks again, as `admit` does. What the prefix cache still has is shared.
 
         Returns (host block, block) copies to do before anything else in the next step, or None, with nothing changed,
         when fewer than `reserve` blocks would stay free.
         """
         num_full = sequence.num_computed_tokens // self.block_size
-        num_all = -(-sequence.num_tokens // self.block_size)
         found: list[list[int | None]] = []
-        for block_of, start in zip(self._block_of, sequence.num_released_blocks, strict=True):
+        for g, (block_of, start) in enumerate(zip(self._block_of, sequence.num_released_blocks, strict=True)):
             names = sequence.block_hashes[start:num_full]  # none without a prefix cache
             blocks = [block_of.get(name) for name in names]
-            found.append(blocks + [None] * (num_all - start - len(blocks)))
+            num_tokens = sequence.num_tokens - start * self.block_size
+            found.append(blocks + [None] * (self._num_blocks_in(self.groups[g], num_tokens) - len(blocks)))
         num_new = sum(blocks.count(None) for blocks in found)
         num_revived = sum(1 for blocks in found for b in blocks if b is not None and self._ref_count[b] == 0)
         if len(self._free) - num_revived - num_new < reserve:
@@ -312,6 +342,9 @@ class BlockManager:
 
     # ------------------------------------------------------------------------------------------ internal
 
+    def _num_blocks_in(self, group: Visibility, num_tokens: int) -> int:
+        return group.max_blocks(num_tokens, block_size=self.block_size, max_step_tokens=self.max_step_tokens)
+
     def _num_invisible(self, position: int) -> list[int]:
         """For each group, the leading blocks that neither `position` nor a later one sees."""
         return [group.first_visible(position) // self.block_size for group in self.groups]
@@ -352,12 +385,15 @@ class BlockManager:
         for i in range((sequence.num_tokens - 1) // self.block_size):
             self._extend_hashes(sequence, i + 1)  # no further than blocks are found
             name = sequence.block_hashes[i]
-            if any(name not in self._block_of[g] for g in self._unlimited):
-                break
-            for g in run:
+            for g in self._unlimited:
+                if name not in self._block_of[g]:
+                    return best
+            enough = True
+            for g, group in self._limited:
                 run[g] = run[g] + 1 if name in self._block_of[g] else 0
-            position = (i + 1) * self.block_size
-            if all(run[g] > i - group.first_visible(position) // self.block_size for g, group in self._limited):
+                first_seen = group.first_visible((i + 1) * self.block_size) // self.block_size
+                enough = enough and run[g] > i - first_seen
+            if enough:
                 best = i + 1
         return best
 

@@ -79,11 +79,19 @@ class LLMEngine:
     ) -> None:
         self.tokenizer = tokenizer
         self.profiler = profiler or Profiler()
-        self.max_model_len = min(max_model_len, executor.num_blocks // len(executor.groups) * executor.block_size)
+        self._block_manager = BlockManager(
+            executor.num_blocks,
+            executor.block_size,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+            num_host_blocks=executor.num_host_blocks,
+            groups=executor.groups,
+            max_step_tokens=config.scheduler.max_num_batched_tokens,
+        )
+        self.max_model_len = self._block_manager.longest_sequence(max_model_len)
         if self.max_model_len < max_model_len:
             logger.warning(
-                "The KV cache holds %d tokens, fewer than the model's context of %d: longer requests are refused. "
-                "Raise --kv-cache-gib to allow them.",
+                "The KV cache holds a request of %d tokens, fewer than the model's context of %d: longer ones are "
+                "refused. Raise --kv-cache-gib to allow them.",
                 self.max_model_len,
                 max_model_len,
             )
@@ -91,13 +99,6 @@ class LLMEngine:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._variant_digest = variant_digest
         self._clock = clock
-        self._block_manager = BlockManager(
-            executor.num_blocks,
-            executor.block_size,
-            enable_prefix_caching=config.cache.enable_prefix_caching,
-            num_host_blocks=executor.num_host_blocks,
-            groups=executor.groups,
-        )
         self._scheduler = Scheduler(config.scheduler, self._block_manager, clock=clock)
         self._states: dict[str, _RequestState] = {}
         self._next_seq_id = 0

@@ -11,9 +11,10 @@ order of (priority, arrival). Every step has a budget of `max_num_batched_tokens
                             the first one in order    the one with the fewest tokens left, then the next
 
 So a short prompt passes a long one, and the long one still advances in every step. A waiting prompt is admitted when
-tokens of this budget fall to it, with blocks for all its tokens, so that a prompt under way never lacks blocks
-half-way. It may pass others that wait only while there would still be room for the first of them: nobody waits for
-ever.
+tokens of this budget fall to it, with blocks for all its tokens, so that a prompt under way does not lack blocks
+half-way. (Layers of limited sight take and give back blocks as it advances. Should none be free then, it is left out of
+the step, and nobody is admitted before it goes on.) It may pass others that wait only while there would still be room
+for the first of them: nobody waits for ever.
 
 When a decoding sequence needs a block and none is free, the last running sequence in order is preempted: it waits in
 its old place, and either its blocks are swapped to the host pool and back, or it loses them and is computed again from
@@ -67,6 +68,7 @@ class Scheduler:
         self.waiting = SequenceQueue()  # swapped ones too
         self.running = SequenceQueue()
         self._num_used_slots = 0  # of max_num_seqs, by running sequences
+        self._prompt_lacks_blocks = False  # one was left out of the last step
         self._pace = QueuePace(clock)
         self.preemption_cost = PreemptionCost()
         self.num_preemptions = 0
@@ -131,7 +133,10 @@ class Scheduler:
         step = _Step()
         prompts = self._schedule_decodes(step)
         self._schedule_prompts(prompts, step)
-        assert step.scheduled or not self.running
+        while self.running and not step.scheduled:  # prompts under way wait for each other's blocks
+            prompts.remove(self.running.last)
+            self._preempt(self.running.last, step)
+            self._schedule_prompts(prompts, step)
         return step.output()
 
     def complete(self, output: SchedulerOutput) -> None:
@@ -210,7 +215,7 @@ class Scheduler:
         if step.scheduled:
             budget = min(budget, self.config.max_mixed_prefill_tokens)
         share = _PromptShare(budget)
-        may_admit = not step.preempted
+        may_admit = not step.preempted and not self._prompt_lacks_blocks
         if may_admit and self.waiting and budget and not (prompts and prompts[0].rank < self.waiting.first.rank):
             may_admit = self._admit(self.waiting.first, prompts, step)
         if prompts:
@@ -226,8 +231,12 @@ class Scheduler:
                 share.give(shortest, share.budget)
             else:
                 break
+        self._prompt_lacks_blocks = False
         for sequence, num_tokens in share.chunks.items():
             start = sequence.num_computed_tokens
+            if not self.block_manager.extend(sequence, start + num_tokens):
+                self._prompt_lacks_blocks = True
+                continue
             sampled = self._sampled(sequence) if start + num_tokens == sequence.num_tokens else ()
             step.scheduled.append(ScheduledSequence(sequence, start, num_tokens, sampled))
 
@@ -283,7 +292,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, step: _Step) -> None:
         step.preempted = sequence.preempted = True
         self.num_preemptions += 1
-        copies = self._swap_out(sequence)
+        copies = None if step.swap_in else self._swap_out(sequence)
         self._leave_running(sequence)
         self.waiting.add(sequence)
         if copies is None:

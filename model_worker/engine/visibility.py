@@ -37,3 +37,15 @@ class Visibility:
         if self.chunk_size is not None:
             first = max(first, position - position % self.chunk_size)
         return first
+
+    def max_blocks(self, num_tokens: int, *, block_size: int, max_step_tokens: int) -> int:
+        """The most blocks that a sequence of `num_tokens` holds at once in layers of this kind.
+
+        A step of n tokens that starts at position s needs [first_visible(s), s + n], the next position included. One
+        more block is counted, because blocks are let go only when another one is full.
+        """
+        num_all = -(-num_tokens // block_size)
+        spans = [limit for limit in (self.sliding_window, self.chunk_size) if limit is not None]
+        if not spans:
+            return num_all
+        return min(num_all, (min(spans) + max_step_tokens - 2) // block_size + 3)

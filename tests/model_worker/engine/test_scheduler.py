@@ -39,6 +39,7 @@ class Harness:
             enable_prefix_caching=caching,
             num_host_blocks=num_host_blocks,
             groups=groups,
+            max_step_tokens=settings_["max_num_batched_tokens"],
         )
         self.clock = FakeClock()
         self.scheduler = Scheduler(SchedulerConfig(**settings_), self.manager, clock=self.clock)
@@ -252,15 +253,27 @@ def test_a_swapped_request_can_be_cancelled() -> None:
 
 
 def test_windowed_layers_let_a_sequence_hold_a_bounded_number_of_blocks() -> None:
+    """Prompts of any length too: their blocks are taken and given back as they advance."""
     windowed = (Visibility(sliding_window=8),)
-    harness = Harness(num_blocks=40, groups=windowed, max_num_batched_tokens=16)
-    group = harness.add([3] * 40, max_tokens=60)
+    harness = Harness(num_blocks=8, groups=windowed, max_num_batched_tokens=16)
+    assert harness.manager.num_blocks_for(10_000) == 8
+    assert harness.manager.longest_sequence(10_000) == 10_000
+    group = harness.add([3] * 80, max_tokens=60)
     used = []
     while harness.scheduler.has_unfinished:
         harness.step()
         used.append(harness.manager.num_used_blocks)
-    assert max(used[4:]) <= 3  # of 4 tokens: 8 are seen, and the block under way
-    assert group.sequences[0].output_token_ids == expected_output([3] * 40, 0, 60, windowed)
+    assert max(used[6:]) <= 3  # of 4 tokens: 8 are seen, and the block under way
+    assert group.sequences[0].output_token_ids == expected_output([3] * 80, 0, 60, windowed)
+
+
+def test_prompts_that_wait_for_each_others_blocks_go_on() -> None:
+    windowed = (Visibility(sliding_window=8),)
+    harness = Harness(num_blocks=13, groups=windowed, max_num_batched_tokens=16, caching=False)
+    groups = [harness.add([i] * (60 + i), max_tokens=10) for i in range(4)]
+    harness.run()
+    for i, group in enumerate(groups):
+        assert group.sequences[0].output_token_ids == expected_output([i] * (60 + i), 0, 10, windowed)
 
 
 def test_choices_share_the_prompt_and_differ_after_it() -> None:
