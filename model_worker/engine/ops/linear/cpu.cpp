@@ -1,8 +1,8 @@
 // Linear layers over packed weights (packed_weight.py draws the layouts), for any number of rows.
 //
 // A tile is a panel of 32 outputs times a block of rows. Sums stay in registers: R rows times kVectors vectors. With
-// few rows the weights stream once from memory and are widened on the way; with many, a part of the panel is widened
-// into scratch memory first and serves all rows of the tile.
+// few rows the weights stream once from memory and are widened on the way; with many, the first rows leave the widened
+// weights of a part of the panel in scratch memory for the others.
 
 #include <algorithm>
 
@@ -21,7 +21,7 @@ constexpr int kVectors = kPanel / kLanes;   // of one row of a panel
 constexpr int kGroup = 32;                  // weights along K that share a scale
 constexpr int kMaxRows = kLanes == 16 ? 12 : (kLanes == 8 ? 3 : 1);  // rows whose sums fit the registers
 constexpr int kTileRows = 120;              // rows of a tile: what a widened weight is reused for
-constexpr int kChunk = 512;                 // K that is widened at a time; a multiple of kGroup
+constexpr int kChunk = 768;                 // K that is widened at a time; a multiple of kGroup
 
 enum Format : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 enum Activation : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2 };
@@ -65,9 +65,9 @@ inline void fetch_ahead(const void* weights, int num_bytes) {
 
 using Sums = Floats[kVectors];
 
-// sums[r] += x[r, 0:K] * panel[0:K], for R rows.
+// sums[r] += x[r, 0:K] * panel[0:K], for R rows. The widened weights are kept in `wide`, unless that is null.
 template <int R, typename W>
-inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums) {
+inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums, float* wide) {
   Floats local[R][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -81,6 +81,10 @@ inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t n
     fetch_ahead(panel + k * kPanel, kPanel * sizeof(W));
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) w[v] = load(panel + k * kPanel + v * kLanes);
+    if (wide != nullptr) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) store(wide + k * kPanel + v * kLanes, w[v]);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Floats value = broadcast(rows[r / 4][r % 4 * x_stride + k]);
@@ -96,7 +100,7 @@ inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t n
 
 // The same for one row: four independent sums, so that additions need not wait for each other.
 template <typename W>
-inline void multiply_one(const W* panel, const float* x, int64_t num_inputs, Sums* sums) {
+inline void multiply_one(const W* panel, const float* x, int64_t num_inputs, Sums* sums, float* wide) {
   constexpr int kUnroll = 4;
   Floats local[kUnroll][kVectors] = {};
   int64_t k = 0;
@@ -111,17 +115,21 @@ inline void multiply_one(const W* panel, const float* x, int64_t num_inputs, Sum
     for (int v = 0; v < kVectors; ++v) local[0][v] += broadcast(x[k]) * load(panel + k * kPanel + v * kLanes);
   }
   for (int v = 0; v < kVectors; ++v) sums[0][v] += (local[0][v] + local[1][v]) + (local[2][v] + local[3][v]);
+  if (wide != nullptr) {
+    for (int64_t i = 0; i < num_inputs * kPanel; i += kLanes) store(wide + i, load(panel + i));
+  }
 }
 
 template <typename W, int R = kMaxRows>
-void multiply_rows(int rows, const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums) {
+void multiply_rows(int rows, const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums,
+                   float* wide = nullptr) {
   if constexpr (R == 1) {
-    multiply_one(panel, x, num_inputs, sums);
+    multiply_one(panel, x, num_inputs, sums, wide);
   } else {
     if (rows == R) {
-      multiply<R>(panel, x, x_stride, num_inputs, sums);
+      multiply<R>(panel, x, x_stride, num_inputs, sums, wide);
     } else {
-      multiply_rows<W, R - 1>(rows, panel, x, x_stride, num_inputs, sums);
+      multiply_rows<W, R - 1>(rows, panel, x, x_stride, num_inputs, sums, wide);
     }
   }
 }
@@ -137,11 +145,6 @@ inline void for_blocks(int rows, int most, F&& f) {
 }
 
 // -------------------------------------------------------------------------------- widening
-
-template <typename W>
-void widen_panel(const W* panel, int64_t num_inputs, float* out) {
-  for (int64_t i = 0; i < num_inputs * kPanel; i += kLanes) store(out + i, load(panel + i));
-}
 
 inline Ints quad_byte(const uint8_t (*values)[4], int v, int byte) {
   return (bits_of<Ints>(values[v * kLanes]) >> (8 * byte)) & 0xff;
@@ -230,14 +233,16 @@ void dense_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows,
   std::fill_n(&sums[0][0], rows * kVectors, Floats{});
   for (int64_t k = 0; k < a.num_inputs; k += kChunk) {
     const int64_t length = std::min<int64_t>(kChunk, a.num_inputs - k);
-    const float* chunk = scratch;
-    if constexpr (sizeof(W) == sizeof(float)) {
-      chunk = reinterpret_cast<const float*>(weights + k * kPanel);
-    } else {
-      widen_panel(weights + k * kPanel, length, scratch);
-    }
+    const W* const chunk = weights + k * kPanel;
     for_blocks(rows, kMaxRows, [&](int first, int count) {
-      multiply_rows(count, chunk, x + first * a.x_stride + k, a.x_stride, length, sums + first);
+      const float* const block = x + first * a.x_stride + k;
+      if constexpr (sizeof(W) == sizeof(float)) {
+        multiply_rows(count, chunk, block, a.x_stride, length, sums + first);
+      } else if (first == 0) {
+        multiply_rows(count, chunk, block, a.x_stride, length, sums, scratch);
+      } else {
+        multiply_rows<float>(count, scratch, block, a.x_stride, length, sums + first);
+      }
     });
   }
   for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
