@@ -5,6 +5,7 @@ from hypothesis import given, settings, strategies as st
 from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
+from model_worker.engine.visibility import Visibility
 
 BLOCK_SIZE = 4
 
@@ -144,18 +145,117 @@ def test_growth_without_free_blocks_changes_nothing() -> None:
     manager.check_integrity([sequence])
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["admit", "grow", "fork", "release"]), st.integers(0, 99)), max_size=60))
-def test_no_block_leaks_or_is_held_twice_after_any_mix(operations: list[tuple[str, int]]) -> None:
-    """A model check: what each sequence wrote in each of its positions is still there when it is read."""
-    manager = BlockManager(12, BLOCK_SIZE)
+def test_a_window_needs_only_its_own_blocks_of_a_prefix() -> None:
+    """Blocks that no later position sees may be gone: the prefix is found all the same."""
+    manager = BlockManager(6, BLOCK_SIZE, groups=(Visibility(sliding_window=6),))
+    first = make_sequence(0, list(range(20)))
+    manager.admit(first, reserve=0)
+    compute_all(manager, first)
+    assert first.num_released_blocks == [3]  # position 20 sees 15 and later
+    manager.release(first)
+    other = make_sequence(1, list(range(100, 108)))
+    assert manager.admit(other, reserve=0)  # takes the two that were let go first
+    again = make_sequence(2, list(range(21)))
+    assert manager.admit(again, reserve=0)
+    assert again.num_computed_tokens == 20
+    assert again.num_released_blocks == [3]
+    manager.check_integrity([other, again])
+
+
+def test_a_prefix_is_as_long_as_all_groups_have_it() -> None:
+    groups = (Visibility(), Visibility(sliding_window=6))
+    manager = BlockManager(40, BLOCK_SIZE, groups=groups)
+    first = make_sequence(0, list(range(21)))
+    manager.admit(first, reserve=0)
+    compute_all(manager, first)
+    assert first.num_released_blocks == [0, 4]
+    manager.release(first)
+    assert manager.num_blocks_for(21) == 12
+    shorter = make_sequence(1, [*range(9), 77, 78])  # what the window let go still lies there
+    assert manager.admit(shorter, reserve=0)
+    assert shorter.num_computed_tokens == 8
+    manager.check_integrity([shorter])
+
+
+def test_a_swapped_sequence_gets_its_blocks_again_and_shares_what_is_still_there() -> None:
+    manager = BlockManager(8, BLOCK_SIZE, num_host_blocks=3)
+    first = make_sequence(0, list(range(10)))
+    manager.admit(first, reserve=0)
+    compute_all(manager, first)
+    second = make_sequence(1, [*range(8), 50])
+    manager.admit(second, reserve=0)
+    held = list(first.block_table)
+    size = manager.preemption_size(first)
+    assert (size.num_tokens, size.num_blocks) == (2, 4)  # two full blocks stay with the second one
+    copies = manager.swap_out(first)
+    assert copies is not None
+    assert [block for block, _ in copies] == held
+    manager.check_integrity([second], [first])
+    assert manager.num_used_host_blocks == 3
+    back = manager.swap_in(first, reserve=0)
+    assert back is not None
+    assert first.block_table[:2] == second.block_table[:2]
+    assert back == [(copies[2][1], first.block_table[2])]
+    assert first.num_computed_tokens == 10
+    manager.check_integrity([first, second])
+
+
+def test_swapping_without_room_changes_nothing() -> None:
+    manager = BlockManager(6, BLOCK_SIZE, num_host_blocks=3)
+    large, small = make_sequence(0, list(range(14))), make_sequence(1, [90])
+    manager.admit(large, reserve=0)
+    compute_all(manager, large)
+    assert manager.swap_out(large) is None
+    assert len(large.block_table) == 4
+    manager.admit(small, reserve=0)
+    compute_all(manager, small)
+    assert manager.swap_out(small) is not None
+    assert manager.swap_in(small, reserve=2) is None
+    manager.check_integrity([large], [small])
+    manager.release(small)
+    manager.check_integrity([large])
+
+
+GROUPS = st.sampled_from(
+    [
+        (Visibility(),),
+        (Visibility(sliding_window=5),),
+        (Visibility(), Visibility(chunk_size=6)),
+    ]
+)
+OPERATIONS = ["admit", "grow", "fork", "release", "swap_out", "swap_in"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 99)), max_size=60), GROUPS, st.booleans())
+def test_no_block_leaks_or_is_held_twice_after_any_mix(
+    operations: list[tuple[str, int]], groups: tuple[Visibility, ...], caching: bool
+) -> None:
+    """A model check: what each sequence wrote in each position that it still sees is there when it is read."""
+    num_blocks = 12 * len(groups)
+    manager = BlockManager(
+        num_blocks,
+        BLOCK_SIZE,
+        num_host_blocks=10,
+        groups=groups,
+        max_step_tokens=32,
+        enable_prefix_caching=caching,
+    )
     live: list[Sequence] = []
+    swapped: list[Sequence] = []
     memory: dict[tuple[int, int], int] = {}  # (block, offset) -> token written there
+    host: dict[tuple[int, int], int] = {}
+
+    def copy(
+        source: dict[tuple[int, int], int], target: dict[tuple[int, int], int], pairs: list[tuple[int, int]]
+    ) -> None:
+        read = {(b, offset): source.get((a, offset), -1) for a, b in pairs for offset in range(BLOCK_SIZE)}
+        target.update(read)
 
     def compute(sequence: Sequence) -> None:
         for position in range(sequence.num_computed_tokens, sequence.num_tokens):
-            slot = (sequence.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE)
-            memory[slot] = sequence.token_ids[position]
+            for table in sequence.block_tables:
+                memory[table[position // BLOCK_SIZE], position % BLOCK_SIZE] = sequence.token_ids[position]
         compute_all(manager, sequence)
 
     for number, (operation, value) in enumerate(operations):
@@ -164,6 +264,14 @@ def test_no_block_leaks_or_is_held_twice_after_any_mix(operations: list[tuple[st
             if manager.admit(sequence, reserve=0):
                 compute(sequence)
                 live.append(sequence)
+        elif operation == "swap_in":
+            if swapped:
+                sequence = swapped[value % len(swapped)]
+                copies = manager.swap_in(sequence, reserve=0)
+                if copies is not None:
+                    copy(host, memory, copies)
+                    swapped.remove(sequence)
+                    live.append(sequence)
         elif live:
             sequence = live[value % len(live)]
             if operation == "release":
@@ -173,22 +281,28 @@ def test_no_block_leaks_or_is_held_twice_after_any_mix(operations: list[tuple[st
                 child = make_sequence(number, sequence.token_ids)
                 manager.fork(sequence, child)
                 live.append(child)
+            elif operation == "swap_out":
+                copies = manager.swap_out(sequence)
+                if copies is not None:
+                    copy(memory, host, copies)
+                    live.remove(sequence)
+                    swapped.append(sequence)
             else:
                 sequence.append(value)
                 copies = manager.grow(sequence)
                 if copies is None:
                     sequence.token_ids.pop()
                 else:
-                    for source, destination in copies:
-                        for offset in range(BLOCK_SIZE):
-                            if (source, offset) in memory:
-                                memory[destination, offset] = memory[source, offset]
+                    copy(memory, memory, copies)
                     compute(sequence)
-        manager.check_integrity(live)
+        manager.check_integrity(live, swapped)
         for sequence in live:
-            for position, token in enumerate(sequence.token_ids):
-                assert memory[sequence.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE] == token
-    for sequence in live:
+            for table, group in zip(sequence.block_tables, groups, strict=True):
+                for position in range(group.first_visible(sequence.num_tokens), sequence.num_tokens):
+                    token = sequence.token_ids[position]
+                    assert memory[table[position // BLOCK_SIZE], position % BLOCK_SIZE] == token
+    for sequence in live + swapped:
         manager.release(sequence)
-    assert manager.num_free_blocks == 12
+    assert manager.num_free_blocks == num_blocks
+    assert manager.num_used_host_blocks == 0
     manager.check_integrity([])
