@@ -153,15 +153,16 @@ class _Filler:
                     f"The checkpoint holds {name!r}, for which this model has no place; config.json and the weights "
                     "are of different models."
                 )
-            outcome = Outcome.IGNORED
+            self._report.add(name, Outcome.IGNORED, None, tensor.nbytes)
         elif place in self._filled:
             self._check_tied(name, place, tensor)
-            outcome = Outcome.TIED
+            self._report.add(name, Outcome.TIED, place.weight, tensor.nbytes)
         else:
             self._filled[place] = name
             self._fill(name, place, tensor)
-            outcome = Outcome.FILLED if place.index is None else Outcome.FUSED
-        self._report.add(name, outcome, None if place is None else place.weight, tensor.nbytes)
+            fused = self._model.fused.get(place.weight)
+            outcome = Outcome.FILLED if place.index is None and fused is None else Outcome.FUSED
+            self._report.add(name, outcome, fused or place.weight, tensor.nbytes)
 
     def check_complete(self) -> None:
         wanted = {name: self._parts(name) for name in self._weights}

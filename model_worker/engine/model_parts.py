@@ -25,6 +25,7 @@ class OpKind(StrEnum):
     PREPARE = "prepare"  # the batch: token ids, positions, slots
     EMBEDDING = "embedding"
     NORM = "norm"  # with the residual's addition, where both are one
+    QUANTIZE = "quantize"  # activations, for a product with quantized weights
     QKV = "qkv"
     ROTARY = "rotary"  # with the KV write, where both are one
     ATTENTION = "attention"  # over the paged cache, with the KV write where that is not the rotary's

@@ -52,6 +52,7 @@ class ModelRunner:
         num_host_blocks: of the pool that sequences are swapped to.
         groups: what the layers of each layer group see.
         vocab_size: rows of the model's output head.
+        max_num_batched_tokens: most tokens of one step.
         load_report: what loading did with each tensor.
 
     Raises:
@@ -71,6 +72,7 @@ class ModelRunner:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.device = torch.device(device)
+        self.max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         self.load_report = LoadReport()
         native = None
         if kernels is not None and self.device.type == "cpu":

@@ -12,6 +12,8 @@ from pathlib import Path
 from adapters import plan_load
 from model_worker.config import add_model_flags, positive_int
 from model_worker.engine.config import EngineConfig
+from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
+from model_worker.engine.ops.cpu.kernels import find_kernels
 from model_worker.inspection.html_report import format_html
 from model_worker.inspection.inspection import (
     DEFAULT_CONTEXTS,
@@ -88,7 +90,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         contexts=args.context,
         memory_bytes=None if args.memory_gib is None else int(args.memory_gib * 2**30),
     )
-    source = find_model(args.model_path, name="inspected", cache_dir=default_cache_dir(environ), report=_say)
+    cache_dir = default_cache_dir(environ)
+    source = find_model(args.model_path, name="inspected", cache_dir=cache_dir, report=_say)
+    kernels = find_kernels(cache_dir)
+    native = kernels is not None and config.model_impl != "transformers"
     plan = plan_load(
         source.path,
         dtype=args.dtype,
@@ -96,11 +101,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         max_model_len=args.max_model_len,
         deltas=args.delta,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        native_model_types=NATIVE_MODEL_TYPES if native else (),
         # What is not loaded may be larger than this machine.
         memory_bytes=None if request.needs_weights else sys.maxsize,
     )
     name = Path(args.model_path).resolve().name if Path(args.model_path).exists() else args.model_path
-    text = _FORMATS[args.format](inspect_model(plan, config, request, name=name, report=_say))
+    text = _FORMATS[args.format](inspect_model(plan, config, request, name=name, kernels=kernels, report=_say))
     if args.output is not None:
         write_file(args.output, text.encode())
         return 0

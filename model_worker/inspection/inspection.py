@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 
 from adapters.load_plan import LoadPlan
 from adapters.memory import available_memory_bytes
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.inspection.flowchart import Flowchart, draw_flowchart
 from model_worker.inspection.footprint import Footprint, measure_footprint
 from model_worker.inspection.load_summary import LoadSummary, summarize_load
@@ -71,7 +73,7 @@ class Traces:
     Attributes:
         prefill, decode: traced.
         times: of decode steps without tracing, one for each number of rows and each context.
-        skipped: steps that the KV cache cannot hold.
+        skipped: steps that the KV cache or the batch cannot hold.
     """
 
     prefill: StepTrace
@@ -97,12 +99,14 @@ def inspect_model(
     request: InspectRequest,
     *,
     name: str,
+    kernels: KernelLibrary | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Inspection:
     """Look at a model; it is loaded unless the footprint is all that is asked for.
 
     Args:
         name: what the report calls it.
+        kernels: of this CPU, for the native decoder; None: there are none.
         report: called with each line of progress.
 
     Raises:
@@ -127,14 +131,20 @@ def inspect_model(
     if not request.needs_weights:
         return Inspection(_facts(plan, name, None), footprint)
     report(f"Loading {name}")
-    runner = ModelRunner(plan, config)
+    process = psutil.Process()
+    resident_bytes = process.memory_info().rss
+    runner = ModelRunner(plan, config, kernels=kernels)
+    resident_bytes = process.memory_info().rss - resident_bytes
+    load = None
+    if "load" in request.sections:
+        load = summarize_load(plan, runner.load_report, resident_bytes=resident_bytes)
     traces = None
     if {"trace", "flowchart"} & set(request.sections):
         traces = _trace(runner, request, config, report)
     return Inspection(
         model=_facts(plan, name, type(runner.model).__name__),
         footprint=footprint,
-        load=summarize_load(plan, runner.load_report) if "load" in request.sections else None,
+        load=load,
         trace=traces if "trace" in request.sections else None,
         flowcharts=(
             (draw_flowchart(traces.prefill), draw_flowchart(traces.decode))
@@ -149,8 +159,8 @@ def _trace(runner: ModelRunner, request: InspectRequest, config: EngineConfig, r
     if not decode:
         num_tokens = runner.num_blocks // len(runner.groups) * runner.block_size
         raise InvalidRequestError(
-            f"The KV cache of {num_tokens} tokens holds none of these steps; ask for fewer "
-            "--rows or shorter --context, or raise --kv-cache-gib."
+            f"The KV cache of {num_tokens} tokens and a batch of {runner.max_num_batched_tokens} hold none of these "
+            "steps; ask for fewer --rows or shorter --context, or raise --kv-cache-gib or --max-num-batched-tokens."
         )
     # A longer prompt is computed in chunks of so many tokens.
     prefill = StepShape("prefill", 1, min(decode[-1].context, config.scheduler.max_num_batched_tokens))

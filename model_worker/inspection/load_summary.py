@@ -57,6 +57,7 @@ class LoadSummary:
         left_out: tensors that are in no weight.
         ties: pairs of a weight and the weight that it is.
         phases_s: seconds of each phase: build, read, fill, finish.
+        resident_bytes: growth of the process's memory from before the load to after the first steps.
     """
 
     files: tuple[FileSize, ...]
@@ -65,6 +66,7 @@ class LoadSummary:
     left_out: tuple[LeftOut, ...]
     ties: tuple[tuple[str, str], ...]
     phases_s: dict[str, float]
+    resident_bytes: int
 
     @property
     def file_bytes(self) -> int:
@@ -80,7 +82,7 @@ class LoadSummary:
         return self.file_bytes / self.total_s
 
 
-def summarize_load(plan: LoadPlan, report: LoadReport) -> LoadSummary:
+def summarize_load(plan: LoadPlan, report: LoadReport, *, resident_bytes: int) -> LoadSummary:
     """Sum up what the loader noted."""
     files = tuple(FileSize(file.name, file.stat().st_size) for file in plan.checkpoint.files)
     return LoadSummary(
@@ -90,6 +92,7 @@ def summarize_load(plan: LoadPlan, report: LoadReport) -> LoadSummary:
         left_out=_left_out(plan, report),
         ties=tuple(report.ties.items()),
         phases_s=dict(report.seconds),
+        resident_bytes=resident_bytes,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +21,7 @@ from model_worker.engine.trace import TraceRow
 Phase = Literal["prefill", "decode"]
 
 _NUM_RUNS = 5  # at most, of a timed step; the quickest counts, the others were disturbed
+_NUM_COMPUTED_TOKENS = 128  # of the context of decode steps, at most; the rest are copies of their keys and values
 _MAX_TIME_NS = 2_000_000_000  # after so long, no further run is begun
 _PARTS = {"prepare": OpKind.PREPARE, "sample": OpKind.SAMPLE}  # spans of the model runner that are no operation's
 
@@ -67,26 +68,20 @@ class StepTrace:
 
 
 def fits(runner: ModelRunner, shape: StepShape) -> bool:
-    """Whether the KV cache holds the sequences of such a step."""
-    return shape.num_rows * _blocks_of_one(runner, shape) <= runner.num_blocks
+    """Whether the KV cache holds the sequences of such a step, and the batch its tokens."""
+    num_blocks = shape.num_rows * _blocks_of_one(runner, shape)
+    return num_blocks <= runner.num_blocks and shape.num_tokens <= runner.max_num_batched_tokens
 
 
 def time_step(runner: ModelRunner, shape: StepShape, *, num_runs: int = _NUM_RUNS) -> StepTime:
     """Compute a step several times; its sequences must fit."""
-    output = _step(runner, shape)
-    runner.execute(output)
-    durations: list[int] = []
-    while len(durations) < num_runs and sum(durations) < _MAX_TIME_NS:
-        begin = time.perf_counter_ns()
-        runner.execute(output)
-        durations.append(time.perf_counter_ns() - begin)
-    return StepTime(shape, min(durations))
+    return _time(runner, _prepare(runner, shape), shape, num_runs)
 
 
 def trace_step(runner: ModelRunner, shape: StepShape, *, num_runs: int = _NUM_RUNS) -> StepTrace:
     """Compute a step several times without, then several times with tracing; the quickest of each counts."""
-    duration_ns = time_step(runner, shape, num_runs=num_runs).duration_ns
-    output = _step(runner, shape)
+    output = _prepare(runner, shape)
+    duration_ns = _time(runner, output, shape, num_runs).duration_ns
     traces: list[StepTrace] = []
     while len(traces) < num_runs and sum(trace.traced_ns for trace in traces) < _MAX_TIME_NS:
         with _parts_of(runner) as parts, runner.model.trace() as rows:
@@ -98,36 +93,57 @@ def trace_step(runner: ModelRunner, shape: StepShape, *, num_runs: int = _NUM_RU
     return min(traces, key=lambda trace: trace.traced_ns)
 
 
+def _time(runner: ModelRunner, output: SchedulerOutput, shape: StepShape, num_runs: int) -> StepTime:
+    durations: list[int] = []
+    while len(durations) < num_runs and sum(durations) < _MAX_TIME_NS:
+        begin = time.perf_counter_ns()
+        runner.execute(output)
+        durations.append(time.perf_counter_ns() - begin)
+    return StepTime(shape, min(durations))
+
+
 def _blocks_of_one(runner: ModelRunner, shape: StepShape) -> int:
     """Blocks of one sequence, in all layer groups together."""
     return -(-shape.context // runner.block_size) * len(runner.groups)
 
 
-def _step(runner: ModelRunner, shape: StepShape) -> SchedulerOutput:
-    """The step, with sequences of random tokens over a KV cache whose blocks hold random numbers.
-
-    Zeros would not do: the system lends one page of them to all of an untouched cache, which is then read from the
-    processor's own cache.
-    """
+def _prepare(runner: ModelRunner, shape: StepShape) -> SchedulerOutput:
+    """The step, ready to be computed any number of times: its sequences have keys and values."""
     generator = torch.Generator().manual_seed(0)
-    num_blocks = _blocks_of_one(runner, shape)
-    for attention in runner.model.attentions:
-        for cache in attention.caches:
-            used = cache[: shape.num_rows * num_blocks]
-            if used.is_floating_point():
-                used.normal_(0.0, 0.1)
-            else:
-                used.random_(0, 60)  # bytes of numbers below 1 in every type that the native decoder keeps
+    num_groups, num_blocks = len(runner.groups), _blocks_of_one(runner, shape)
     items = []
     for row in range(shape.num_rows):
         token_ids = torch.randint(runner.vocab_size, (shape.context,), generator=generator).tolist()
         sequence = Sequence(row, 0, token_ids, SamplingParams(temperature=0.0), seed=row)
         # Neighbouring blocks of one sequence lie apart, as they do in a cache that has been in use.
         blocks = range(row, shape.num_rows * num_blocks, shape.num_rows)
-        sequence.block_tables = [list(blocks[group :: len(runner.groups)]) for group in range(len(runner.groups))]
+        sequence.block_tables = [list(blocks[group::num_groups]) for group in range(num_groups)]
         start = 0 if shape.phase == "prefill" else shape.context - 1
         items.append(ScheduledSequence(sequence, start, shape.context - start, (sequence,)))
-    return SchedulerOutput(tuple(items))
+    num_computed = min(shape.context, _NUM_COMPUTED_TOKENS, runner.max_num_batched_tokens)
+    _fill_cache(runner, [item.sequence for item in items], num_computed)
+    output = SchedulerOutput(tuple(items))
+    runner.execute(output)
+    return output
+
+
+def _fill_cache(runner: ModelRunner, sequences: SequenceOf[Sequence], num_tokens: int) -> None:
+    """Compute the first tokens of the first sequence, and copy their blocks to all others.
+
+    What is there does not change the time, as long as it is like real keys and values: of memory that was never
+    written, the system lends the same page many times, and arbitrary bytes hold numbers that are slow to compute with.
+    """
+    first = sequences[0]
+    runner.execute(SchedulerOutput((ScheduledSequence(first, 0, num_tokens),)))
+    num_computed = -(-num_tokens // runner.block_size)
+    copies = [
+        (first.block_tables[group][index % num_computed], block)
+        for sequence in sequences
+        for group, table in enumerate(sequence.block_tables)
+        for index, block in enumerate(table)
+        if sequence is not first or index >= num_computed
+    ]
+    runner.execute(SchedulerOutput((ScheduledSequence(first, num_tokens - 1, 1),), block_copies=tuple(copies)))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ _BY_KIND = {
     OpKind.EMBEDDING: "embedding",
     OpKind.ROTARY: "embedding",
     OpKind.NORM: "norm",
+    OpKind.QUANTIZE: "quantize",
     OpKind.QKV: "attention",
     OpKind.ATTENTION: "kv",
     OpKind.ATTENTION_OUTPUT: "attention",
@@ -27,6 +28,7 @@ NAMES = {
     "norm": "norms",
     "embedding": "embedding, rotary",
     "head": "head",
+    "quantize": "quantization of activations",
     "other": "between modules, batch, sampling",
 }
 """What each colour of a step stands for, in the order in which they are stacked."""

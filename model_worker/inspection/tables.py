@@ -100,7 +100,10 @@ def load_tables(load: LoadSummary) -> Iterator[Table]:
         f"Loading: {format_bytes(load.file_bytes)} in {load.total_s:.2f} s, {speed}, {shards}",
         ("phase", "time", "share"),
         phases,
-        notes=("A mapped file is read from the disk while the weights are filled.",),
+        notes=(
+            f"The process grew by {format_bytes(load.resident_bytes)}: weights, buffers, used KV cache.",
+            "A mapped file is read from the disk while the weights are filled.",
+        ),
     )
     yield Table("Files", ("file", "size"), [(file.name, format_bytes(file.num_bytes)) for file in load.files])
     yield Table(
@@ -159,7 +162,7 @@ def times_table(traces: Traces) -> Table:
         for time in traces.times
     ]
     skipped = [f"{step.num_rows} × {step.context}" for step in traces.skipped]
-    notes = (f"The KV cache does not hold {', '.join(skipped)} tokens.",) if skipped else ()
+    notes = (f"The KV cache or the batch does not hold {', '.join(skipped)} tokens.",) if skipped else ()
     return Table("Decode steps", ("rows", "context", "ms a step", "tokens/s"), rows, 0, notes)
 
 

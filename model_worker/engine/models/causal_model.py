@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +21,7 @@ class CausalModel(Traceable, Protocol):
         context: the step under way; set before each call.
         attentions: one for each layer, in order; known after `finish`.
         ties: parameter name to the name of the parameter that it is.
+        fused: name of a weight to the larger one here that it becomes a part of; the others stay weights of their own.
         vocab_size: rows of the output head.
         decoder_prefix: the first part of the names of the decoder's weights; checkpoints of a bare decoder lack it.
         keeps_blocks: quantized blocks of a checkpoint are taken as they are.
@@ -29,6 +30,7 @@ class CausalModel(Traceable, Protocol):
 
     context: ForwardContext
     ties: dict[str, str]
+    fused: Mapping[str, str]
     keeps_blocks: bool
     kv_dtypes: tuple[str, ...]
 

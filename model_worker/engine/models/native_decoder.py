@@ -53,6 +53,7 @@ class NativeDecoder:
         context: the step under way; set before each call.
         attentions: one for each layer, in order.
         ties: parameter name to the name of the parameter that it is.
+        fused: name of a weight to the larger one that it becomes a part of.
 
     Raises:
         UnsupportedModelError: the model is not of this shape.
@@ -87,6 +88,7 @@ class NativeDecoder:
         self._weights = NativeWeights(
             self._fusions(), dtype=dtype, quantization=quantization, wide_keys=frozenset({"embedding", "head"})
         )
+        self.fused: Mapping[str, str] = self._weights.fused
         self.attentions = [
             NativeAttention(layer.attention, KVShape(self.spec.num_kv_heads, self.spec.head_dim, self.spec.head_dim))
             for layer in self.spec.layers

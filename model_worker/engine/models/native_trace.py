@@ -69,8 +69,10 @@ def _row(operation: Operation, step: Step, begin_ns: int, self_ns: int) -> Trace
 
 
 def _kind(operation: Operation) -> OpKind:
-    if isinstance(operation, Linear | QuantizeRows):
-        return _LINEAR_KINDS[operation.name.removesuffix(".input").rpartition(".")[2]]
+    if isinstance(operation, Linear):
+        return _LINEAR_KINDS[operation.name.rpartition(".")[2]]
+    if isinstance(operation, QuantizeRows):
+        return OpKind.QUANTIZE
     if isinstance(operation, Embedding):
         return OpKind.EMBEDDING
     if isinstance(operation, RMSNorm):

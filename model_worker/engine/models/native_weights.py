@@ -68,6 +68,11 @@ class NativeWeights:
         self._quantization = quantization
         self._wide_keys = wide_keys
 
+    @property
+    def fused(self) -> dict[str, str]:
+        """Parts of a checkpoint that become one with others: their names, to its key."""
+        return {name: fusion.key for name, fusion in self._fusions.items() if len(fusion.names) > 1}
+
     def put(self, name: str, tensor: Tensor | GroupedWeight) -> None:
         """Take one tensor of the checkpoint."""
         fusion = self._fusions[name]

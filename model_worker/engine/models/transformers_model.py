@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class TransformersModel:
     """
 
     keeps_blocks = False
+    fused: Mapping[str, str] = MappingProxyType({})  # transformers keeps weights as checkpoints do, but for experts
 
     def __init__(
         self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device, max_model_len: int

@@ -17,7 +17,7 @@ from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
 def _summary(path: Path) -> LoadSummary:
     plan, report = make_tiny_plan(path), LoadReport()
     load_model(plan, torch.device("cpu"), report)
-    return summarize_load(plan, report)
+    return summarize_load(plan, report, resident_bytes=0)
 
 
 def test_shards_and_speed(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_what_is_in_no_weight(tmp_path: Path) -> None:
 def test_a_gguf_file(smollm2_gguf: Path) -> None:
     plan, report = plan_load(smollm2_gguf), LoadReport()
     report.seconds["read"] = 2.0
-    summary = summarize_load(plan, report)
+    summary = summarize_load(plan, report, resident_bytes=0)
     assert [file.name for file in summary.files] == [smollm2_gguf.name]
     assert summary.bytes_per_s == smollm2_gguf.stat().st_size / 2
     assert summary.left_out == ()

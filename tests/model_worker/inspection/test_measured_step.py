@@ -113,4 +113,6 @@ def test_steps_that_the_cache_cannot_hold_are_told(tmp_path: Path) -> None:
     runner = load("llama", tmp_path, num_blocks=32)
     assert fits(runner, StepShape("decode", 4, 64))
     assert not fits(runner, StepShape("decode", 5, 64))
+    assert fits(runner, StepShape("prefill", 1, 64))
+    assert not fits(runner, StepShape("prefill", 1, 65))  # more than max_num_batched_tokens
     assert time_step(runner, StepShape("decode", 4, 64), num_runs=1).duration_ns > 0

@@ -73,7 +73,7 @@ SCHEMA = {
     *(f"load.files[].{key}" for key in ("name", "num_bytes")),
     *(f"load.outcomes[].{key}" for key in ("outcome", "num_tensors", "num_bytes")),
     *(f"load.phases_s.{key}" for key in ("build", "read", "fill", "finish")),
-    *(f"load.{key}" for key in ("fused", "left_out", "ties", "file_bytes", "total_s", "bytes_per_s")),
+    *(f"load.{key}" for key in ("fused", "left_out", "ties", "resident_bytes", "file_bytes", "total_s", "bytes_per_s")),
     *(f"trace.times[].{key}" for key in (*SHAPE, "duration_ns")),
     "trace.skipped",
     *(f"trace.{phase}.{key}" for phase in ("prefill", "decode") for key in (*SHAPE, "duration_ns", "traced_ns")),
