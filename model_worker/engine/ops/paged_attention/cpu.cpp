@@ -1,11 +1,11 @@
 // Attention over a paged KV cache; the package's docstring has the formula, native_kv.py the layout of a block.
 //
-// The rows of a sequence and KV head are its (token, query head of the group) pairs. A tile is a run of them, and goes
-// over the keys it sees in groups of 64:
+// The rows of a sequence and KV head are its pairs of a token and a query head that shares the KV head. A tile is a run
+// of rows, and goes over the positions that it sees in strips of 64:
 //
-//     keys of a group, transposed    [D, 64]      scores = rows * keys         in registers, R rows at a time
+//     keys of a strip, transposed    [D, 64]      scores = rows * keys         in registers, R rows at a time
 //                                                 weights = exp(scores - maximum so far), masked
-//     values of a group              [64, Dv]     sums += weights * values     rescaled where the maximum grew
+//     values of a strip              [64, Dv]     sums += weights * values     rescaled where the maximum grew
 //
 // The sums of every 256 positions are built by themselves and then added up in order. So a tile may be cut at these
 // positions and its parts given to several threads (where there are few tiles and much context), and the result of a
@@ -27,7 +27,7 @@ namespace {
 constexpr int kSpan = 16;                  // keys side by side in a block: the smallest unit of the fast way
 constexpr int kPanel = 2 * kSpan;          // keys, or value dimensions, whose sums are in registers at a time
 constexpr int kVectors = kPanel / kLanes;
-constexpr int kGroup = 64;                 // keys between two looks at the maximum
+constexpr int kStrip = 64;                 // positions between two looks at the maximum
 constexpr int kPart = 256;                 // keys whose sums are built by themselves
 constexpr int kMaxRows = kLanes == 16 ? 12 : (kLanes == 8 ? 3 : 1);  // rows whose sums fit the registers
 constexpr int kMaxNarrowRows = kMaxRows < 4 ? kMaxRows : 4;  // rows up to which keys are widened on the way
@@ -52,7 +52,7 @@ struct PagedAttentionArgs {
   int64_t workspace_floats;
   int64_t layer_group;  // whose block tables are read
 
-  int64_t group() const { return num_heads / kv.num_kv_heads; }
+  int64_t num_shared() const { return num_heads / kv.num_kv_heads; }  // query heads of a KV head
   int64_t first_visible(int64_t position) const {
     return std::max<int64_t>({0, position - sliding_window + 1, position - position % chunk_size});
   }
@@ -62,7 +62,7 @@ struct PagedAttentionArgs {
 
 struct Tile {
   int64_t sequence;
-  int64_t first_row;   // of the sequence's (token, head of the group) pairs
+  int64_t first_row;   // of the sequence's (token, query head) pairs
   int num_rows;
   int64_t begin, end;  // positions that any of the rows sees
   int64_t first_part, end_part;
@@ -89,7 +89,7 @@ void make_tiles(const PagedAttentionArgs& a, const Step& step, std::vector<Tile>
   const int64_t most_rows = max_tile_rows(a);
   for (int64_t s = 0; s < step.num_sequences; ++s) {
     const int64_t num_tokens = step.query_start[s + 1] - step.query_start[s];
-    const int64_t num_rows = num_tokens * a.group();
+    const int64_t num_rows = num_tokens * a.num_shared();
     const int64_t num_tiles = (num_rows + most_rows - 1) / most_rows;
     for (int64_t i = 0; i < num_tiles; ++i) {
       const int64_t first = num_rows * i / num_tiles, end = num_rows * (i + 1) / num_tiles;
@@ -98,8 +98,8 @@ void make_tiles(const PagedAttentionArgs& a, const Step& step, std::vector<Tile>
       tile.sequence = s;
       tile.first_row = first;
       tile.num_rows = static_cast<int>(end - first);
-      tile.begin = a.first_visible(before + first / a.group());
-      tile.end = before + (end - 1) / a.group() + 1;
+      tile.begin = a.first_visible(before + first / a.num_shared());
+      tile.end = before + (end - 1) / a.num_shared() + 1;
       tile.first_part = tile.begin / kPart;
       tile.end_part = tile.first_part + tile.num_parts();
       tiles.push_back(tile);
@@ -129,36 +129,45 @@ void make_tiles(const PagedAttentionArgs& a, const Step& step, std::vector<Tile>
 
 // ------------------------------------------------------------------------------------ products
 
-// Where 16 consecutive positions lie, and those that come a group later: they are fetched while these are used.
+// Where 16 consecutive positions lie.
 template <typename W>
 struct Span {
   const W* keys;
   const W* values;
-  const W* next_keys;
-  const W* next_values;
-  const float* key_scales;
+  const float* key_scales;  // null where W has none
   const float* value_scales;
 };
 
+// Whether a strip is read once from the cache itself: then the next one is fetched meanwhile.
 template <typename W>
-struct Spans {
-  Span<W> span[kGroup / kSpan];
+constexpr bool kIsFetched = sizeof(W) < sizeof(float);
+
+// A strip, and the one after it.
+template <typename W>
+struct Strip {
+  Span<W> span[kStrip / kSpan];
+  Span<W> next[kStrip / kSpan];
   int64_t key_stride;    // from one dimension of a key to the next
   int64_t value_stride;  // from one position's value to the next
 };
 
-// scores[r, 0:32] = rows[r] . keys of two spans, for R rows.
+// scores[r, 0:32] = rows[r] . keys of spans i and i + 1, for R rows.
 template <int R, typename W>
-inline void multiply_keys(const Span<W>* spans, int64_t stride, const float* rows, int64_t dim, float* scores) {
-  const W* const first = spans[0].keys;
-  const W* const second = spans[1].keys;
+inline void multiply_keys(const Strip<W>& strip, int i, const float* rows, int64_t dim, float* scores) {
+  const int64_t stride = strip.key_stride;
+  const W* const first = strip.span[i].keys;
+  const W* const second = strip.span[i + 1].keys;
+  const W* const next_first = strip.next[i].keys;
+  const W* const next_second = strip.next[i + 1].keys;
   Floats local[R][kVectors] = {};
   const float* fours[(R + 3) / 4];  // four rows share a pointer: twelve would not fit the integer registers
   for (int i = 0; i < (R + 3) / 4; ++i) fours[i] = rows + 4 * i * dim;
   for (int64_t d = 0; d < dim; ++d) {
     Floats key[kVectors];
-    __builtin_prefetch(spans[0].next_keys + d * stride);
-    __builtin_prefetch(spans[1].next_keys + d * stride);
+    if constexpr (kIsFetched<W>) {
+      __builtin_prefetch(next_first + d * stride);
+      __builtin_prefetch(next_second + d * stride);
+    }
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       key[v] = load(v < kVectors / 2 ? first + d * stride + v * kLanes : second + d * stride + v * kLanes - kSpan);
@@ -173,12 +182,12 @@ inline void multiply_keys(const Span<W>* spans, int64_t stride, const float* row
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(scores + r * kGroup + v * kLanes, local[r][v]);
+    for (int v = 0; v < kVectors; ++v) store(scores + r * kStrip + v * kLanes, local[r][v]);
 }
 
 // sums[r, 0:32] += weights[r, begin:end] * values[begin:end, column:column + 32], for R rows.
 template <int R, typename W>
-inline void multiply_values(const Spans<W>& spans, int64_t column, const float* weights, int begin, int end,
+inline void multiply_values(const Strip<W>& strip, int64_t column, const float* weights, int begin, int end,
                             float* sums, int64_t sums_stride) {
   Floats local[R][kVectors];
 #pragma GCC unroll 16
@@ -186,17 +195,18 @@ inline void multiply_values(const Spans<W>& spans, int64_t column, const float* 
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) local[r][v] = load(sums + r * sums_stride + v * kLanes);
   for (int i = begin; i < end;) {
-    const W* values = spans.span[i / kSpan].values + i % kSpan * spans.value_stride + column;
-    const int64_t ahead = spans.span[i / kSpan].next_values - spans.span[i / kSpan].values;
     const int span_end = std::min(end, (i / kSpan + 1) * kSpan);
-    for (; i < span_end; ++i, values += spans.value_stride) {
-      __builtin_prefetch(values + ahead);
+    const int64_t start = i % kSpan * strip.value_stride + column;
+    const W* values = strip.span[i / kSpan].values + start;
+    const W* next_values = strip.next[i / kSpan].values + start;
+    for (; i < span_end; ++i, values += strip.value_stride, next_values += strip.value_stride) {
+      if constexpr (kIsFetched<W>) __builtin_prefetch(next_values);
       Floats value[kVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) value[v] = load(values + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const Floats weight = broadcast(weights[r * kGroup + i]);
+        const Floats weight = broadcast(weights[r * kStrip + i]);
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) local[r][v] += weight * value[v];
       }
@@ -210,14 +220,14 @@ inline void multiply_values(const Spans<W>& spans, int64_t column, const float* 
 
 // ------------------------------------------------------------------------------------ softmax
 
-// Positions of a group that a row sees: [begin, end), counted from the group's first.
+// Positions of a strip that a row sees: [begin, end), counted from the strip's first.
 struct Range {
   int begin, end;
 };
 
-Range in_group(int64_t begin, int64_t end, int64_t group) {
-  return {static_cast<int>(std::clamp<int64_t>(begin - group, 0, kGroup)),
-          static_cast<int>(std::clamp<int64_t>(end - group, 0, kGroup))};
+Range in_strip(int64_t begin, int64_t end, int64_t start) {
+  return {static_cast<int>(std::clamp<int64_t>(begin - start, 0, kStrip)),
+          static_cast<int>(std::clamp<int64_t>(end - start, 0, kStrip))};
 }
 
 inline Ints lane_numbers() {
@@ -248,9 +258,9 @@ struct Sums {
   }
 };
 
-// Turns the scores of one row of a group into weights; positions in `needed` that are not `visible` get 0.
+// Turns the scores of one row of a strip into weights; positions in `needed` that are not `visible` get 0.
 template <typename W>
-inline void weigh(const PagedAttentionArgs& a, const Spans<W>& spans, Range needed, Range visible, float* scores,
+inline void weigh(const PagedAttentionArgs& a, const Strip<W>& strip, Range needed, Range visible, float* scores,
                   Sums& sums, int row) {
   const int first = needed.begin / kLanes * kLanes;
   if (visible.begin >= visible.end) {
@@ -259,7 +269,7 @@ inline void weigh(const PagedAttentionArgs& a, const Spans<W>& spans, Range need
   }
   Floats peaks = broadcast(-kInfinity);
   for (int i = first; i < needed.end; i += kLanes) {
-    const Span<W>& span = spans.span[i / kSpan];
+    const Span<W>& span = strip.span[i / kSpan];
     Floats score = load(scores + i);
     if (span.key_scales != nullptr) score *= load(span.key_scales + i % kSpan);
     if (a.softcap != kInfinity) score = a.softcap * tanh(score / a.softcap);
@@ -278,7 +288,7 @@ inline void weigh(const PagedAttentionArgs& a, const Spans<W>& spans, Range need
   const float maximum = sums.maximum[row];
   Floats total{};
   for (int i = first; i < needed.end; i += kLanes) {
-    const Span<W>& span = spans.span[i / kSpan];
+    const Span<W>& span = strip.span[i / kSpan];
     const Floats weight = exp(load(scores + i) - maximum);
     total += weight;
     store(scores + i, span.value_scales != nullptr ? weight * load(span.value_scales + i % kSpan) : weight);
@@ -308,10 +318,10 @@ void add_part(const Sums& part, int num_rows, Sums& total) {
 struct Scratch {
   float* queries;     // [rows, key_dim], scaled
   Sums part, total;
-  float* scores;      // [kMaxRows, kGroup]
-  float* keys;        // [key_dim, kGroup], widened
-  float* values;      // [kGroup, padded_value_dim], widened
-  float* key_scales;  // [kGroup]
+  float* scores;      // [kMaxRows, kStrip]
+  float* keys;        // [key_dim, kStrip], widened
+  float* values;      // [kStrip, padded_value_dim], widened
+  float* key_scales;  // [kStrip]
   float* value_scales;
 
   Scratch(const PagedAttentionArgs& a, float* memory) {
@@ -323,18 +333,19 @@ struct Scratch {
     const int64_t rows = max_tile_rows(a), width = a.kv.padded_value_dim;
     queries = take(rows * a.kv.key_dim);
     for (Sums* sums : {&part, &total}) *sums = {take(rows), take(rows), take(rows * width), width};
-    scores = take(kMaxRows * kGroup);
-    keys = take(a.kv.key_dim * kGroup);
-    values = take(kGroup * width);
-    key_scales = take(kGroup);
-    value_scales = take(kGroup);
+    scores = take(kMaxRows * kStrip);
+    keys = take(a.kv.key_dim * kStrip);
+    values = take(kStrip * width);
+    key_scales = take(kStrip);
+    value_scales = take(kStrip);
   }
 };
 
 class TileRun {
  public:
   TileRun(const PagedAttentionArgs& a, const Step& step, const Tile& tile, int64_t head, float* memory)
-      : a_(a), tile_(tile), head_(head), scratch_(a, memory), table_(step.block_tables + (a.layer_group * step.num_sequences + tile.sequence) * step.block_table_stride) {
+      : a_(a), tile_(tile), head_(head), scratch_(a, memory) {
+    table_ = step.block_tables + (a.layer_group * step.num_sequences + tile.sequence) * step.block_table_stride;
     first_token_ = step.query_start[tile.sequence];
     first_position_ = step.seq_lens[tile.sequence] - (step.query_start[tile.sequence + 1] - first_token_);
   }
@@ -346,13 +357,12 @@ class TileRun {
       float* const scaled = scratch_.queries + row * a_.kv.key_dim;
       for (int64_t d = 0; d < a_.kv.key_dim; ++d) scaled[d] = query[d] * a_.scale;
     }
-    last_ = std::min(tile_.end, tile_.end_part * kPart);
     scratch_.total.clear(tile_.num_rows);
     for (int64_t part = tile_.first_part; part < tile_.end_part; ++part) {
       scratch_.part.clear(tile_.num_rows);
       const int64_t begin = std::max(tile_.begin, part * kPart), end = std::min(tile_.end, (part + 1) * kPart);
-      for (int64_t group = begin / kGroup * kGroup; group < end; group += kGroup) {
-        run_group<W>(group, std::max(begin, group), std::min(end, group + kGroup));
+      for (int64_t start = begin / kStrip * kStrip; start < end; start += kStrip) {
+        run_strip<W>(start, std::max(begin, start), std::min(end, start + kStrip));
       }
       if (tile_.is_cut()) return hand_in();
       add_part(scratch_.part, tile_.num_rows, scratch_.total);
@@ -362,132 +372,143 @@ class TileRun {
 
  private:
   int64_t pair(int row) const { return tile_.first_row + row; }
-  int64_t token(int row) const { return first_token_ + pair(row) / a_.group(); }
-  int64_t query_head(int row) const { return head_ * a_.group() + pair(row) % a_.group(); }
-  int64_t position(int row) const { return first_position_ + pair(row) / a_.group(); }
+  int64_t token(int row) const { return first_token_ + pair(row) / a_.num_shared(); }
+  int64_t query_head(int row) const { return head_ * a_.num_shared() + pair(row) % a_.num_shared(); }
+  int64_t position(int row) const { return first_position_ + pair(row) / a_.num_shared(); }
 
-  // Positions [begin, end), all of one group.
+  // Positions [begin, end), all of the strip that starts at `start`.
   template <typename W>
-  void run_group(int64_t group, int64_t begin, int64_t end) {
+  void run_strip(int64_t start, int64_t begin, int64_t end) {
     if (a_.kv.block_size % kSpan != 0) {
-      multiply_all(group, widen_positions<W>(group, begin, end));
+      multiply_all(start, widen_positions<W>(start, begin, end));
     } else if (sizeof(W) < sizeof(float) && tile_.num_rows > kMaxNarrowRows) {
-      multiply_all(group, widen_spans(find_spans<W>(group, begin, end), in_group(begin, end, group)));
+      multiply_all(start, widen_strip(find_strip<W>(start, begin, end), in_strip(begin, end, start)));
     } else {
-      multiply_all(group, find_spans<W>(group, begin, end));
+      multiply_all(start, find_strip<W>(start, begin, end));
     }
   }
 
-  // Spans outside [begin, end) may have no block: any other keys do, they are masked.
   template <typename W>
-  Spans<W> find_spans(int64_t group, int64_t begin, int64_t end) const {
-    Spans<W> spans;
-    for (int i = 0; i < kGroup / kSpan; ++i) {
-      const int64_t position = std::clamp(group + i * kSpan, begin / kSpan * kSpan, (end - 1) / kSpan * kSpan);
-      const int64_t offset = position % a_.kv.block_size;
-      const HeadBlock<W> block = head_block<W>(a_.kv, table_[position / a_.kv.block_size], head_);
-      const int64_t next = position + kGroup < last_ ? position + kGroup : position;
-      const HeadBlock<W> nb = head_block<W>(a_.kv, table_[next / a_.kv.block_size], head_);
-      const int64_t noff = next % a_.kv.block_size;
-      spans.span[i] = {block.keys + offset, block.values + offset * a_.kv.padded_value_dim,
-                       nb.keys + noff, nb.values + noff * a_.kv.padded_value_dim,
-                       block.key_scales == nullptr ? nullptr : block.key_scales + offset,
-                       block.key_scales == nullptr ? nullptr : block.value_scales + offset};
+  Span<W> find_span(int64_t position) const {
+    const HeadBlock<W> block = head_block<W>(a_.kv, table_[position / a_.kv.block_size], head_);
+    const int64_t offset = position % a_.kv.block_size;
+    const W* const values = block.values + offset * a_.kv.padded_value_dim;
+    if constexpr (kHasScales<W>) {
+      return {block.keys + offset, values, block.key_scales + offset, block.value_scales + offset};
     }
-    spans.key_stride = a_.kv.block_size;
-    spans.value_stride = a_.kv.padded_value_dim;
-    return spans;
+    return {block.keys + offset, values, nullptr, nullptr};
   }
 
+  // Spans outside [begin, end) may have no block: any other do, they are masked.
   template <typename W>
-  Spans<float> widened(const Spans<W>& source) const {
-    Spans<float> spans;
-    for (int i = 0; i < kGroup / kSpan; ++i) {
-      spans.span[i] = {scratch_.keys + i * kSpan, scratch_.values + i * kSpan * a_.kv.padded_value_dim,
-                       scratch_.keys + i * kSpan, scratch_.values + i * kSpan * a_.kv.padded_value_dim,
+  Strip<W> find_strip(int64_t start, int64_t begin, int64_t end) const {
+    Strip<W> strip;
+    strip.key_stride = a_.kv.block_size;
+    strip.value_stride = a_.kv.padded_value_dim;
+    const int64_t last = std::min(tile_.end, tile_.end_part * kPart);
+    for (int i = 0; i < kStrip / kSpan; ++i) {
+      const int64_t position = std::clamp(start + i * kSpan, begin / kSpan * kSpan, (end - 1) / kSpan * kSpan);
+      const int64_t next = position + kStrip;
+      strip.span[i] = find_span<W>(position);
+      strip.next[i] = next < last ? find_span<W>(next) : strip.span[i];
+    }
+    return strip;
+  }
+
+  // The strip that scratch memory holds, with the scales of its source.
+  template <typename W>
+  Strip<float> widened(const Strip<W>& source) const {
+    Strip<float> strip;
+    strip.key_stride = kStrip;
+    strip.value_stride = a_.kv.padded_value_dim;
+    for (int i = 0; i < kStrip / kSpan; ++i) {
+      strip.span[i] = {scratch_.keys + i * kSpan, scratch_.values + i * kSpan * strip.value_stride,
                        source.span[i].key_scales, source.span[i].value_scales};
+      strip.next[i] = strip.span[i];
     }
-    spans.key_stride = kGroup;
-    spans.value_stride = a_.kv.padded_value_dim;
-    return spans;
+    return strip;
   }
 
   template <typename W>
-  Spans<float> widen_spans(const Spans<W>& source, Range needed) const {
+  Strip<float> widen_strip(const Strip<W>& source, Range needed) const {
     for (int i = needed.begin / kSpan; i * kSpan < needed.end; ++i) {
       const Span<W>& span = source.span[i];
-      for (int64_t d = 0; d < a_.kv.key_dim; ++d)
+      const Span<W>& next = source.next[i];
+      for (int64_t d = 0; d < a_.kv.key_dim; ++d) {
+        __builtin_prefetch(next.keys + d * source.key_stride);
         for (int lane = 0; lane < kSpan; lane += kLanes) {
-          store(scratch_.keys + d * kGroup + i * kSpan + lane, load(span.keys + d * source.key_stride + lane));
+          store(scratch_.keys + d * kStrip + i * kSpan + lane, load(span.keys + d * source.key_stride + lane));
         }
+      }
       const int64_t size = kSpan * a_.kv.padded_value_dim;
-      for (int64_t j = 0; j < size; j += kLanes) store(scratch_.values + i * size + j, load(span.values + j));
+      for (int64_t j = 0; j < size; j += kLanes) {
+        __builtin_prefetch(next.values + j);
+        store(scratch_.values + i * size + j, load(span.values + j));
+      }
     }
     return widened(source);
   }
 
   // For block sizes that are no multiple of a span: position by position.
   template <typename W>
-  Spans<float> widen_positions(int64_t group, int64_t begin, int64_t end) const {
+  Strip<float> widen_positions(int64_t start, int64_t begin, int64_t end) const {
     const int64_t width = a_.kv.padded_value_dim;
+    Strip<W> source{};
     for (int64_t position = begin; position < end; ++position) {
       const HeadBlock<W> block = head_block<W>(a_.kv, table_[position / a_.kv.block_size], head_);
-      const int64_t offset = position % a_.kv.block_size, i = position - group;
+      const int64_t offset = position % a_.kv.block_size, i = position - start;
       for (int64_t d = 0; d < a_.kv.key_dim; ++d) {
-        scratch_.keys[d * kGroup + i] = widen(block.keys[d * a_.kv.block_size + offset]);
+        scratch_.keys[d * kStrip + i] = widen(block.keys[d * a_.kv.block_size + offset]);
       }
       for (int64_t d = 0; d < width; ++d) scratch_.values[i * width + d] = widen(block.values[offset * width + d]);
-      if (kHasScales<W>) {
+      if constexpr (kHasScales<W>) {
         scratch_.key_scales[i] = block.key_scales[offset];
         scratch_.value_scales[i] = block.value_scales[offset];
+        source.span[i / kSpan].key_scales = scratch_.key_scales + i / kSpan * kSpan;
+        source.span[i / kSpan].value_scales = scratch_.value_scales + i / kSpan * kSpan;
       }
-    }
-    Spans<W> source{};
-    for (int i = 0; kHasScales<W> && i < kGroup / kSpan; ++i) {
-      source.span[i].key_scales = scratch_.key_scales + i * kSpan;
-      source.span[i].value_scales = scratch_.value_scales + i * kSpan;
     }
     return widened(source);
   }
 
   template <typename W>
-  void multiply_all(int64_t group, const Spans<W>& spans) {
+  void multiply_all(int64_t start, const Strip<W>& strip) {
     constexpr int kMost = sizeof(W) < sizeof(float) ? kMaxNarrowRows : kMaxRows;
     const int num_blocks = (tile_.num_rows + kMost - 1) / kMost;
     for (int block = 0; block < num_blocks; ++block) {
       const int first = tile_.num_rows * block / num_blocks;
       const int end = tile_.num_rows * (block + 1) / num_blocks;
-      multiply_rows<W, kMost>(end - first, group, spans, first);
+      multiply_rows<W, kMost>(end - first, start, strip, first);
     }
   }
 
   template <typename W, int R>
-  void multiply_rows(int num_rows, int64_t group, const Spans<W>& spans, int first) {
+  void multiply_rows(int num_rows, int64_t start, const Strip<W>& strip, int first) {
     if constexpr (R > 1) {
-      if (num_rows < R) return multiply_rows<W, R - 1>(num_rows, group, spans, first);
+      if (num_rows < R) return multiply_rows<W, R - 1>(num_rows, start, strip, first);
     }
-    multiply<R>(group, spans, first);
+    multiply<R>(start, strip, first);
   }
 
-  // Scores, weights and sums of R rows and one group.
+  // Scores, weights and sums of R rows.
   template <int R, typename W>
-  __attribute__((noinline)) void multiply(int64_t group, const Spans<W>& spans, int first) {
+  __attribute__((noinline)) void multiply(int64_t start, const Strip<W>& strip, int first) {
     const int64_t begin = std::max(tile_.begin, a_.first_visible(position(first)));
-    const Range needed = in_group(begin, position(first + R - 1) + 1, group);
+    const Range needed = in_strip(begin, position(first + R - 1) + 1, start);
     if (needed.begin >= needed.end) return;
     const float* const queries = scratch_.queries + first * a_.kv.key_dim;
     for (int i = needed.begin / kPanel * kPanel; i < needed.end; i += kPanel) {
-      multiply_keys<R>(spans.span + i / kSpan, spans.key_stride, queries, a_.kv.key_dim, scratch_.scores + i);
+      multiply_keys<R>(strip, i / kSpan, queries, a_.kv.key_dim, scratch_.scores + i);
     }
     for (int r = 0; r < R; ++r) {
       const int64_t p = position(first + r);
-      weigh(a_, spans, needed, in_group(a_.first_visible(p), p + 1, group), scratch_.scores + r * kGroup,
+      weigh(a_, strip, needed, in_strip(a_.first_visible(p), p + 1, start), scratch_.scores + r * kStrip,
             scratch_.part, first + r);
     }
     const int64_t width = a_.kv.padded_value_dim;
     float* const sums = scratch_.part.value + first * width;
     for (int64_t column = 0; column < width; column += kPanel) {
-      multiply_values<R>(spans, column, scratch_.scores, needed.begin, needed.end, sums + column, width);
+      multiply_values<R>(strip, column, scratch_.scores, needed.begin, needed.end, sums + column, width);
     }
   }
 
@@ -530,7 +551,6 @@ class TileRun {
   const int64_t head_;  // of keys and values
   Scratch scratch_;
   const int32_t* table_;
-  int64_t last_;
   int64_t first_token_;     // of the sequence, in the batch
   int64_t first_position_;  // of that token
 };
