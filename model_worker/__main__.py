@@ -76,9 +76,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     engine = AsyncLLMEngine(inner, on_failure=engine_died.set)
     resident = psutil.Process().memory_info().rss
     _say(
-        f"Loaded: {engine.stats().kv_blocks_total} KV blocks of {config.engine.cache.block_size} tokens, at most "
-        f"{engine.max_model_len} tokens a request, {torch.get_num_threads()} threads, "
-        f"{resident / 2**30:.2f} GiB of memory."
+        f"Loaded: {inner.cache_summary()}; {torch.get_num_threads()} threads, {resident / 2**30:.2f} GiB of memory."
     )
     worker = Worker(engine, plan, config, sock, model_name=source.name, digest=digest, engine_died=engine_died)
     return asyncio.run(worker.run())

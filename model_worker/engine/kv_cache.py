@@ -25,14 +25,14 @@ def bytes_per_block(attentions: Sequence[AttentionLayer], groups: LayerGroups, b
 
 
 def choose_num_blocks(
-    config: CacheConfig, block_bytes: int, *, max_useful_tokens: int, free_bytes: int, device: torch.device
+    config: CacheConfig, block_bytes: int, *, max_useful_blocks: int, free_bytes: int, device: torch.device
 ) -> int:
     """How many blocks to allocate.
 
     Args:
         config: `num_blocks` goes before `kv_cache_gib`, which goes before half of the free memory.
         block_bytes: see `bytes_per_block`.
-        max_useful_tokens: more can never be in use; bounds only the default.
+        max_useful_blocks: more can never be in use; bounds only the default.
         free_bytes: memory that is free.
 
     Raises:
@@ -46,7 +46,7 @@ def choose_num_blocks(
         budget = int(free_bytes * _SHARE_OF_FREE_MEMORY)
         if device.type == "cpu":
             budget = min(budget, _MAX_DEFAULT_BYTES)
-        num_blocks = min(budget // block_bytes, -(-max_useful_tokens // config.block_size))
+        num_blocks = min(budget // block_bytes, max_useful_blocks)
     if num_blocks < 1 or num_blocks * block_bytes > free_bytes:
         raise InsufficientMemoryError(
             f"A KV cache of {num_blocks} blocks needs {num_blocks * block_bytes / _GIB:.2f} GiB (at least 1 block of "

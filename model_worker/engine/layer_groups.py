@@ -41,6 +41,13 @@ class LayerGroups:
     def num_groups(self) -> int:
         return len(self.members)
 
+    def max_blocks(self, num_tokens: int, *, block_size: int, max_step_tokens: int) -> int:
+        """The most blocks that a sequence of `num_tokens` holds at once, in all groups together."""
+        return sum(
+            visibility.max_blocks(num_tokens, block_size=block_size, max_step_tokens=max_step_tokens)
+            for visibility in self.visibility
+        )
+
 
 def group_layers(attentions: Sequence[AttentionLayer], *, max_model_len: int, mixed: bool = True) -> LayerGroups:
     """The groups that leave the fewest slots unused, and of those the fewest groups.

@@ -182,6 +182,18 @@ class LLMEngine:
         self._cancelled += 1
         return True
 
+    def cache_summary(self) -> str:
+        """For people: what the KV cache holds."""
+        manager = self._block_manager
+        num_requests = manager.num_blocks / manager.num_blocks_for(self.max_model_len)
+        summary = (
+            f"{manager.num_blocks} KV blocks of {manager.block_size} tokens, enough for {num_requests:.1f} requests of "
+            f"{self.max_model_len} tokens, the most of one"
+        )
+        if manager.num_host_blocks:
+            summary += f"; {manager.num_host_blocks} blocks of host memory to swap to"
+        return summary
+
     @property
     def has_unfinished_requests(self) -> bool:
         return self._scheduler.has_unfinished

@@ -91,7 +91,12 @@ class ModelRunner:
         num_blocks = choose_num_blocks(
             config.cache,
             block_bytes,
-            max_useful_tokens=groups.num_groups * config.scheduler.max_num_seqs * (plan.max_model_len + block_size),
+            max_useful_blocks=config.scheduler.max_num_seqs
+            * groups.max_blocks(
+                plan.max_model_len + block_size,
+                block_size=block_size,
+                max_step_tokens=config.scheduler.max_num_batched_tokens,
+            ),
             free_bytes=free_memory_bytes(self.device),
             device=self.device,
         )

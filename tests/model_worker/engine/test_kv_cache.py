@@ -42,19 +42,19 @@ def test_a_block_counts_keys_and_values_of_all_layers() -> None:
     ],
 )
 def test_number_of_blocks(config: CacheConfig, free: int, expected: int) -> None:
-    num_blocks = choose_num_blocks(config, 2**20, max_useful_tokens=10**9, free_bytes=free, device=CPU)
+    num_blocks = choose_num_blocks(config, 2**20, max_useful_blocks=10**9, free_bytes=free, device=CPU)
     assert num_blocks == expected
 
 
 def test_no_more_blocks_than_can_be_in_use() -> None:
-    config = CacheConfig(block_size=16)
-    assert choose_num_blocks(config, 2**10, max_useful_tokens=100, free_bytes=GIB, device=CPU) == 7
+    config = CacheConfig()
+    assert choose_num_blocks(config, 2**10, max_useful_blocks=7, free_bytes=GIB, device=CPU) == 7
 
 
 @pytest.mark.parametrize("config", [CacheConfig(), CacheConfig(kv_cache_gib=2.0), CacheConfig(num_blocks=0)])
 def test_too_little_memory_is_an_error(config: CacheConfig) -> None:
     with pytest.raises(InsufficientMemoryError, match="--kv-cache-gib"):
-        choose_num_blocks(config, 2**30, max_useful_tokens=100, free_bytes=GIB, device=CPU)
+        choose_num_blocks(config, 2**30, max_useful_blocks=100, free_bytes=GIB, device=CPU)
 
 
 def test_free_memory_respects_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

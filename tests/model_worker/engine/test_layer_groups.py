@@ -78,3 +78,9 @@ def test_every_layer_is_in_one_group_of_its_kind(pattern: str) -> None:
     for visibility, members in zip(groups.visibility, groups.members, strict=True):
         assert {attentions[layer].params.visibility for layer in members} == {visibility}
         assert len(members) <= len(groups.slots)
+
+
+def test_windowed_groups_hold_a_bounded_number_of_blocks() -> None:
+    groups = group_layers(layers("wfwf"), max_model_len=10_000)
+    assert groups.max_blocks(4_000, block_size=16, max_step_tokens=64) == 250 + 7
+    assert groups.max_blocks(16, block_size=16, max_step_tokens=64) == 1 + 1

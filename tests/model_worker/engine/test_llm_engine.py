@@ -11,6 +11,7 @@ from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.outputs import FinishReason, RequestOutput
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.step import SchedulerOutput
+from model_worker.engine.visibility import Visibility
 from registry.errors import ContextLengthError, InternalError, InvalidRequestError, RateLimitError
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_executor import FakeExecutor, next_token
@@ -301,3 +302,17 @@ def test_what_a_failed_step_swapped_is_computed_again(direction: str) -> None:
     stats = engine.stats()
     assert stats.preemptions_by_swap_total > 0
     assert stats.kv_host_blocks_used == 0
+
+
+def test_the_summary_of_the_cache_counts_what_windowed_layers_let_go() -> None:
+    def summary(*groups: Visibility, num_host_blocks: int = 0) -> str:
+        executor = FakeExecutor(
+            num_blocks=64, block_size=4, vocab_size=128, groups=groups, num_host_blocks=num_host_blocks
+        )
+        return make_engine(executor, max_model_len=128, max_num_batched_tokens=8).cache_summary()
+
+    full, windowed = Visibility(), Visibility(sliding_window=10)
+    assert summary(full).startswith("64 KV blocks of 4 tokens, enough for 2.0 requests of 128 tokens")
+    assert "enough for 9.1 requests" in summary(windowed)  # 7 blocks each
+    assert "enough for 1.6 requests" in summary(full, windowed)
+    assert summary(full, num_host_blocks=5).endswith("5 blocks of host memory to swap to")
