@@ -22,7 +22,9 @@ from model_worker.config import WorkerConfig, parse_config
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
+from model_worker.engine.ops.cpu.build import start_background_build
 from model_worker.engine.ops.cpu.kernels import find_kernels
+from model_worker.engine.ops.cpu.machine_level import machine_levels
 from model_worker.engine.step_profiler import make_profiler
 from model_worker.identity import weights_digest
 from model_worker.inspection import command as inspection
@@ -78,6 +80,8 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     _say(
         f"Loaded: {inner.cache_summary()}; {torch.get_num_threads()} threads, {resident / 2**30:.2f} GiB of memory."
     )
+    if kernels is None and config.engine.model_impl != "transformers":
+        start_background_build(machine_levels()[0], cache_dir)
     worker = Worker(engine, plan, config, sock, model_name=source.name, digest=digest, engine_died=engine_died)
     return asyncio.run(worker.run())
 

@@ -113,7 +113,7 @@ def _compile(compiler: str, level: MachineLevel, output: Path, *, low_priority: 
     command = [compiler, *_FLAGS, *level.compiler_flags, "-o", str(output), *map(str, _sources())]
     nice = shutil.which("nice") if low_priority else None
     if nice is not None:
-        command = [nice, "-n", "19", *command]
+        command = [nice, *command]
     logger.info("Building the CPU kernels for %s.", level.name)
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode != 0:
