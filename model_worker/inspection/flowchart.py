@@ -12,6 +12,7 @@ from itertools import groupby
 from model_worker.engine.model_parts import OpKind
 from model_worker.engine.trace import Shape, TraceRow
 from model_worker.inspection.measured_step import StepTrace
+from model_worker.inspection.quantities import format_list
 
 _TOKENS, _ROWS = "T", "R"
 """Names of sizes in shapes: the tokens of the step, and those of them whose logits are computed."""
@@ -33,6 +34,11 @@ class Block:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     self_ns: int
+
+    @property
+    def flow(self) -> str:
+        """Shapes from inputs to outputs, those of them that there are: `[T, 576] → [T, 64] ×2`"""
+        return " → ".join(format_list(shapes) for shapes in (self.inputs, self.outputs) if shapes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,7 @@ def _frame(section: Section, top: float, bottom: float) -> str:
 def _box(block: Block, y: float, total_ns: int, longest_ns: int) -> Iterator[str]:
     colour = f"var(--series-{series_of_kind(block.kind)})"
     names = format_list(block.names, most=99)
-    flow = f"{format_list(block.inputs)}  →  {format_list(block.outputs)}" if block.outputs else _HINTS[block.kind]
+    flow = block.flow or _HINTS[block.kind]
     yield f"<g><title>{escape(f'{block.kind.value}: {names}')}</title>"
     yield (
         f'<rect x="{_BOX_LEFT}" y="{y:g}" width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="6" class="box"/>'
@@ -68,7 +68,7 @@ def _box(block: Block, y: float, total_ns: int, longest_ns: int) -> Iterator[str
     yield f'<text x="{_BOX_LEFT + 16}" y="{y + 17:g}" class="strong">{escape(block.kind.value)}</text>'
     if names != block.kind.value:
         yield _right(_BOX_LEFT + _BOX_WIDTH - 12, y + 17, _cut(names, 62), "small")
-    style = "small mono" if block.outputs else "small"
+    style = "small mono" if block.flow else "small"
     yield f'<text x="{_BOX_LEFT + 16}" y="{y + 33:g}" class="{style}">{escape(_cut(flow, 84))}</text>'
     width = max(block.self_ns / longest_ns * _TIME_WIDTH, 1)
     yield f'<rect x="{_TIME_LEFT}" y="{y + 11:g}" width="{width:.1f}" height="18" rx="2" fill="{colour}"/>'

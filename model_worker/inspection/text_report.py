@@ -53,9 +53,9 @@ def format_table(table: Table) -> str:
 
 def format_flowchart(chart: Flowchart) -> str:
     """
-    embedding    [T] -> [T, 576]                     0.02 ms   0.1 %
+    embedding    [T] → [T, 576]                     0.02 ms   0.1 %
     ┌ layers 0-29, 30 times
-    │ norm       [T, 576] -> [T, 576]                0.90 ms   2.1 %
+    │ norm       [T, 576] → [T, 576]                0.90 ms   2.1 %
     └
     """
     lines: list[str] = []
@@ -82,6 +82,5 @@ def _names(block: Block) -> str:
 def _block(block: Block, total_ns: int, indent: int, names_width: int) -> str:
     kind = block.kind.value.ljust(16 + indent)
     names = _names(block).ljust(names_width)
-    flow = f"{format_list(block.inputs)} -> {format_list(block.outputs)}" if block.outputs else ""
     time = f"{format_ms(block.self_ns):>8} ms {format_share(block.self_ns / total_ns):>7}"
-    return f"{kind}{names}{time}  {flow}".rstrip()
+    return f"{kind}{names}{time}  {block.flow}".rstrip()

@@ -60,7 +60,7 @@ def test_as_text(tmp_path: Path) -> None:
     assert "  ┌ layers 0-1, 2 times" in lines
     (down,) = [line for line in lines if line.startswith("  │ down")]
     assert "mlp.down_proj" in down
-    assert down.endswith("[T, 48] -> [T, 32]")
+    assert down.endswith("[T, 48] → [T, 32]")
 
 
 @pytest.mark.parametrize(

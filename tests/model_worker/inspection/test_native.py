@@ -16,6 +16,7 @@ from model_worker.engine.model_parts import OpKind
 from model_worker.engine.ops.cpu.build import build_library, find_compiler
 from model_worker.engine.ops.cpu.machine_level import machine_levels
 from model_worker.engine.ops.cpu.program import KernelLibrary
+from model_worker.inspection.html_report import format_html
 from model_worker.inspection.inspection import Inspection, InspectRequest, inspect_model
 from model_worker.inspection.load_summary import FusedWeights
 from model_worker.inspection.text_report import format_text
@@ -60,6 +61,7 @@ def test_fused_operations(tmp_path: Path, kernels: KernelLibrary) -> None:
     assert qkv.weight_bytes == HIDDEN * 2 * HIDDEN * 4
     assert 0 < sum(row.self_ns for row in rows) <= inspection.trace.decode.traced_ns
     assert "layers 0-1, 2 times" in format_text(inspection)
+    assert "layers 0-1, 2 times" in format_html(inspection)
 
 
 def test_fused_weights(tmp_path: Path, kernels: KernelLibrary) -> None:
@@ -78,3 +80,4 @@ def test_quantized_weights_show_in_the_trace(tmp_path: Path, kernels: KernelLibr
     assert gate_up.weight_bytes < 2 * INNER * HIDDEN * 4
     if kernels.level.has_integer_dot:
         assert OpKind.QUANTIZE in {row.kind for row in rows}
+        assert "--series-quantize" in format_html(inspection)
