@@ -195,6 +195,6 @@ def _quantize(x: Tensor, format: KVFormat) -> tuple[Tensor, Tensor]:
     """[T, Hkv, size] float32 -> numbers to be stored (float32), scales [T, Hkv]"""
     assert format.largest is not None
     peaks = x.abs().amax(dim=-1)
-    inverse = torch.where(peaks >= _SMALLEST_PEAK, format.largest / peaks, 0.0)
+    inverse = torch.where(peaks >= _SMALLEST_PEAK, torch.full_like(peaks, format.largest) / peaks, 0.0)
     scaled = x * inverse[..., None]
     return scaled.round() if format is KVFormat.INT8 else scaled, peaks / format.largest

@@ -58,12 +58,7 @@ inline void narrow(float value, float& out) { out = value; }
 inline void narrow(float value, BFloat16& out) { out = to_bfloat16(value); }
 inline void narrow(float value, Float16& out) { out = to_float16(value); }
 inline void narrow(float value, Float8& out) { out = to_float8(value); }
-inline void narrow(float value, int8_t& out) {
-  const float shifted = value + 12582912.0f;  // 1.5 * 2^23: rounds to nearest even
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  out = static_cast<int8_t>(bits - 0x4b400000);
-}
+inline void narrow(float value, int8_t& out) { out = static_cast<int8_t>(std::lrint(value)); }
 
 // Writes x[0:size] to out[0], out[stride], ...; scaled so that the largest becomes kLargest where the format has
 // scales. What is not finite makes the scale not finite.
