@@ -1,0 +1,122 @@
+"""The native decoder with weights in 8 and 4 bits: transformers with the same weights, rounded, on every machine level.
+
+Where the level multiplies 8-bit integers, activations are rounded too, and results are close; elsewhere they are equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters.load_plan import LoadPlan
+from adapters.weights import read_weights
+from compression.gguf import GROUPED_TYPES
+from compression.int4 import quantize_int4
+from compression.int8 import quantize_int8
+from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from model_worker.engine.llm import LLM
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.ops.cpu.program import KernelLibrary
+from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.sequence import Sequence
+from model_worker.engine.step import ScheduledSequence, SchedulerOutput
+from registry.checkpoint import read_checkpoint
+from registry.errors import UnsupportedModelError
+from tests.fakes.tiny_gguf import tensors_of, write_gguf
+from tests.fakes.tiny_models import make_tiny_plan
+
+HEADS, KV_HEADS = 4, 2
+PROMPT = torch.randint(0, 272, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+CONFIG = EngineConfig(CacheConfig(num_blocks=4), SchedulerConfig(max_num_batched_tokens=64), num_threads=1)
+NATIVE = dataclasses.replace(CONFIG, model_impl="native")
+WIDE = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def _save_model(path: Path, *, intermediate_size: int = 72) -> LlamaForCausalLM:
+    """A tiny llama with random norms; down projections of 72 inputs cannot be quantized."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(path)
+    return model
+
+
+def _logprobs(plan: LoadPlan, kernels: KernelLibrary) -> torch.Tensor:
+    """Of the tokens of PROMPT but the first, by the native decoder."""
+    runner = ModelRunner(plan, NATIVE, kernels=kernels)
+    sequence = Sequence(0, 0, PROMPT, SamplingParams(prompt_logprobs=0), seed=0)
+    sequence.block_table = [2, 0, 3]
+    result = runner.execute(SchedulerOutput((ScheduledSequence(sequence, 0, len(PROMPT)),)))
+    return torch.tensor([entry.logprob for entry in result.prompt_logprobs[0]])
+
+
+def _expected(model: LlamaForCausalLM) -> torch.Tensor:
+    ids = torch.tensor(PROMPT)
+    with torch.inference_mode():
+        logprobs = model(input_ids=ids[None]).logits[0].log_softmax(dim=1)
+    return logprobs[:-1].gather(1, ids[1:, None])[:, 0]
+
+
+def _assert_agree(found: torch.Tensor, expected: torch.Tensor, kernels: KernelLibrary) -> None:
+    if kernels.level.has_integer_dot:
+        assert (found - expected).abs().mean() < 0.04 * expected.std()
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_weights_that_are_rounded_while_loading(quantization: str, kernels: KernelLibrary, tmp_path: Path) -> None:
+    model = _save_model(tmp_path)
+    plan = dataclasses.replace(make_tiny_plan(tmp_path), quantization=quantization)
+    found = _logprobs(plan, kernels)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2 and "down_proj" not in name:
+                quantize = quantize_int8 if quantization == "int8" or name in WIDE else quantize_int4
+                weight.copy_(quantize(weight).dequantize())
+    _assert_agree(found, _expected(model), kernels)
+
+
+@pytest.mark.parametrize("dtype", sorted(GROUPED_TYPES))
+def test_blocks_of_a_gguf_file(dtype: str, kernels: KernelLibrary, tmp_path: Path) -> None:
+    model = _save_model(tmp_path, intermediate_size=96)
+    tensors = tensors_of(model, "llama", permuted_heads={"q_proj": HEADS, "k_proj": KV_HEADS})
+    file = write_gguf(tmp_path / "model.gguf", "llama", {}, tensors, dtype=dtype)
+    plan = dataclasses.replace(make_tiny_plan(tmp_path), checkpoint=read_checkpoint(file), kept_types=GROUPED_TYPES)
+    found = _logprobs(plan, kernels)
+    model.load_state_dict(dict(read_weights(plan.checkpoint, plan.config)))
+    _assert_agree(found, _expected(model), kernels)
+
+
+def test_the_small_model_from_its_own_blocks(smollm2_gguf: Path, best_kernels: KernelLibrary) -> None:
+    llm = LLM(smollm2_gguf, EngineConfig(num_threads=2, model_impl="native"), max_model_len=128)
+    assert llm.plan.kept_types == GROUPED_TYPES
+    (answer,) = llm.generate("The capital of France is", SamplingParams(temperature=0.0, max_tokens=2))
+    assert answer.outputs[0].text == " Paris."
+
+
+def test_they_are_refused_where_the_native_decoder_is_not_used(tmp_path: Path, best_kernels: KernelLibrary) -> None:
+    _save_model(tmp_path)
+    plan = dataclasses.replace(make_tiny_plan(tmp_path), quantization="int8")
+    config = dataclasses.replace(CONFIG, model_impl="transformers")
+    with pytest.raises(UnsupportedModelError, match=r"int8.*--model-impl transformers.*--quantization none"):
+        ModelRunner(plan, config, kernels=best_kernels)
+    with pytest.raises(UnsupportedModelError, match="no kernels for this machine"):
+        ModelRunner(plan, CONFIG, kernels=None)
