@@ -62,6 +62,8 @@ class WorkerStats(Message):
     draining: bool = False
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
+    draft_tokens_total: int = 0  # guessed by speculative decoding, and computed on trial
+    accepted_draft_tokens_total: int = 0  # of them, those that were right
     prefix_queried_tokens_total: int = 0
     prefix_hit_tokens_total: int = 0
     preemptions_total: int = 0
@@ -73,6 +75,11 @@ class WorkerStats(Message):
     finished_total: int = 0
     cancelled_total: int = 0
     failed_total: int = 0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Share of the drafts that were right, since the start; 0 without drafts."""
+        return self.accepted_draft_tokens_total / max(1, self.draft_tokens_total)
 
 
 class RegisterRequest(Message):

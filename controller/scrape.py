@@ -22,10 +22,17 @@ _GAUGES = (
     ("kv_blocks_total", "rootgraft_worker_kv_blocks", "KV blocks of the worker."),
     ("kv_host_blocks_used", "rootgraft_worker_kv_host_blocks_used", "Host KV blocks held by swapped requests."),
     ("kv_host_blocks_total", "rootgraft_worker_kv_host_blocks", "Host KV blocks of the worker."),
+    ("draft_acceptance_rate", "rootgraft_worker_draft_acceptance_rate", "Share of draft tokens that were right."),
 )
 _COUNTERS = (
     ("prompt_tokens_total", "rootgraft_worker_prompt_tokens", "Prompt tokens of the worker's requests."),
     ("generation_tokens_total", "rootgraft_worker_generation_tokens", "Tokens that the worker sampled."),
+    ("draft_tokens_total", "rootgraft_worker_draft_tokens", "Tokens guessed and computed on trial."),
+    (
+        "accepted_draft_tokens_total",
+        "rootgraft_worker_accepted_draft_tokens",
+        "Those of them that were right.",
+    ),
     ("prefix_queried_tokens_total", "rootgraft_worker_prefix_queried_tokens", "Tokens looked up in the prefix cache."),
     ("prefix_hit_tokens_total", "rootgraft_worker_prefix_hit_tokens", "Tokens found in the prefix cache."),
     ("preemptions_total", "rootgraft_worker_preemptions", "Requests that lost their KV blocks for a while."),

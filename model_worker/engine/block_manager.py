@@ -165,19 +165,23 @@ class BlockManager:
             table.extend(self._take_free() for _ in range(num))
         return True
 
-    def grow(self, sequence: Sequence) -> BlockCopies | None:
-        """Make the block tables of a decoding sequence cover all its tokens, and its next position writable.
+    def grow(self, sequence: Sequence, *, num_drafts: int = 0, reserve: int = 0) -> BlockCopies | None:
+        """Make the block tables of a decoding sequence cover tokens and drafts, and its next position writable.
+
+        Blocks that were taken for drafts stay with the sequence when the drafts turn out wrong: its next tokens, or
+        drafts, are written there.
 
         Returns the block copies to do before the next computation: those of the block that is written next when it is
-        shared with a fork, else none. Returns None, with nothing changed, when blocks are lacking.
+        shared with a fork, else none. Returns None, with nothing changed, when fewer than `reserve` blocks would stay
+        free.
         """
         table = sequence.block_tables[0]  # in the others the same blocks are missing, and shared
-        num_new = -(-len(sequence.token_ids) // self.block_size) - len(table)
+        num_new = max(0, -(-(len(sequence.token_ids) + num_drafts) // self.block_size) - len(table))
         first_written = sequence.num_computed_tokens // self.block_size
         copy = first_written < len(table) and self._ref_count[table[first_written]] > 1
         if num_new == 0 and not copy:
             return []
-        if (num_new + copy) * len(self.groups) > len(self._free):
+        if (num_new + copy) * len(self.groups) + reserve > len(self._free):
             return None
         copies = []
         for table in sequence.block_tables:

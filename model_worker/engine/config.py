@@ -56,6 +56,35 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """Speculative decoding; see `engine/speculation`.
+
+    Raises:
+        InvalidRequestError: a value that cannot work.
+    """
+
+    speculation: str = flag(
+        "ngram", "guess tokens from the request's own text where that pays, or never", choices=("ngram", "off")
+    )
+    num_speculative_tokens: int = flag(8, "most tokens guessed for one request in one step")
+    ngram_min: int = flag(2, "fewest last tokens that must have stood together before to guess what follows")
+    ngram_max: int = flag(4, "most last tokens that are looked for")
+
+    def __post_init__(self) -> None:
+        if self.num_speculative_tokens < 1:
+            raise InvalidRequestError(
+                f"--num-speculative-tokens must be at least 1, got {self.num_speculative_tokens}; "
+                "--speculation off turns it off.",
+                param="num_speculative_tokens",
+            )
+        if not 1 <= self.ngram_min <= self.ngram_max:
+            raise InvalidRequestError(
+                f"--ngram-min must be at least 1 and at most --ngram-max, got {self.ngram_min} and {self.ngram_max}.",
+                param="ngram_min",
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class ProfileConfig:
     """What is recorded of the first steps; see `engine/step_profiler.py`.
 
@@ -88,6 +117,7 @@ class EngineConfig:
 
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     model_impl: str = flag(
         "auto",
         "what computes the model: our native decoder, transformers' code, or native where it knows the model",

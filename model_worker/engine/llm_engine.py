@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
 
 from adapters.load_plan import LoadPlan
 from adapters.tokenizer import Tokenizer, load_tokenizer
@@ -27,6 +28,7 @@ from model_worker.engine.outputs import (
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.scheduler import Scheduler
 from model_worker.engine.sequence import Sequence, SequenceGroup
+from model_worker.engine.speculation.speculator import Speculator
 from model_worker.engine.step import SchedulerOutput, StepResult
 from model_worker.engine.step_profiler import Profiler
 from registry.errors import (
@@ -99,7 +101,8 @@ class LLMEngine:
         self._stop_token_ids = frozenset(stop_token_ids)
         self._variant_digest = variant_digest
         self._clock = clock
-        self._scheduler = Scheduler(config.scheduler, self._block_manager, clock=clock)
+        speculator = None if config.speculation.speculation == "off" else Speculator(config.speculation)
+        self._scheduler = Scheduler(config.scheduler, self._block_manager, clock=clock, speculator=speculator)
         self._states: dict[str, _RequestState] = {}
         self._next_seq_id = 0
         self._random = random.Random()
@@ -231,6 +234,8 @@ class LLMEngine:
             kv_blocks_total=self._block_manager.num_blocks,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
+            draft_tokens_total=scheduler.num_drafts,
+            accepted_draft_tokens_total=scheduler.num_accepted_drafts,
             prefix_queried_tokens_total=scheduler.num_prefix_queried_tokens,
             prefix_hit_tokens_total=scheduler.num_prefix_hit_tokens,
             preemptions_total=scheduler.num_preemptions,
@@ -307,49 +312,63 @@ class LLMEngine:
                 known = len(state.prompt_logprobs)
                 state.prompt_logprobs += result.prompt_logprobs.get(item.sequence.seq_id, [])[known - item.start :]
             for sequence in item.sampled:
-                sample = next(samples)
-                if isinstance(sample, RootgraftError):
-                    errors[group.request_id] = sample
+                drawn = _standing(list(islice(samples, 1 + len(item.drafts))), item.drafts)
+                if isinstance(drawn, RootgraftError):
+                    errors[group.request_id] = drawn
                 elif group.request_id not in errors:
-                    deltas.setdefault(group.request_id, []).append(self._append(state, sequence, sample))
+                    deltas.setdefault(group.request_id, []).append(self._append(state, sequence, drawn))
         outputs = [
             self._output(request_id, tuple(news)) for request_id, news in deltas.items() if request_id not in errors
         ]
         return outputs + [self._fail(request_id, error) for request_id, error in errors.items()]
 
-    def _append(self, state: _RequestState, sequence: Sequence, sample: SampledToken) -> SequenceDelta:
-        """Add a sampled token to a sequence, decide whether it ends it, and say what text that yields."""
-        sampling = sequence.sampling
-        token_id = sample.token_id
-        sequence.append(token_id)
-        self._generation_tokens += 1
+    def _append(self, state: _RequestState, sequence: Sequence, samples: SequenceOf[SampledToken]) -> SequenceDelta:
+        """Add sampled tokens to a sequence up to one that ends it, and say what text that yields."""
         detokenizer = state.detokenizers[sequence.index]
         text = ""
         reason: FinishReason | None = None
         stop_reason: str | int | None = None
-        if token_id in self._stop_token_ids and not sampling.ignore_eos:
-            reason = FinishReason.STOP
-        elif token_id in sampling.stop_token_ids:
-            reason, stop_reason = FinishReason.STOP, token_id
-        else:
-            new = detokenizer.append((token_id,))
-            text = new.text
-            if new.stop_string is not None:
-                reason, stop_reason = FinishReason.STOP, new.stop_string
-            elif sequence.num_output_tokens == sampling.max_tokens or sequence.num_tokens == self.max_model_len:
-                reason = FinishReason.LENGTH
+        num_appended = 0
+        for sample in samples:
+            new_text, reason, stop_reason = self._append_token(detokenizer, sequence, sample.token_id)
+            text += new_text
+            num_appended += 1
+            if reason is not None:
+                break
+        if num_appended > 1:
+            self._scheduler.accept(sequence, num_appended - 1)
         if reason is not None:
             if not isinstance(stop_reason, str):
                 text += detokenizer.flush()
             self._scheduler.finish(sequence, reason, stop_reason)
+        appended = samples[:num_appended]
+        logprobs = tuple(sample.logprobs for sample in appended if sample.logprobs is not None)
         return SequenceDelta(
             index=sequence.index,
             text=text,
-            token_ids=(token_id,),
-            logprobs=None if sample.logprobs is None else (sample.logprobs,),
+            token_ids=tuple(sample.token_id for sample in appended),
+            logprobs=logprobs or None,
             finish_reason=reason,
             stop_reason=stop_reason,
         )
+
+    def _append_token(
+        self, detokenizer: IncrementalDetokenizer, sequence: Sequence, token_id: int
+    ) -> tuple[str, FinishReason | None, str | int | None]:
+        """Add one token. Returns its text, and why and at what it ends the sequence, if it does."""
+        sampling = sequence.sampling
+        sequence.append(token_id)
+        self._generation_tokens += 1
+        if token_id in self._stop_token_ids and not sampling.ignore_eos:
+            return "", FinishReason.STOP, None
+        if token_id in sampling.stop_token_ids:
+            return "", FinishReason.STOP, token_id
+        new = detokenizer.append((token_id,))
+        if new.stop_string is not None:
+            return new.text, FinishReason.STOP, new.stop_string
+        if sequence.num_output_tokens == sampling.max_tokens or sequence.num_tokens == self.max_model_len:
+            return new.text, FinishReason.LENGTH, None
+        return new.text, None, None
 
     def _output(self, request_id: str, deltas: tuple[SequenceDelta, ...]) -> RequestOutput:
         state = self._states[request_id]
@@ -388,3 +407,22 @@ class LLMEngine:
             finished=True,
             error=error,
         )
+
+
+def _standing(
+    samples: list[SampledToken | RootgraftError], drafts: SequenceOf[int]
+) -> list[SampledToken] | RootgraftError:
+    """The samples that were drawn after right tokens, or the error that came instead of one of them.
+
+    tokens      last known   draft 0   draft 1   draft 2       a row each
+    samples     s0           s1        s2        s3            s0 = draft 0, s1 = draft 1, s2 differs from draft 2:
+    standing    s0           s1        s2                      s2 is right all the same, s3 was drawn in vain
+    """
+    standing: list[SampledToken] = []
+    for sample, draft in zip_longest(samples, drafts):
+        if isinstance(sample, RootgraftError):
+            return sample
+        standing.append(sample)
+        if sample.token_id != draft:
+            break
+    return standing

@@ -6,7 +6,6 @@ rows and ids that are not concerned cost nothing.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence as SequenceOf
 
 import numpy as np
@@ -14,25 +13,25 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model_worker.engine.sequence import Sequence
+from model_worker.engine.sampled_row import SampledRow
 
 _Ids = npt.NDArray[np.int64]
 _Values = npt.NDArray[np.float32]
 _FLOAT32 = torch.finfo(torch.float32)
 
 
-def needs_processing(sequence: Sequence) -> bool:
+def needs_processing(sequence: SampledRow) -> bool:
     """Whether `process_logits` changes the row of this sequence."""
     sampling = sequence.sampling
     return bool(
         sequence.num_output_tokens < sampling.min_tokens
         or sampling.logit_bias
         or sampling.repetition_penalty != 1.0
-        or (sequence.output_counts and (sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0))
+        or ((sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0) and sequence.output_counts)
     )
 
 
-def process_logits(logits: Tensor, sequences: SequenceOf[Sequence], eos_token_ids: SequenceOf[int]) -> None:
+def process_logits(logits: Tensor, sequences: SequenceOf[SampledRow], eos_token_ids: SequenceOf[int]) -> None:
     """Apply, in this order, to row r of `sequences[r]`:
 
         min_tokens    l[i] = -inf                               stop ids, while num_output_tokens < min_tokens
@@ -52,7 +51,7 @@ def process_logits(logits: Tensor, sequences: SequenceOf[Sequence], eos_token_id
     _penalize_output(logits, sequences)
 
 
-def _mask_stop_ids(logits: Tensor, sequences: SequenceOf[Sequence], eos_token_ids: SequenceOf[int]) -> None:
+def _mask_stop_ids(logits: Tensor, sequences: SequenceOf[SampledRow], eos_token_ids: SequenceOf[int]) -> None:
     rows: list[tuple[int, _Ids]] = []
     for row, sequence in enumerate(sequences):
         if sequence.num_output_tokens < sequence.sampling.min_tokens:
@@ -61,7 +60,7 @@ def _mask_stop_ids(logits: Tensor, sequences: SequenceOf[Sequence], eos_token_id
         logits.view(-1)[_flat_index(rows, logits)] = -torch.inf
 
 
-def _add_bias(logits: Tensor, sequences: SequenceOf[Sequence]) -> None:
+def _add_bias(logits: Tensor, sequences: SequenceOf[SampledRow]) -> None:
     rows: list[tuple[int, _Ids]] = []
     values: list[_Values] = []
     for row, sequence in enumerate(sequences):
@@ -73,13 +72,13 @@ def _add_bias(logits: Tensor, sequences: SequenceOf[Sequence]) -> None:
         logits.view(-1)[_flat_index(rows, logits)] += _tensor(values, logits)
 
 
-def _penalize_repetition(logits: Tensor, sequences: SequenceOf[Sequence]) -> None:
+def _penalize_repetition(logits: Tensor, sequences: SequenceOf[SampledRow]) -> None:
     rows: list[tuple[int, _Ids]] = []
     values: list[_Values] = []
     for row, sequence in enumerate(sequences):
         penalty = sequence.sampling.repetition_penalty
         if penalty != 1.0:
-            prompt = np.frombuffer(_prompt_unique_ids(sequence), np.int64)
+            prompt = np.frombuffer(sequence.prompt_unique_ids, np.int64)
             output = _ids(sequence.output_counts.keys(), len(sequence.output_counts))
             rows += [(row, prompt), (row, output)]
             penalty = min(
@@ -96,7 +95,7 @@ def _penalize_repetition(logits: Tensor, sequences: SequenceOf[Sequence]) -> Non
         flat[index] = new.clamp_(max=_FLOAT32.max)  # an extreme penalty must not make +inf
 
 
-def _penalize_output(logits: Tensor, sequences: SequenceOf[Sequence]) -> None:
+def _penalize_output(logits: Tensor, sequences: SequenceOf[SampledRow]) -> None:
     rows: list[tuple[int, _Ids]] = []
     values: list[_Values] = []
     for row, sequence in enumerate(sequences):
@@ -107,13 +106,6 @@ def _penalize_output(logits: Tensor, sequences: SequenceOf[Sequence]) -> None:
             values.append(presence + frequency * np.fromiter(counts.values(), np.float32, len(counts)))
     if rows:
         logits.view(-1)[_flat_index(rows, logits)] -= _tensor(values, logits)
-
-
-def _prompt_unique_ids(sequence: Sequence) -> array[int]:
-    """The distinct ids of the prompt; found once for each sequence."""
-    if sequence.prompt_unique_ids is None:
-        sequence.prompt_unique_ids = array("q", set(sequence.token_ids[: sequence.num_prompt_tokens]))
-    return sequence.prompt_unique_ids
 
 
 def _ids(ids: Iterable[int], count: int) -> _Ids:

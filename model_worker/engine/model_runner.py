@@ -26,9 +26,11 @@ from model_worker.engine.loader import NativeRoute, load_model
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
 from model_worker.engine.ops.paged_attention import AttentionMetadata
 from model_worker.engine.outputs import TokenLogprobs
+from model_worker.engine.sampled_row import SampledRow
 from model_worker.engine.sampler import Sampler
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
+from model_worker.engine.speculation.drafted_sequence import DraftedSequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput, StepResult
 from model_worker.engine.step_profiler import Profiler
 from model_worker.engine.visibility import Visibility
@@ -154,14 +156,18 @@ class ModelRunner:
         self._cache.copy_blocks(output.block_copies)
         self._cache.clear_blocks([block for item in output.scheduled for block in self._blocks_begun(item)])
         hidden = self._forward(output.scheduled)  # [T, hidden]
-        sampled: list[Sequence] = []
+        sampled: list[SampledRow] = []
         rows: list[int] = []  # of `hidden`, one for each of `sampled`
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         start = 0
         for item in output.scheduled:
             end = start + item.num_tokens
+            last = end - 1 - len(item.drafts)  # of what is known
             sampled += item.sampled
-            rows += [end - 1] * len(item.sampled)
+            rows += [last] * len(item.sampled)
+            for num in range(1, len(item.drafts) + 1):
+                sampled.append(DraftedSequence(item.sequence, item.drafts[:num]))
+                rows.append(last + num)
             if item.sequence.sampling.prompt_logprobs is not None:
                 prompt_logprobs[item.sequence.seq_id] = self._prompt_logprobs(item, hidden[start:end])
             start = end
@@ -207,6 +213,7 @@ class ModelRunner:
             end = item.start + item.num_tokens
             query_start.append(query_start[-1] + item.num_tokens)
             input_ids += item.sequence.token_ids[item.start : end]
+            input_ids += item.drafts
             positions.append(np.arange(item.start, end))
             slots.append(self._slots(item.sequence.block_table, positions[-1]))
         metadata = AttentionMetadata(

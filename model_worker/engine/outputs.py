@@ -76,6 +76,8 @@ class EngineStats:
     kv_blocks_total: int
     prompt_tokens_total: int
     generation_tokens_total: int
+    draft_tokens_total: int  # guessed, and computed on trial
+    accepted_draft_tokens_total: int  # of them, those that were right
     prefix_queried_tokens_total: int
     prefix_hit_tokens_total: int
     preemptions_total: int  # by recomputation and by swapping

@@ -17,8 +17,8 @@ from torch import Tensor
 from model_worker.engine.logits_processing import needs_processing, process_logits
 from model_worker.engine.outputs import SampledToken, TokenLogprobs, TopToken
 from model_worker.engine.random_stream import uniform
+from model_worker.engine.sampled_row import SampledRow
 from model_worker.engine.sampling_params import SamplingParams
-from model_worker.engine.sequence import Sequence
 from model_worker.engine.token_draw import DrawInputs, draw_from_all, draw_from_top
 from model_worker.engine.top_tokens import top_tokens
 from registry.errors import InternalError, InvalidRequestError, RootgraftError
@@ -41,7 +41,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
 
-    def sample(self, logits: Tensor, sequences: SequenceOf[Sequence]) -> list[SampledToken | RootgraftError]:
+    def sample(self, logits: Tensor, sequences: SequenceOf[SampledRow]) -> list[SampledToken | RootgraftError]:
         """The next token of each sequence.
 
         Args:
@@ -93,7 +93,7 @@ class Sampler:
         return result
 
     def _draw(
-        self, logits: Tensor, peak: Tensor, sequences: SequenceOf[Sequence], *, skip: Iterable[int], tokens: Tensor
+        self, logits: Tensor, peak: Tensor, sequences: SequenceOf[SampledRow], *, skip: Iterable[int], tokens: Tensor
     ) -> None:
         """Fill `tokens` [R] for the rows not in `skip`; those of an all-greedy batch are there already."""
         if all(sequence.sampling.greedy for sequence in sequences):
@@ -129,7 +129,7 @@ class Sampler:
         return _NUM_CANDIDATES
 
     def _inputs(
-        self, rows: list[int], logits: Tensor, peak: Tensor, sequences: SequenceOf[Sequence]
+        self, rows: list[int], logits: Tensor, peak: Tensor, sequences: SequenceOf[SampledRow]
     ) -> tuple[Tensor, DrawInputs]:
         """The rows as an index [N] int64, and what is drawn from."""
         index = torch.tensor(rows, device=logits.device)

@@ -6,6 +6,8 @@ order of (priority, arrival). Every step has a budget of `max_num_batched_tokens
     1. decoding sequences   one token each; there is always room for all of them
     2. prompts              in chunks; beside decoding sequences no more than `max_mixed_prefill_tokens` in all, so that
                             a long prompt does not hold up those that stream
+    3. drafts               while no prompt is under way: guesses at the next tokens of decoding sequences (see
+                            speculation), never at the price of a preemption
 
     the prompts' budget     [ first half            | second half                                        ]
                             the first one in order    the one with the fewest tokens left, then the next
@@ -37,6 +39,7 @@ from model_worker.engine.preemption_cost import PreemptionCost
 from model_worker.engine.queue_pace import QueuePace
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from model_worker.engine.sequence_queue import SequenceQueue, rank
+from model_worker.engine.speculation.speculator import Speculator
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
 from registry.errors import InvalidRequestError, RateLimitError
 
@@ -44,12 +47,20 @@ from registry.errors import InvalidRequestError, RateLimitError
 class Scheduler:
     """Holds all unfinished requests and makes one SchedulerOutput a step.
 
+    Args:
+        speculator: guesses tokens of decoding sequences; None: nobody does.
+
     Raises:
         InvalidRequestError: the configuration cannot work.
     """
 
     def __init__(
-        self, config: SchedulerConfig, block_manager: BlockManager, *, clock: Callable[[], float] = time.monotonic
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        speculator: Speculator | None = None,
     ) -> None:
         if not 1 <= config.max_num_seqs <= config.max_num_batched_tokens:
             raise InvalidRequestError(
@@ -70,7 +81,10 @@ class Scheduler:
         self._num_used_slots = 0  # of max_num_seqs, by running sequences
         self._prompt_lacks_blocks = False  # one was left out of the last step
         self._pace = QueuePace(clock)
+        self._speculator = speculator
         self.preemption_cost = PreemptionCost()
+        self.num_drafts = 0
+        self.num_accepted_drafts = 0
         self.num_preemptions = 0
         self.num_preemptions_by_swap = 0
         self.num_swapped_out_blocks = 0
@@ -137,25 +151,40 @@ class Scheduler:
             prompts.remove(self.running.last)
             self._preempt(self.running.last, step)
             self._schedule_prompts(prompts, step)
+        if self._speculator is not None and not prompts:
+            self._add_drafts(step, self._speculator)
         return step.output()
 
     def complete(self, output: SchedulerOutput) -> None:
         """Account for an executed step, before its samples are appended."""
         enter_computed = self.block_manager.enter_computed
-        for sequence, start, num_tokens, sampled in output.scheduled:
-            sequence.num_computed_tokens = start + num_tokens
+        for sequence, start, num_tokens, sampled, drafts in output.scheduled:
+            self.num_drafts += len(drafts)
+            sequence.num_computed_tokens = start + num_tokens - len(drafts)
             enter_computed(sequence)
             for sibling in sampled[1:]:
                 sibling.num_computed_tokens = start + num_tokens
                 enter_computed(sibling)
+
+    def accept(self, sequence: Sequence, num_drafts: int) -> None:
+        """The first drafts of a completed step were right, and have been appended: their KV is that of the tokens.
+
+        What the other drafts wrote lies past `num_computed_tokens`, where it is never read and soon written over.
+        """
+        self.num_accepted_drafts += num_drafts
+        sequence.num_computed_tokens += num_drafts
+        self.block_manager.enter_computed(sequence)
 
     def observe(self, output: SchedulerOutput, *, seconds: float, swap_s: float) -> None:
         """Take note of how long a step took, `swap_s` of it for swapping."""
         num_swapped = len(output.swap_out) + len(output.swap_in)
         if num_swapped:
             self.preemption_cost.blocks_swapped(num_swapped, swap_s)
-        num_tokens = output.num_tokens
-        if num_tokens >= 2 * len(output.scheduled):  # else it tells more of decoding than of prompts
+        num_tokens, num_drafts = output.num_tokens, output.num_drafts
+        if num_tokens - num_drafts == len(output.scheduled):
+            if self._speculator is not None:
+                self._speculator.step_time.observe(num_tokens, seconds - swap_s)
+        elif num_tokens >= 2 * len(output.scheduled):  # else it tells more of decoding than of prompts
             self.preemption_cost.prompts_computed(num_tokens, seconds - swap_s)
 
     def redo_swapped(self, output: SchedulerOutput) -> None:
@@ -239,6 +268,23 @@ class Scheduler:
                 continue
             sampled = self._sampled(sequence) if start + num_tokens == sequence.num_tokens else ()
             step.scheduled.append(ScheduledSequence(sequence, start, num_tokens, sampled))
+
+    def _add_drafts(self, step: _Step, speculator: Speculator) -> None:
+        """Have guesses computed with the tokens that they follow, as far as tokens and blocks are left over."""
+        places = [place for place, item in enumerate(step.scheduled) if len(item.sampled) == 1]
+        drafts = speculator.draft(
+            [step.scheduled[place].sequence for place in places],
+            max_drafts=self.config.max_num_batched_tokens - len(step.scheduled),
+        )
+        for place, guesses in zip(places, drafts, strict=True):
+            sequence, start, _, sampled, _ = step.scheduled[place]
+            if not guesses:
+                continue
+            # As at admission, a block for each running sequence stays free.
+            copies = self.block_manager.grow(sequence, num_drafts=len(guesses), reserve=len(self.running))
+            if copies is not None:
+                assert not copies  # the next position is writable already
+                step.scheduled[place] = ScheduledSequence(sequence, start, 1 + len(guesses), sampled, tuple(guesses))
 
     def _shortest_waiting(self) -> Sequence:
         """Of those of the best priority that wait; the oldest of them where several are equally short."""

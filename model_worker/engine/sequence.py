@@ -8,6 +8,7 @@ from enum import Enum, auto
 
 from model_worker.engine.outputs import FinishReason
 from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine.speculation.sequence_drafter import SequenceDrafter
 
 
 class SequenceStatus(Enum):
@@ -37,12 +38,14 @@ class Sequence:
         num_released_blocks: for each layer group, leading entries of its table that are not held any more.
         host_block_tables: while swapped, for each layer group the blocks of the host pool.
         output_counts: how often each token id was sampled.
-        prompt_unique_ids: the distinct ids of the prompt, 64-bit; filled by the sampler when a penalty needs them.
+        drafter: guesses its next tokens, once it decodes with speculation.
     """
 
     __slots__ = (
+        "_prompt_unique_ids",
         "block_hashes",
         "block_tables",
+        "drafter",
         "finish_reason",
         "group",
         "host_block_tables",
@@ -55,7 +58,6 @@ class Sequence:
         "output_counts",
         "preempted",
         "priority",
-        "prompt_unique_ids",
         "rank",
         "sampling",
         "seed",
@@ -95,7 +97,8 @@ class Sequence:
         self.block_hashes: list[bytes] = []  # hash chain over the leading full blocks of token_ids, made as needed
         self.num_entered_blocks = 0  # leading full blocks that are accounted for as computed
         self.output_counts: dict[int, int] = {}
-        self.prompt_unique_ids: array[int] | None = None
+        self.drafter: SequenceDrafter | None = None
+        self._prompt_unique_ids: array[int] | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         self.group: SequenceGroup | None = None
@@ -120,6 +123,19 @@ class Sequence:
     @property
     def output_token_ids(self) -> list[int]:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def num_tokens_left(self) -> int:
+        """How many more it may get. LLMEngine has put a number in place of `max_tokens` None."""
+        assert self.sampling.max_tokens is not None
+        return self.sampling.max_tokens - self.num_output_tokens
+
+    @property
+    def prompt_unique_ids(self) -> array[int]:
+        """The distinct ids of the prompt, 64-bit; found once, when a penalty needs them."""
+        if self._prompt_unique_ids is None:
+            self._prompt_unique_ids = array("q", set(self.token_ids[: self.num_prompt_tokens]))
+        return self._prompt_unique_ids
 
     @property
     def finished(self) -> bool:

@@ -11,19 +11,24 @@ from registry.errors import RootgraftError
 
 
 class ScheduledSequence(NamedTuple):
-    """Tokens [start, start + num_tokens) of `sequence` are computed in this step.
+    """Tokens [start, start + num_tokens) of `sequence` are computed in this step; the last of them may be `drafts`.
+
+        tokens      [ known .............................. | drafts ............... ]
+        positions    start                   sequence.num_tokens      start + num_tokens
 
     A named tuple, because hundreds are made in each step and a frozen dataclass takes three times as long.
 
     `sampled` are the sequences that draw their next token from the logits of the last of these rows: none while a
     prompt is not complete, `sequence` itself when it is, and all sequences of its group in the step that completes
-    the prompt they share.
+    the prompt they share. A decoding sequence may have `drafts`, guesses at its next tokens (see speculation): then
+    `sampled` is the sequence alone, and it draws a token after its last known one and after each draft.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     sampled: tuple[Sequence, ...] = ()
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +55,18 @@ class SchedulerOutput:
     def num_tokens(self) -> int:
         return sum(item.num_tokens for item in self.scheduled)
 
+    @property
+    def num_drafts(self) -> int:
+        return sum(len(item.drafts) for item in self.scheduled)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """Answers to one SchedulerOutput.
 
     Attributes:
-        samples: aligned with the concatenation of `sampled` over all scheduled sequences; an error instead of a token
+        samples: aligned with the concatenation of `sampled` over all scheduled sequences, with a further one for each
+            draft of a sequence; an error instead of a token
             (logits not finite) ends that request only.
         prompt_logprobs: seq_id to the logprobs of prompt tokens at positions start + 1 ... start + num_tokens (cut at
             the prompt's end), for scheduled sequences whose sampling asks for prompt_logprobs.

@@ -62,23 +62,30 @@ class FakeExecutor:
         self._copy(self._host_memory, self._memory, output.swap_in)
         self._copy(self._memory, self._memory, output.block_copies)
         for item in output.scheduled:
-            for position in range(item.start, item.start + item.num_tokens):
+            token_ids = item.sequence.token_ids[item.start : item.start + item.num_tokens] + list(item.drafts)
+            assert len(token_ids) == item.num_tokens
+            for position, token_id in enumerate(token_ids, item.start):
                 for g in range(len(self.groups)):
-                    self._memory[self._slot(item.sequence, g, position)] = item.sequence.token_ids[position]
+                    self._memory[self._slot(item.sequence, g, position)] = token_id
         samples: list[SampledToken | RootgraftError] = []
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         for item in output.scheduled:
-            end = item.start + item.num_tokens
+            end = item.start + item.num_tokens - len(item.drafts)
             if item.sequence.sampling.prompt_logprobs is not None:
                 known = range(item.start + 1, min(end + 1, item.sequence.num_prompt_tokens))
                 prompt_logprobs[item.sequence.seq_id] = [
                     TokenLogprobs(item.sequence.token_ids[position], -float(position), ()) for position in known
                 ]
-            visible = [self._visible(item.sequence, g, item.start, end) for g in range(len(self.groups))]
-            for sequence in item.sampled:
-                token_id = _draw(visible, sequence.index, self.vocab_size)
-                samples.append(self._fail_sample(sequence) or SampledToken(token_id, None))
+            for last in range(end, item.start + item.num_tokens + 1):
+                visible = [self._visible(item.sequence, g, item.start, last) for g in range(len(self.groups))]
+                for sequence in item.sampled:
+                    token_id = self.token_after(visible, sequence.index)
+                    samples.append(self._fail_sample(sequence) or SampledToken(token_id, None))
         return StepResult(tuple(samples), prompt_logprobs)
+
+    def token_after(self, visible: list[list[int]], index: int) -> int:
+        """What choice `index` samples after tokens of which each group sees `visible`."""
+        return _draw(visible, index, self.vocab_size)
 
     def _visible(self, sequence: Sequence, group: int, start: int, end: int) -> list[int]:
         """Tokens that the last of [start, end) sees; what the others see must be there as well."""

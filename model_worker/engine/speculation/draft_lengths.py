@@ -32,12 +32,14 @@ def draft_lengths(
     heapify(gains)  # the largest gain first
     tokens, seconds = float(num_rows), step_s
     for _ in range(max_drafts):
-        if not gains or -gains[0][0] * seconds <= row_s * tokens:
+        if not gains:
             break
         gain, i = gains[0]
+        if gain == 0.0 or -gain * seconds < row_s * tokens:
+            break
         lengths[i] += 1
         tokens -= gain
         seconds += row_s
         heapreplace(gains, (gain * rates[i] if lengths[i] < most[i] else 0.0, i))
-    pays = tokens / seconds >= _MIN_SPEEDUP * num_rows / step_s
+    pays = tokens * step_s >= _MIN_SPEEDUP * num_rows * seconds
     return lengths if pays else [0] * len(rates)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-_FORGET = 1.0 / 256.0  # share of the past that each step lets go
+_FORGET = 1.0 / 512.0  # share of the past that each step lets go
 _MAX_OUTLIER = 3.0  # a step that took longer than this many times the expected time counts as so long
-_MIN_SPREAD = 4.0  # steps that must differ from the others, for their difference to be told from noise
+_MIN_SPREAD = 2.0  # steps that must differ from the others, for their difference to be told from noise
 
 
 class StepTime:
