@@ -55,6 +55,11 @@ def token_speller(backend: tokenizers.Tokenizer) -> Callable[[str], bytes]:
     )
 
 
+def decodes_bytes(backend: tokenizers.Tokenizer) -> bool:
+    """Whether this tokenizer decodes by joining the bytes of the tokens and reading them as UTF-8, and does no more."""
+    return backend.decoder is not None and json.loads(backend.decoder.__getstate__())["type"] == "ByteLevel"
+
+
 def _steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if decoder["type"] == "Sequence":
         for inner in decoder["decoders"]:

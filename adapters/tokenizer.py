@@ -14,7 +14,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from adapters.gguf_tokenizer import tokenizer_from_gguf
-from adapters.token_bytes import token_speller
+from adapters.token_bytes import decodes_bytes, token_speller
 from registry.checkpoint import read_checkpoint
 from registry.errors import CheckpointError, UnsupportedModelError
 
@@ -27,6 +27,7 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the highest id; a model's embedding may have more rows (padding) but not fewer.
         special_ids: ids that `decode` leaves out with `skip_special_tokens`.
+        text_is_bytes: the text of any ids is that of their `token_bytes` in a row, read as UTF-8.
         bos_token_id, eos_token_id, pad_token_id: None where the model has none.
     """
 
@@ -44,6 +45,9 @@ class Tokenizer:
         self._spell = token_speller(backend)
         added = backend.get_added_tokens_decoder()
         self._added = {index: token.content.encode() for index, token in added.items()}
+        self.text_is_bytes = decodes_bytes(backend) and all(
+            self._spell(content.decode()) == content for content in self._added.values()
+        )
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_token_id = bos_token_id

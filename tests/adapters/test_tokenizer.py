@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from adapters.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
 from adapters.token_bytes import byte_alphabet
-from adapters.tokenizer import load_tokenizer, save_tokenizer
+from adapters.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from registry.errors import CheckpointError, UnsupportedModelError
 from tests.fakes.tiny_gguf import CORPUS, SPECIAL, byte_level_metadata, train_byte_level, write_gguf
 
@@ -167,6 +168,22 @@ def test_bytes_of_tokens_add_up_to_the_text(tmp_path: Path) -> None:
         assert tokenizer.token_str(unknown) == ""
 
 
+def test_text_is_the_bytes_of_the_tokens_where_the_decoder_only_joins_them() -> None:
+    backend = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
+
+    def text_is_bytes(decoder: decoders.Decoder | None, *added: str) -> bool:
+        tokenizer = tokenizers.Tokenizer.from_str(backend.to_str())
+        tokenizer.add_tokens(list(added))
+        tokenizer.decoder = decoder
+        return Tokenizer(tokenizer, bos_token_id=None, eos_token_id=None, pad_token_id=None).text_is_bytes
+
+    assert text_is_bytes(decoders.ByteLevel(), "<|plain|>", "two words", "日本")
+    assert not text_is_bytes(decoders.ByteLevel(), "é")  # decoded as the byte that is written so
+    assert not text_is_bytes(decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)]))
+    assert not text_is_bytes(decoders.Metaspace())
+    assert not text_is_bytes(None)
+
+
 def test_byte_alphabet_covers_all_bytes_once() -> None:
     alphabet = byte_alphabet()
     assert sorted(alphabet.values()) == list(range(256))
@@ -256,7 +273,7 @@ def test_user_defined_tokens_are_whole_but_not_special(tmp_path: Path) -> None:
 
 
 def test_truncation_and_padding_settings_of_the_file_are_not_applied(tmp_path: Path) -> None:
-    original: Tokenizer = train_byte_level(_BYTE_LEVEL)
+    original: tokenizers.Tokenizer = train_byte_level(_BYTE_LEVEL)
     original.enable_truncation(2)
     original.enable_padding(length=8, pad_token=SPECIAL[0], pad_id=0)
     original.save(str(tmp_path / "tokenizer.json"))

@@ -10,6 +10,8 @@ from model_worker.engine.detokenizer import IncrementalDetokenizer
 from tests.fakes.byte_tokenizer import EOS_TOKEN_ID, ByteTokenizer
 
 BYTES = ByteTokenizer()
+WINDOWED = ByteTokenizer()  # as if its text were more than its bytes
+WINDOWED.text_is_bytes = False
 PIECES = ["▁", "▁hello", "▁world", "lo", "!", "▁▁", "é", "▁日本", "語"]
 FIRST_PIECE = 3 + 256
 LLAMA_DECODER = decoders.Sequence(
@@ -75,6 +77,7 @@ byte_streams = st.lists(st.one_of(characters, characters, stray), max_size=20).m
 
 @settings(max_examples=400, deadline=None)
 @given(
+    tokenizer=st.sampled_from([BYTES, WINDOWED]),
     stream=byte_streams,
     prompt=st.sampled_from(["", "a", "prompt 😀", "日"]),
     stop=st.lists(st.sampled_from(["ab", "aba", "b", "a😀", "😀 a", "日", "aab", " a b "]), max_size=3, unique=True),
@@ -82,14 +85,16 @@ byte_streams = st.lists(st.one_of(characters, characters, stray), max_size=20).m
     specials=st.lists(st.integers(0, 60), max_size=3),
     skip=st.booleans(),
 )
-@example(stream=b"\xff" * 40, prompt="", stop=[], include=False, specials=[], skip=True)
-@example(stream=b"\xf0" * 40, prompt="a", stop=["b"], include=False, specials=[], skip=True)
-def test_byte_level_deltas_are_the_decoded_text_cut_at_the_stop_string(stream, prompt, stop, include, specials, skip):
+@example(tokenizer=WINDOWED, stream=b"\xff" * 40, prompt="", stop=[], include=False, specials=[], skip=True)
+@example(tokenizer=WINDOWED, stream=b"\xf0" * 40, prompt="a", stop=["b"], include=False, specials=[], skip=True)
+def test_byte_level_deltas_are_the_decoded_text_cut_at_the_stop_string(
+    tokenizer, stream, prompt, stop, include, specials, skip
+):
     token_ids = list(stream)
     for place in specials:
         token_ids.insert(place, EOS_TOKEN_ID)
     prompt_ids = BYTES.encode(prompt)
-    deltas, stopped = run(make(prompt=prompt_ids, stop=stop, skip=skip, include=include), token_ids)
+    deltas, stopped = run(make(tokenizer, prompt_ids, stop=stop, skip=skip, include=include), token_ids)
     whole = BYTES.decode(prompt_ids + token_ids, skip_special_tokens=skip)[len(prompt) :]
     expected, expected_stop = cut(whole, tuple(stop), include)
     assert "".join(deltas) == expected
@@ -117,9 +122,9 @@ def test_exactly_what_can_still_become_a_stop_string_is_held_back(text, stop):
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(st.sampled_from("ab日😀é"), max_size=15))
-def test_no_delta_splits_a_character_and_each_comes_with_its_last_byte(text):
-    detokenizer = make()
+@given(tokenizer=st.sampled_from([BYTES, WINDOWED]), text=st.text(st.sampled_from("ab日😀é"), max_size=15))
+def test_no_delta_splits_a_character_and_each_comes_with_its_last_byte(tokenizer, text):
+    detokenizer = make(tokenizer)
     for character in text:
         *first, last = character.encode()
         assert detokenizer.append(first).text == ""
@@ -127,8 +132,9 @@ def test_no_delta_splits_a_character_and_each_comes_with_its_last_byte(text):
     assert detokenizer.flush() == ""
 
 
-def test_an_invalid_byte_comes_out_at_once_and_an_incomplete_character_on_flush():
-    detokenizer = make()
+@pytest.mark.parametrize("tokenizer", [BYTES, WINDOWED])
+def test_an_invalid_byte_comes_out_at_once_and_an_incomplete_character_on_flush(tokenizer):
+    detokenizer = make(tokenizer)
     assert detokenizer.append((0xFF,)).text == "\ufffd"
     assert [detokenizer.append((byte,)).text for byte in b"\xf0\x9f\x98"] == ["", "", ""]
     assert detokenizer.append((ord("x"),)).text == "\ufffdx"
@@ -136,9 +142,10 @@ def test_an_invalid_byte_comes_out_at_once_and_an_incomplete_character_on_flush(
     assert detokenizer.flush() == "\ufffd"
 
 
-def test_a_character_that_the_prompt_began_is_released_when_it_is_complete():
+@pytest.mark.parametrize("tokenizer", [BYTES, WINDOWED])
+def test_a_character_that_the_prompt_began_is_released_when_it_is_complete(tokenizer):
     prompt = [*b"hi ", 0xF0, 0x9F]
-    assert "".join(run(make(prompt=prompt), [0x98, 0x80, ord("!")])[0]) == "😀!"
+    assert "".join(run(make(tokenizer, prompt=prompt), [0x98, 0x80, ord("!")])[0]) == "😀!"
 
 
 @settings(max_examples=400, deadline=None)
@@ -186,7 +193,9 @@ def test_a_window_stays_short():
             return super().decode(ids, skip_special_tokens=skip_special_tokens)
 
     for stream in (b"a" * 300, b"\xff" * 300, b"\xf0" * 300, b"\x80" * 300, "😀".encode() * 75, [EOS_TOKEN_ID] * 300):
-        run(make(Counting(), [ord("p")] * 1000), stream)
+        tokenizer = Counting()
+        tokenizer.text_is_bytes = False
+        run(make(tokenizer, [ord("p")] * 1000), stream)
     assert max(lengths) <= 12  # the end of the prompt and one character
 
 
@@ -237,9 +246,10 @@ def test_stop_strings_are_not_looked_for_in_the_first_min_tokens():
     assert stopped == "ab"
 
 
-def test_special_tokens_are_left_out_or_shown():
-    assert "".join(run(make(skip=True), [65, EOS_TOKEN_ID, 66])[0]) == "AB"
-    assert "".join(run(make(skip=False), [65, EOS_TOKEN_ID, 66])[0]) == "A</s>B"
+@pytest.mark.parametrize("tokenizer", [BYTES, WINDOWED])
+def test_special_tokens_are_left_out_or_shown(tokenizer):
+    assert "".join(run(make(tokenizer, skip=True), [65, EOS_TOKEN_ID, 66])[0]) == "AB"
+    assert "".join(run(make(tokenizer, skip=False), [65, EOS_TOKEN_ID, 66])[0]) == "A</s>B"
 
 
 def test_tokens_after_a_stop_string_are_a_mistake_of_the_caller():
@@ -251,6 +261,7 @@ def test_tokens_after_a_stop_string_are_a_mistake_of_the_caller():
 
 def test_the_small_real_model_gives_the_text_of_its_vectors(smollm2_gguf, smollm2_token_vectors):
     tokenizer = load_tokenizer(smollm2_gguf)
+    assert tokenizer.text_is_bytes
     for text, token_ids in smollm2_token_vectors:
         deltas, _ = run(make(tokenizer, [1], skip=False), token_ids)
         assert "".join(deltas) == tokenizer.decode(token_ids, skip_special_tokens=False), text
