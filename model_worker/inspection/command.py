@@ -13,7 +13,9 @@ from adapters import plan_load
 from model_worker.config import add_model_flags, positive_int
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
-from model_worker.engine.ops.cpu.kernels import find_kernels
+from model_worker.engine.ops.cpu.build import find_compiler
+from model_worker.engine.ops.cpu.kernels import build_kernels, find_kernels
+from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.inspection.html_report import format_html
 from model_worker.inspection.inspection import (
     DEFAULT_CONTEXTS,
@@ -92,8 +94,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     )
     cache_dir = default_cache_dir(environ)
     source = find_model(args.model_path, name="inspected", cache_dir=cache_dir, report=_say)
-    kernels = find_kernels(cache_dir)
-    native = kernels is not None and config.model_impl != "transformers"
+    has_kernels = config.model_impl != "transformers" and (
+        find_kernels(cache_dir) is not None or find_compiler() is not None
+    )
     plan = plan_load(
         source.path,
         dtype=args.dtype,
@@ -101,11 +104,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         max_model_len=args.max_model_len,
         deltas=args.delta,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-        native_model_types=NATIVE_MODEL_TYPES if native else (),
+        native_model_types=NATIVE_MODEL_TYPES if has_kernels else (),
         # What is not loaded may be larger than this machine.
         memory_bytes=None if request.needs_weights else sys.maxsize,
     )
     name = Path(args.model_path).resolve().name if Path(args.model_path).exists() else args.model_path
+    kernels = _kernels(cache_dir) if has_kernels and request.needs_weights else None
     text = _FORMATS[args.format](inspect_model(plan, config, request, name=name, kernels=kernels, report=_say))
     if args.output is not None:
         write_file(args.output, text.encode())
@@ -118,6 +122,15 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _kernels(cache_dir: Path) -> KernelLibrary:
+    """The kernels for the native decoder, built where they are not: a worker would soon serve with them."""
+    kernels = find_kernels(cache_dir)
+    if kernels is None:
+        _say("Building the CPU kernels")
+        kernels = build_kernels(cache_dir)
+    return kernels
 
 
 def _say(line: str) -> None:
