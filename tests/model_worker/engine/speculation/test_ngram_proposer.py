@@ -50,3 +50,10 @@ def test_a_short_period_goes_on_for_as_long_as_asked():
 def test_new_tokens_propose_nothing():
     assert NgramProposer(2, 4).propose([1, 2, 3, 4, 5], 4) == []
     assert NgramProposer(2, 4).propose([1], 4) == []
+
+
+def test_a_long_prompt_is_entered_in_pieces():
+    prompt = list(range(1000)) * 2
+    proposer = NgramProposer(2, 4)
+    calls = [proposer.propose(prompt, 2) for _ in range(8)]
+    assert calls == [[]] * 7 + [[0, 1]]
