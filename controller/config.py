@@ -51,7 +51,9 @@ class WorkerConfig:
     max_attempts: int = flag(3, "replicas that are tried for a request before its first token, each once")
     connect_timeout_s: float = flag(5.0, "seconds to connect to a worker")
     worker_timeout_s: float = flag(
-        300.0, "seconds without a byte from a worker, its queue included, after which a request failed"
+        300.0,
+        "seconds without a sign of life from a worker after which a request failed; one that waits in the worker's "
+        "queue has one every 2 seconds while the engine computes",
     )
 
 
