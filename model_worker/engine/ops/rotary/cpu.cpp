@@ -60,19 +60,25 @@ inline void narrow(float value, Float16& out) { out = to_float16(value); }
 inline void narrow(float value, Float8& out) { out = to_float8(value); }
 inline void narrow(float value, int8_t& out) { out = static_cast<int8_t>(std::lrint(value)); }
 
+// max |x|. Compared as bits, whose order is that of the numbers, with NaN above infinity.
+float largest_magnitude(const float* x, int64_t size) {
+  Ints peaks{};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) peaks = max(peaks, bits_of<Ints>(x + i) & 0x7fffffff);
+  int32_t peak = max(peaks);
+  for (; i < size; ++i) peak = std::max(peak, bits_of<int32_t>(x + i) & 0x7fffffff);
+  return bits_of<float>(&peak);
+}
+
 // Writes x[0:size] to out[0], out[stride], ...; scaled so that the largest becomes kLargest where the format has
 // scales. What is not finite makes the scale not finite.
 template <typename T>
 void write(const float* x, int64_t size, T* out, int64_t stride, float* scale) {
   if constexpr (kHasScales<T>) {
-    float peak = 0.0f, spoilt = 0.0f;
-    for (int64_t i = 0; i < size; ++i) {
-      peak = std::max(peak, std::abs(x[i]));
-      spoilt += x[i] * 0.0f;
-    }
+    const float peak = largest_magnitude(x, size);
     const float inverse = peak >= kSmallestPeak ? kLargest<T> / peak : 0.0f;
     for (int64_t i = 0; i < size; ++i) narrow(x[i] * inverse, out[i * stride]);
-    *scale = peak / kLargest<T> + spoilt;
+    *scale = peak / kLargest<T>;
   } else {
     for (int64_t i = 0; i < size; ++i) narrow(x[i], out[i * stride]);
   }
