@@ -51,7 +51,9 @@ class CacheConfig:
 class SchedulerConfig:
     max_num_seqs: int = flag(64, "most sequences in one step")
     max_num_batched_tokens: int = flag(512, "most tokens computed in one step; longer prompts are computed in chunks")
-    max_mixed_prefill_tokens: int = flag(128, "most tokens of prompts in a step in which other sequences stream")
+    max_mixed_prefill_tokens: int = flag(
+        128, "most tokens of prompts in a step in which others stream; more when more prompts wait than stream"
+    )
     max_num_waiting: int = flag(1024, "requests that may wait; more are refused with 429")
 
 

@@ -5,7 +5,8 @@ order of (priority, arrival). Every step has a budget of `max_num_batched_tokens
 
     1. decoding sequences   one token each; there is always room for all of them
     2. prompts              in chunks; beside decoding sequences no more than `max_mixed_prefill_tokens` in all, so that
-                            a long prompt does not hold up those that stream
+                            a long prompt does not hold up those that stream; as many times that as there are more
+                            prompts to compute than sequences that stream, so that few streams do not hold up a crowd
     3. drafts               while no prompt is under way: guesses at the next tokens of decoding sequences (see
                             speculation), never at the price of a preemption
 
@@ -240,9 +241,12 @@ class Scheduler:
 
     def _schedule_prompts(self, prompts: list[Sequence], step: _Step) -> None:
         """Share what is left of the step's budget among the prompts under way, in order, and those that wait."""
-        budget = self.config.max_num_batched_tokens - len(step.scheduled)
-        if step.scheduled:
-            budget = min(budget, self.config.max_mixed_prefill_tokens)
+        num_decodes = len(step.scheduled)
+        budget = self.config.max_num_batched_tokens - num_decodes
+        if num_decodes:
+            num_prompts = len(prompts) + min(len(self.waiting), self.config.max_num_seqs - self._num_used_slots)
+            most = self.config.max_mixed_prefill_tokens
+            budget = min(budget, max(most, most * num_prompts // num_decodes))
         share = _PromptShare(budget)
         may_admit = not step.preempted and not self._prompt_lacks_blocks
         if may_admit and self.waiting and budget and not (prompts and prompts[0].rank < self.waiting.first.rank):

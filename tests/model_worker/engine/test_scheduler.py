@@ -122,6 +122,19 @@ def test_beside_streams_prompts_get_a_bounded_share_and_alone_the_whole_step() -
     assert all(stream.sequences[0].num_output_tokens == 8 for stream in streams)
 
 
+def test_a_crowd_of_prompts_gets_a_larger_share_than_one_beside_the_same_streams() -> None:
+    harness = Harness(max_num_batched_tokens=64, max_mixed_prefill_tokens=8, num_blocks=200)
+    for i in range(2):
+        harness.add([i], max_tokens=30)
+    harness.step()
+    for i in range(5):
+        harness.add([i] * 40, max_tokens=1)
+    assert harness.step().num_tokens == 2 + 8 * 5 // 2
+    for i in range(20):  # those that find no place in the batch do not count: 5 of 8 are taken by now
+        harness.add([i] * 40, max_tokens=1)
+    assert harness.step().num_tokens == 2 + 8 * 6 // 2
+
+
 def test_short_prompts_pass_a_long_one_that_keeps_half_of_the_share() -> None:
     harness = Harness(max_num_batched_tokens=16, num_blocks=100)
     harness.add(list(range(100)), max_tokens=1, name="long")
