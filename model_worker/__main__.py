@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]) -> int:
     cache_dir = default_cache_dir(environ)
     source = find_model(config.model, name=config.model_name, cache_dir=cache_dir, report=_say)
-    kernels = find_kernels(cache_dir)
+    must_be_native = config.quantization in ("int8", "int4") or config.engine.model_impl == "native"
+    kernels = find_kernels(cache_dir, required=must_be_native)
     native = kernels is not None and config.engine.model_impl != "transformers"
     plan = plan_load(
         source.path,
@@ -77,9 +78,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     inner = LLMEngine.from_plan(plan, config.engine, variant_digest=digest, kernels=kernels, profiler=profiler)
     engine = AsyncLLMEngine(inner, on_failure=engine_died.set)
     resident = psutil.Process().memory_info().rss
-    _say(
-        f"Loaded: {inner.cache_summary()}; {torch.get_num_threads()} threads, {resident / 2**30:.2f} GiB of memory."
-    )
+    _say(f"Loaded: {inner.cache_summary()}; {torch.get_num_threads()} threads, {resident / 2**30:.2f} GiB of memory.")
     if kernels is None and config.engine.model_impl != "transformers":
         start_background_build(machine_levels()[0], cache_dir)
     worker = Worker(engine, plan, config, sock, model_name=source.name, digest=digest, engine_died=engine_died)

@@ -70,7 +70,10 @@ class LLM:
         cache_dir: Path | None = None,
     ) -> None:
         config = config or EngineConfig()
-        kernels = find_kernels(default_cache_dir(os.environ) if cache_dir is None else cache_dir)
+        kernels = find_kernels(
+            default_cache_dir(os.environ) if cache_dir is None else cache_dir,
+            required=quantization in ("int8", "int4") or config.model_impl == "native",
+        )
         self.plan = plan_load(
             Path(model),
             dtype=dtype,
