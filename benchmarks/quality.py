@@ -197,6 +197,8 @@ def main(arguments: Sequence[str]) -> int:
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": shlex.join(["python", "benchmarks/quality.py", *arguments]),
             "machine": describe_machine(),
+            "kernels": kernels.level.name,
+            "quantized_activations": kernels.level.has_integer_dot,
             "text": options.text.name,
             "num_tokens": len(token_ids),
             "results": [asdict(result) for result in results],
