@@ -142,7 +142,7 @@ def _growth(traces: Traces) -> Iterator[Plot]:
     """How the time of a decode step grows, where more than one size was measured."""
     times = [(time.shape.num_rows, time.shape.context, time.duration_ns) for time in traces.times]
     by_rows = {f"{context} tokens": [(r, ns) for r, c, ns in times if c == context] for _, context, _ in times}
-    by_context = {f"{rows} rows": [(c, ns) for r, c, ns in times if r == rows] for rows, _, _ in times}
+    by_context = {_rows(rows): [(c, ns) for r, c, ns in times if r == rows] for rows, _, _ in times}
     for title, x_title, groups in (
         ("Decode step by rows, for each length of the context", "rows", by_rows),
         ("Decode step by context, for each number of rows", "tokens of context", by_context),
@@ -153,6 +153,10 @@ def _growth(traces: Traces) -> Iterator[Plot]:
         ]
         if max(len(line.points) for line in lines) > 1:
             yield Plot(title, draw_lines(lines, format_ms_axis, x_title=x_title, y_title="ms"))
+
+
+def _rows(num_rows: int) -> str:
+    return "1 row" if num_rows == 1 else f"{num_rows} rows"
 
 
 def _columns(trace: StepTrace) -> list[Bar]:

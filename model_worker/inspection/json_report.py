@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from model_worker.inspection.inspection import Inspection
-from model_worker.inspection.op_totals import totals_by_kind, totals_by_layer
+from model_worker.inspection.op_totals import overhead_share, totals_by_kind, totals_by_layer
 
 SCHEMA_VERSION = 1
 
@@ -27,6 +27,7 @@ def to_json(inspection: Inspection) -> dict[str, Any]:
     if inspection.trace is not None:
         for phase, trace in (("prefill", inspection.trace.prefill), ("decode", inspection.trace.decode)):
             shown["trace"][phase] |= {
+                "overhead_share": overhead_share(trace),
                 "by_kind": [dataclasses.asdict(total) for total in totals_by_kind(trace)],
                 "by_layer": [dataclasses.asdict(total) for total in totals_by_layer(trace)],
             }

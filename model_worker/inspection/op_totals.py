@@ -12,6 +12,21 @@ from model_worker.inspection.measured_step import StepTrace
 
 K = TypeVar("K", bound=Hashable)
 
+PRODUCTS_AND_ATTENTION = frozenset(
+    {
+        OpKind.QKV,
+        OpKind.ATTENTION,
+        OpKind.ATTENTION_OUTPUT,
+        OpKind.ROUTER,
+        OpKind.GATE_UP,
+        OpKind.DOWN,
+        OpKind.EXPERTS,
+        OpKind.LINEAR,
+        OpKind.HEAD,
+    }
+)
+"""What a step cannot do without; the rest is overhead."""
+
 
 @dataclass(frozen=True, slots=True)
 class Total:
@@ -56,6 +71,12 @@ class LayerTotal:
 
 def total_of(trace: StepTrace) -> Total:
     return _total(trace.rows, _time(trace.rows))
+
+
+def overhead_share(trace: StepTrace) -> float:
+    """Of the time: what is outside of matrix products and attention."""
+    overhead_ns = _time(row for row in trace.rows if row.kind not in PRODUCTS_AND_ATTENTION)
+    return overhead_ns / _time(trace.rows)
 
 
 def totals_by_kind(trace: StepTrace) -> list[KindTotal]:

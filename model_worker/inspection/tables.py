@@ -10,7 +10,7 @@ from model_worker.inspection.footprint import PRECISIONS, Footprint
 from model_worker.inspection.inspection import ModelFacts, Traces
 from model_worker.inspection.load_summary import LoadSummary
 from model_worker.inspection.measured_step import StepShape, StepTrace
-from model_worker.inspection.op_totals import Total, total_of, totals_by_kind, totals_by_layer
+from model_worker.inspection.op_totals import Total, overhead_share, total_of, totals_by_kind, totals_by_layer
 from model_worker.inspection.quantities import format_bytes, format_count, format_list, format_ms, format_share
 
 _MEASURES = ("ms", "share", "moved", "GB/s", "FLOPs", "GFLOP/s")
@@ -126,10 +126,11 @@ def kinds_table(trace: StepTrace) -> Table:
     rows = [(total.kind.value, str(total.total.num_ops), *_measures(total.total)) for total in totals_by_kind(trace)]
     rows.append(("all", str(len(trace.rows)), *_measures(total_of(trace))))
     untraced, traced = format_ms(trace.duration_ns), format_ms(trace.traced_ns)
-    note = f"The step takes {untraced} ms, and took {traced} ms while it was traced."
-    return Table(
-        f"{describe_step(trace.shape)}: by kind of operation", ("kind", "ops", *_MEASURES), rows, notes=(note,)
+    notes = (
+        f"{format_share(overhead_share(trace))} of the time is outside of matrix products and attention.",
+        f"The step takes {untraced} ms, and took {traced} ms while it was traced.",
     )
+    return Table(f"{describe_step(trace.shape)}: by kind of operation", ("kind", "ops", *_MEASURES), rows, notes=notes)
 
 
 def layers_table(trace: StepTrace) -> Table:

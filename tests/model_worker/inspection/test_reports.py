@@ -77,6 +77,7 @@ SCHEMA = {
     *(f"trace.times[].{key}" for key in (*SHAPE, "duration_ns")),
     "trace.skipped",
     *(f"trace.{phase}.{key}" for phase in ("prefill", "decode") for key in (*SHAPE, "duration_ns", "traced_ns")),
+    *(f"trace.{phase}.overhead_share" for phase in ("prefill", "decode")),
     *(f"trace.{phase}.by_kind[].{key}" for phase in ("prefill", "decode") for key in ("kind",)),
     *(f"trace.{phase}.by_layer[].layer" for phase in ("prefill", "decode")),
     *(
@@ -114,6 +115,9 @@ def test_shares_add_up(inspection: Inspection) -> None:
         step = trace[phase]
         all_ns = sum(row["self_ns"] for row in step["rows"])
         assert 0 < all_ns <= step["traced_ns"]
+        by_kind = {total["kind"]: total["total"]["share"] for total in step["by_kind"]}
+        products = ("qkv", "attention", "o_proj", "gate_up", "down", "head")
+        assert step["overhead_share"] == pytest.approx(1 - sum(by_kind[kind] for kind in products))
         for totals in (step["by_kind"], step["by_layer"]):
             assert sum(total["total"]["self_ns"] for total in totals) == all_ns
             assert sum(total["total"]["share"] for total in totals) == pytest.approx(1.0)
