@@ -24,6 +24,8 @@ its end too: they are multiplied by zero, not left out (see `KVCache.clear_block
         key [T, Hkv, D], value [T, Hkv, Dv]; slot_mapping [T] int64: block number * block_size + offset, all distinct
 
 Raises ValueError where shapes or dtypes do not fit. `reference.py` is the definition; `torch_cpu.py` the fast version.
+The native decoder computes the same formula over a cache of its own: `operation.py`, `native_kv.py`.
+
 Source: PagedAttention, Kwon et al., arXiv 2309.06180, section 4.1.
 """
 

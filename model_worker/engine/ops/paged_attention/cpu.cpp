@@ -316,6 +316,8 @@ void add_part(const Sums& part, int num_rows, Sums& total) {
 
 // A thread's scratch memory.
 struct Scratch {
+  int64_t* begin;     // [rows] first position that each one sees
+  int64_t* end;       // [rows] past the last
   float* queries;     // [rows, key_dim], scaled
   Sums part, total;
   float* scores;      // [kMaxRows, kStrip]
@@ -331,6 +333,8 @@ struct Scratch {
       return start;
     };
     const int64_t rows = max_tile_rows(a), width = a.kv.padded_value_dim;
+    begin = reinterpret_cast<int64_t*>(take(2 * rows));
+    end = reinterpret_cast<int64_t*>(take(2 * rows));
     queries = take(rows * a.kv.key_dim);
     for (Sums* sums : {&part, &total}) *sums = {take(rows), take(rows), take(rows * width), width};
     scores = take(kMaxRows * kStrip);
@@ -353,6 +357,9 @@ class TileRun {
   template <typename W>
   void run() {
     for (int row = 0; row < tile_.num_rows; ++row) {
+      const int64_t position = first_position_ + pair(row) / a_.num_shared();
+      scratch_.begin[row] = a_.first_visible(position);
+      scratch_.end[row] = position + 1;
       const float* const query = a_.query + token(row) * a_.query_stride + query_head(row) * a_.kv.key_dim;
       float* const scaled = scratch_.queries + row * a_.kv.key_dim;
       for (int64_t d = 0; d < a_.kv.key_dim; ++d) scaled[d] = query[d] * a_.scale;
@@ -374,7 +381,6 @@ class TileRun {
   int64_t pair(int row) const { return tile_.first_row + row; }
   int64_t token(int row) const { return first_token_ + pair(row) / a_.num_shared(); }
   int64_t query_head(int row) const { return head_ * a_.num_shared() + pair(row) % a_.num_shared(); }
-  int64_t position(int row) const { return first_position_ + pair(row) / a_.num_shared(); }
 
   // Positions [begin, end), all of the strip that starts at `start`.
   template <typename W>
@@ -493,17 +499,17 @@ class TileRun {
   // Scores, weights and sums of R rows.
   template <int R, typename W>
   __attribute__((noinline)) void multiply(int64_t start, const Strip<W>& strip, int first) {
-    const int64_t begin = std::max(tile_.begin, a_.first_visible(position(first)));
-    const Range needed = in_strip(begin, position(first + R - 1) + 1, start);
+    const int64_t* const begin = scratch_.begin + first;
+    const int64_t* const end = scratch_.end + first;
+    const Range needed = in_strip(begin[0], end[R - 1], start);
     if (needed.begin >= needed.end) return;
     const float* const queries = scratch_.queries + first * a_.kv.key_dim;
     for (int i = needed.begin / kPanel * kPanel; i < needed.end; i += kPanel) {
       multiply_keys<R>(strip, i / kSpan, queries, a_.kv.key_dim, scratch_.scores + i);
     }
     for (int r = 0; r < R; ++r) {
-      const int64_t p = position(first + r);
-      weigh(a_, strip, needed, in_strip(a_.first_visible(p), p + 1, start), scratch_.scores + r * kStrip,
-            scratch_.part, first + r);
+      weigh(a_, strip, needed, in_strip(begin[r], end[r], start), scratch_.scores + r * kStrip, scratch_.part,
+            first + r);
     }
     const int64_t width = a_.kv.padded_value_dim;
     float* const sums = scratch_.part.value + first * width;
