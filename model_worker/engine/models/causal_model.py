@@ -52,7 +52,7 @@ class CausalModel(Traceable, Protocol):
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and meta tensor of everything that a checkpoint holds; of tied parameters only the one that owns them."""
+        """Name and meta tensor of all that a checkpoint holds; of tied parameters only the one that owns them."""
         ...
 
     def is_stored_transposed(self, name: str) -> bool:

@@ -3,7 +3,8 @@
     x = embed_multiplier * embedding[token]
     layer:   a = attention(rotate(q, k), v),  [q k v] = W_qkv norm_in(x) + b        norms of q and k before the rotation
              x = x + residual_multiplier * norm_out(W_o a + b)
-             x = x + residual_multiplier * norm_out(W_down (act(W_gate n) * W_up n)),  n = norm_in(x)
+             x = x + residual_multiplier * norm_out(mlp(norm_in(x)))
+             mlp(n) = W_down (act(W_gate n) * W_up n), or a weighted sum of some such experts (ops/experts)
     logits = cap(W_head norm(x) / logits_divisor)
 
 norm_in or norm_out is absent in most families. Read from transformers' own configuration and modules, so that defaults
@@ -28,11 +29,13 @@ NATIVE_MODEL_TYPES = frozenset(
         "mistral",
         "qwen2",
         "qwen3",
+        "qwen3_moe",
         "phi3",
         "gemma",
         "gemma2",
         "gemma3_text",
         "granite",
+        "mixtral",
         "olmo2",
         "smollm3",
     }
@@ -59,16 +62,33 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """The experts of one layer.
+
+    Attributes:
+        num_chosen: experts that compute a token.
+        normalize: their weights sum to 1.
+    """
+
+    num_experts: int
+    num_chosen: int
+    intermediate_size: int
+    normalize: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One layer.
 
     Attributes:
         attention: scale, window, softcap.
         rope: key into `DecoderSpec.ropes`; None: no rotation.
+        mixture: None: a single MLP.
     """
 
     attention: AttentionParams
     rope: str | None
+    mixture: Mixture | None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +141,6 @@ def read_spec(config: Any, model: nn.Module) -> DecoderSpec:
     if activation is None:
         raise UnsupportedModelError("The native decoder knows the activations silu and gelu_pytorch_tanh only.")
     decoder: Any = model.get_submodule("model")
-    attentions: list[Any] = [layer.self_attn for layer in decoder.layers]
     ropes = _ropes(config, decoder)
     gemma = model_type in _GEMMA
     sandwich = model_type in ("gemma2", "gemma3_text")
@@ -137,13 +156,13 @@ def read_spec(config: Any, model: nn.Module) -> DecoderSpec:
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=attentions[0].head_dim,
+        head_dim=decoder.layers[0].self_attn.head_dim,
         norm_epsilon=config.rms_norm_eps,
         activation=activation,
-        layers=tuple(_layer(config, attention, index, ropes) for index, attention in enumerate(attentions)),
+        layers=tuple(_layer(config, layer, index, ropes) for index, layer in enumerate(decoder.layers)),
         ropes=ropes,
         norm_offset=1.0 if gemma else 0.0,
-        qk_norm={"qwen3": "head", "gemma3_text": "head", "olmo2": "row"}.get(model_type),
+        qk_norm={"qwen3": "head", "qwen3_moe": "head", "gemma3_text": "head", "olmo2": "row"}.get(model_type),
         input_norms=input_norms,
         output_norms=output_norms if sandwich or model_type == "olmo2" else None,
         fused_names=model_type == "phi3",
@@ -154,9 +173,11 @@ def read_spec(config: Any, model: nn.Module) -> DecoderSpec:
     )
 
 
-def _layer(config: Any, attention: Any, index: int, ropes: dict[str, Rope]) -> LayerSpec:
+def _layer(config: Any, layer: Any, index: int, ropes: dict[str, Rope]) -> LayerSpec:
+    attention = layer.self_attn
     layer_type = config.layer_types[index] if getattr(config, "layer_types", None) else None
-    everywhere = config.model_type in ("mistral", "phi3")  # in the other families a module knows its own window
+    # In these a window holds for all layers; in the other families a module knows its own.
+    everywhere = config.model_type in ("mistral", "mixtral", "phi3")
     rope = str(layer_type) if layer_type in ropes else "all"
     return LayerSpec(
         attention=AttentionParams(
@@ -165,6 +186,19 @@ def _layer(config: Any, attention: Any, index: int, ropes: dict[str, Rope]) -> L
             softcap=getattr(attention, "attn_logit_softcapping", None),
         ),
         rope=rope if getattr(attention, "use_rope", True) else None,
+        mixture=_mixture(config, layer.mlp),
+    )
+
+
+def _mixture(config: Any, mlp: Any) -> Mixture | None:
+    if not hasattr(mlp, "experts"):
+        return None
+    num_experts, double_size, _ = mlp.experts.gate_up_proj.shape
+    return Mixture(
+        num_experts=num_experts,
+        num_chosen=config.num_experts_per_tok,
+        intermediate_size=double_size // 2,
+        normalize=getattr(config, "norm_topk_prob", True),
     )
 
 

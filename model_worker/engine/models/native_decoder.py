@@ -2,7 +2,7 @@
 
     embedding ──► layer × N ──► norm                                            one program: tokens to hidden states
                     norm ► qkv ► (norms of q, k) ► rotary + KV write ► attention ► output, added to x
-                    norm ► gate and up, activated ► down, added to x
+                    norm ► gate and up, activated ► down, added to x         (or experts, for the rows that chose them)
     rows ──► head                                                              another: hidden states to logits
 
 The hidden states x stay float32 from the first operation to the last, whatever the weights are; so do all sums. Every
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,14 +23,22 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from compression.grouped_weight import GroupedWeight
 from model_worker.engine.layers.attention import ForwardContext, KVShape
-from model_worker.engine.models.decoder_spec import DecoderSpec, read_spec
+from model_worker.engine.models.decoder_spec import DecoderSpec, Mixture, read_spec
 from model_worker.engine.models.native_attention import KV_FORMATS, NativeAttention
 from model_worker.engine.models.native_trace import Runner, TracedRun, run_plainly
 from model_worker.engine.models.native_weights import Fusion, NativeWeights
 from model_worker.engine.models.rope_limits import refuse_batch_dependent_rope
 from model_worker.engine.ops.cpu.program import Operation, Program, Step, Team, new_buffer
 from model_worker.engine.ops.embedding import Embedding
-from model_worker.engine.ops.linear import Linear, PackedWeight, QuantizedRows, QuantizeRows
+from model_worker.engine.ops.experts import (
+    CombineExperts,
+    ExpertLinear,
+    ExpertPlan,
+    GatherRows,
+    GroupByExpert,
+    SelectExperts,
+)
+from model_worker.engine.ops.linear import Activation, Linear, PackedWeight, QuantizedRows, QuantizeRows
 from model_worker.engine.ops.paged_attention.operation import PagedAttention, allocate_workspace
 from model_worker.engine.ops.rms_norm import RMSNorm
 from model_worker.engine.ops.rotary import RotaryKV, RotaryTable
@@ -86,7 +95,11 @@ class NativeDecoder:
         self._max_rows = max_rows
         self._team = team
         self._weights = NativeWeights(
-            self._fusions(), dtype=dtype, quantization=quantization, wide_keys=frozenset({"embedding", "head"})
+            self._fusions(),
+            dtype=dtype,
+            quantization=quantization,
+            wide_keys=frozenset({"embedding", "head"}),
+            dense_keys=frozenset(f"layers.{i}.router" for i in range(len(self.spec.layers))),
         )
         self.fused: Mapping[str, str] = self._weights.fused
         self.attentions = [
@@ -104,7 +117,7 @@ class NativeDecoder:
         return self.spec.vocab_size
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, valid until the next call."""
+        """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, until the next call."""
         self._run(self._decoder, self._step(input_ids))
         return self._hidden[: len(input_ids)]
 
@@ -133,7 +146,7 @@ class NativeDecoder:
     # ------------------------------------------------------------------------------------------ weights
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and meta tensor of everything that a checkpoint holds; of tied parameters only the one that owns them."""
+        """See CausalModel."""
         yield from self._shapes.items()
 
     def is_stored_transposed(self, name: str) -> bool:
@@ -143,9 +156,10 @@ class NativeDecoder:
         self, name: str, tensor: Tensor | GroupedWeight, *, index: int | None = None, half: int | None = None
     ) -> None:
         """See CausalModel."""
-        assert index is None
-        assert half is None
-        self._weights.put(name, tensor)
+        if index is None:
+            self._weights.put(name, tensor)
+        else:
+            self._weights.put_expert(name, index, half, tensor)
 
     def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
         """See CausalModel."""
@@ -158,18 +172,20 @@ class NativeDecoder:
         spec = self.spec
         found: list[Fusion] = []
 
-        def add(key: str, *names: str, gated: bool = False, offset: float = 0.0) -> None:
+        def add(
+            key: str, *names: str, gated: bool = False, offset: float = 0.0, num_experts: int | None = None
+        ) -> None:
             known = tuple(name for name in names if name in self._shapes)
             assert known in ((), names), f"the model has only {known} of {names}"
             if known:
-                found.append(Fusion(key, names, gated, offset))
+                found.append(Fusion(key, names, gated, offset, num_experts))
 
         add("embedding", "model.embed_tokens.weight")
         add("head", "lm_head.weight")
         add("norm", "model.norm.weight", offset=spec.norm_offset)
         qkv = ("qkv_proj",) if spec.fused_names else ("q_proj", "k_proj", "v_proj")
         gate_up = ("gate_up_proj",) if spec.fused_names else ("gate_proj", "up_proj")
-        for i in range(len(spec.layers)):
+        for i, layer in enumerate(spec.layers):
             path = f"model.layers.{i}"
             for kind in ("weight", "bias"):
                 suffix = "" if kind == "weight" else ".bias"
@@ -177,6 +193,11 @@ class NativeDecoder:
                 add(f"layers.{i}.output{suffix}", f"{path}.self_attn.o_proj.{kind}")
                 add(f"layers.{i}.gate_up{suffix}", *(f"{path}.mlp.{part}.{kind}" for part in gate_up), gated=True)
                 add(f"layers.{i}.down{suffix}", f"{path}.mlp.down_proj.{kind}")
+            if layer.mixture is not None:
+                experts, num_experts = f"{path}.mlp.experts", layer.mixture.num_experts
+                add(f"layers.{i}.router", f"{path}.mlp.gate.weight")
+                add(f"layers.{i}.experts.gate_up", f"{experts}.gate_up_proj", gated=True, num_experts=num_experts)
+                add(f"layers.{i}.experts.down", f"{experts}.down_proj", num_experts=num_experts)
             norms = {*(spec.input_norms or ()), *(spec.output_norms or ())}
             for norm in sorted(norms):
                 add(f"layers.{i}.{norm}", f"{path}.{norm}.weight", offset=spec.norm_offset)
@@ -206,12 +227,13 @@ class NativeDecoder:
         qkv = new_buffer(rows, query_size + 2 * kv_size)
         query, key, value = torch.split(qkv, [query_size, kv_size, kv_size], dim=1)
         attended = new_buffer(rows, query_size)
-        activated = new_buffer(rows, -(-spec.intermediate_size // 16) * 16)  # whole halves of gated panels
+        activated = new_buffer(rows, _whole_halves(spec.intermediate_size))
         tables = {
             kind: RotaryTable.allocate(f"rotary.{kind}", rope.inverse_frequencies, rope.attention_scaling, rows)
             for kind, rope in spec.ropes.items()
         }
         workspace = allocate_workspace()
+        mixtures: dict[Mixture, _MixtureBuffers] = {}  # most models have one kind
 
         yield Embedding("embedding", self._weights.matrices["embedding"], x, spec.embed_multiplier)
         yield from tables.values()
@@ -234,9 +256,42 @@ class NativeDecoder:
             yield from self._add_linear(path, "output", attended, x, normed, after_attention)
             yield from self._norm(path, before_mlp, x, normed)
             source = normed if before_mlp else x
+            if layer.mixture is not None:
+                assert after_mlp is None
+                if layer.mixture not in mixtures:
+                    mixtures[layer.mixture] = _MixtureBuffers.allocate(rows, spec, layer.mixture)
+                yield from self._experts(path, layer.mixture, mixtures[layer.mixture], source, x)
+                continue
             yield from self._linear(f"{path}.gate_up", source, activated, activation=spec.activation)
             yield from self._add_linear(path, "down", activated[:, : spec.intermediate_size], x, normed, after_mlp)
         yield self._norm_operation("norm", x, self._hidden)
+
+    def _experts(
+        self, path: str, mixture: Mixture, buffers: _MixtureBuffers, x: Tensor, out: Tensor
+    ) -> Iterator[Operation]:
+        """out += residual_multiplier * the weighted sum of the experts' MLPs of x."""
+        plan, activated = buffers.plan, buffers.activated
+        yield from self._linear(f"{path}.router", x, buffers.logits)
+        yield SelectExperts(f"{path}.experts.select", buffers.logits, plan, mixture.normalize)
+        yield GroupByExpert(f"{path}.experts.group", plan)
+        yield GatherRows(f"{path}.experts.gather", x, plan, buffers.rows)
+        yield from self._expert_linear(f"{path}.experts.gate_up", buffers.rows, activated, plan, self.spec.activation)
+        inner = activated[:, : mixture.intermediate_size]
+        yield from self._expert_linear(f"{path}.experts.down", inner, buffers.results, plan, Activation.NONE)
+        yield CombineExperts(f"{path}.experts.combine", buffers.results, plan, out, self.spec.residual_multiplier)
+
+    def _expert_linear(
+        self, key: str, x: Tensor, out: Tensor, plan: ExpertPlan, activation: Activation
+    ) -> Iterator[Operation]:
+        weight = self._weights.matrices[key]
+        quantized = None
+        if self._quantizes_rows(weight):
+            quantized = QuantizedRows.allocate(len(x), x.shape[1])
+            yield QuantizeRows(f"{key}.input", x, quantized, plan.num_chosen)
+        yield ExpertLinear(key, x, weight, out, plan, activation, quantized)
+
+    def _quantizes_rows(self, weight: PackedWeight) -> bool:
+        return weight.format.is_quantized and self._team.library.level.has_integer_dot
 
     def _head_operations(self) -> Iterator[Operation]:
         weight = self._weights.matrices.get("head", self._weights.matrices["embedding"])
@@ -257,7 +312,7 @@ class NativeDecoder:
         """A product; before it, where weights and machine want it, the quantization of its input."""
         weight = self._weights.matrices[key] if weight is None else weight
         quantized = None
-        if weight.format.is_quantized and self._team.library.level.has_integer_dot:
+        if self._quantizes_rows(weight):
             quantized = self._quantized.setdefault(x.shape[1], QuantizedRows.allocate(self._max_rows, x.shape[1]))
             yield QuantizeRows(f"{key}.input", x, quantized)
         bias = self._weights.vectors.get(f"{key}.bias")
@@ -286,3 +341,36 @@ class NativeDecoder:
             query_start=torch.tensor(metadata.query_start),
             seq_lens=torch.tensor(metadata.seq_lens),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _MixtureBuffers:
+    """For T tokens, each computed by k experts.
+
+    Attributes:
+        logits: [T, num_experts] of the router.
+        rows, results: [T * k, hidden], in the order of the plan.
+        activated: [T * k, intermediate_size, padded]
+    """
+
+    plan: ExpertPlan
+    logits: Tensor
+    rows: Tensor
+    activated: Tensor
+    results: Tensor
+
+    @classmethod
+    def allocate(cls, num_rows: int, spec: DecoderSpec, mixture: Mixture) -> _MixtureBuffers:
+        num_pairs = num_rows * mixture.num_chosen
+        return cls(
+            ExpertPlan.allocate(num_rows, mixture.num_experts, mixture.num_chosen),
+            new_buffer(num_rows, mixture.num_experts),
+            new_buffer(num_pairs, spec.hidden_size),
+            new_buffer(num_pairs, _whole_halves(mixture.intermediate_size)),
+            new_buffer(num_pairs, spec.hidden_size),
+        )
+
+
+def _whole_halves(size: int) -> int:
+    """Columns that a gated product writes: a panel gives 16."""
+    return -(-size // 16) * 16

@@ -10,6 +10,7 @@ import numpy as np
 from model_worker.engine.model_parts import OpKind, place_of
 from model_worker.engine.ops.cpu.program import Operation, Program, Step
 from model_worker.engine.ops.embedding import Embedding
+from model_worker.engine.ops.experts import CombineExperts, ExpertLinear, GatherRows, GroupByExpert, SelectExperts
 from model_worker.engine.ops.linear import Linear, QuantizeRows
 from model_worker.engine.ops.paged_attention.operation import PagedAttention
 from model_worker.engine.ops.rms_norm import RMSNorm
@@ -24,6 +25,7 @@ _LINEAR_KINDS = {
     "gate_up": OpKind.GATE_UP,
     "down": OpKind.DOWN,
     "head": OpKind.HEAD,
+    "router": OpKind.ROUTER,
 }
 
 
@@ -52,7 +54,10 @@ class TracedRun:
 def _row(operation: Operation, step: Step, begin_ns: int, self_ns: int) -> TraceRow:
     place = place_of(operation.name)
     inputs, outputs = _shapes(operation, step.num_rows)
-    weight = operation.weight if isinstance(operation, Linear) else None
+    weight = operation.weight if isinstance(operation, Linear | ExpertLinear) else None
+    weight_bytes = 0 if weight is None else weight.num_bytes
+    if isinstance(operation, ExpertLinear):
+        weight_bytes = operation.read_bytes(step)
     return TraceRow(
         layer=place.layer,
         name=place.name,
@@ -63,7 +68,7 @@ def _row(operation: Operation, step: Step, begin_ns: int, self_ns: int) -> Trace
         begin_ns=begin_ns,
         self_ns=self_ns,
         bytes_moved=operation.bytes_moved(step),
-        weight_bytes=0 if weight is None else weight.num_bytes,
+        weight_bytes=weight_bytes,
         flops=operation.flops(step),
     )
 
@@ -73,6 +78,10 @@ def _kind(operation: Operation) -> OpKind:
         return _LINEAR_KINDS[operation.name.rpartition(".")[2]]
     if isinstance(operation, QuantizeRows):
         return OpKind.QUANTIZE
+    if isinstance(operation, SelectExperts | GroupByExpert):
+        return OpKind.ROUTER
+    if isinstance(operation, ExpertLinear | GatherRows | CombineExperts):
+        return OpKind.EXPERTS
     if isinstance(operation, Embedding):
         return OpKind.EMBEDDING
     if isinstance(operation, RMSNorm):
@@ -88,6 +97,17 @@ def _shapes(operation: Operation, num_rows: int) -> tuple[tuple[Shape, ...], tup
 
     if isinstance(operation, Linear | RMSNorm):
         return (rows(operation.x.shape[1]),), (rows(operation.out.shape[1]),)
+    if isinstance(operation, ExpertLinear | GatherRows | CombineExperts):
+        pairs = num_rows * operation.plan.num_chosen
+        if isinstance(operation, ExpertLinear):
+            return ((pairs, operation.x.shape[1]),), ((pairs, operation.out.shape[1]),)
+        if isinstance(operation, GatherRows):
+            return (rows(operation.x.shape[1]),), ((pairs, operation.out.shape[1]),)
+        return ((pairs, operation.y.shape[1]),), (rows(operation.out.shape[1]),)
+    if isinstance(operation, SelectExperts):
+        return (rows(operation.plan.num_experts),), (rows(operation.plan.num_chosen),)
+    if isinstance(operation, GroupByExpert):
+        return (rows(operation.plan.num_chosen),), (rows(operation.plan.num_chosen),)
     if isinstance(operation, QuantizeRows):
         return (rows(operation.x.shape[1]),), (rows(operation.out.values.shape[1]), rows(operation.out.scales.shape[1]))
     if isinstance(operation, Embedding):

@@ -3,6 +3,7 @@
     checkpoint                                        here
     q_proj, k_proj, v_proj .weight                    layers.i.qkv          one packed weight, outputs one after another
     gate_proj, up_proj .weight                        layers.i.gate_up      one gated pair
+    mlp.experts, each                                 layers.i.experts...   one packed weight after the other
     embed_tokens.weight (tied: lm_head.weight too)    embedding, head       once, for both
     norms, biases                                     float32 vectors
 
@@ -22,6 +23,7 @@ from compression.grouped_weight import GroupedWeight, can_quantize
 from compression.int4 import quantize_int4
 from compression.int8 import quantize_int8
 from model_worker.engine.ops.linear import PackedWeight, interleave_gated, pack
+from registry.errors import ClientError
 
 Quantizer = Callable[[Tensor], GroupedWeight]
 QUANTIZERS: dict[str, Quantizer] = {"int8": quantize_int8, "int4": quantize_int4}
@@ -36,13 +38,15 @@ class Fusion:
         names: its parts in the checkpoint, in the order of the outputs.
         gated: there are a gate and an up projection, to be interleaved; one part holds both, one after the other.
         offset: added to a vector.
+        num_experts: there is one part, [E, N, K], of so many matrices; None: a single matrix.
     """
 
     key: str
     names: tuple[str, ...]
     gated: bool = False
     offset: float = 0.0
-    parts: dict[str, Tensor | GroupedWeight] = field(default_factory=dict)
+    num_experts: int | None = None
+    parts: dict[str | int, Tensor | GroupedWeight] = field(default_factory=dict)
 
 
 class NativeWeights:
@@ -53,13 +57,20 @@ class NativeWeights:
         dtype: of matrices that are not quantized.
         quantization: key of `QUANTIZERS`; None: quantize nothing. Weights that come quantized stay as they are.
         wide_keys: matrices that lose too much in 4 bits, and are given 8.
+        dense_keys: matrices that are not quantized.
 
     Attributes:
         matrices, vectors: what is complete, by key.
     """
 
     def __init__(
-        self, fusions: list[Fusion], *, dtype: torch.dtype, quantization: str | None, wide_keys: frozenset[str]
+        self,
+        fusions: list[Fusion],
+        *,
+        dtype: torch.dtype,
+        quantization: str | None,
+        wide_keys: frozenset[str],
+        dense_keys: frozenset[str],
     ) -> None:
         self.matrices: dict[str, PackedWeight] = {}
         self.vectors: dict[str, Tensor] = {}
@@ -67,6 +78,7 @@ class NativeWeights:
         self._dtype = dtype
         self._quantization = quantization
         self._wide_keys = wide_keys
+        self._dense_keys = dense_keys
 
     @property
     def fused(self) -> dict[str, str]:
@@ -76,6 +88,11 @@ class NativeWeights:
     def put(self, name: str, tensor: Tensor | GroupedWeight) -> None:
         """Take one tensor of the checkpoint."""
         fusion = self._fusions[name]
+        if fusion.num_experts is not None:
+            assert isinstance(tensor, Tensor)
+            for index, matrix in enumerate(tensor):
+                self.put_expert(name, index, None, matrix)
+            return
         fusion.parts[name] = tensor
         if len(fusion.parts) < len(fusion.names):
             return
@@ -84,6 +101,27 @@ class NativeWeights:
             self.vectors[fusion.key] = self._vector(fusion, parts)
         else:
             self.matrices[fusion.key] = self._matrix(fusion, parts)
+
+    def put_expert(self, name: str, index: int, half: int | None, tensor: Tensor | GroupedWeight) -> None:
+        """Take one expert's matrix, or its gate (half 0) or up projection (half 1)."""
+        fusion = self._fusions[name]
+        if half is not None:
+            other = fusion.parts.pop(index, None)
+            if other is None:
+                fusion.parts[index] = tensor
+                return
+            parts = [other, tensor] if half == 1 else [tensor, other]
+        else:
+            parts = [tensor]
+        packed = self._matrix(fusion, parts)
+        assert fusion.num_experts is not None
+        whole = self.matrices.get(fusion.key)
+        if whole is None:
+            data = torch.empty(fusion.num_experts * packed.num_bytes, dtype=torch.uint8)
+            num_outputs = fusion.num_experts * packed.num_outputs
+            whole = self.matrices[fusion.key] = PackedWeight(data, packed.format, num_outputs, packed.num_inputs)
+        assert packed.format is whole.format
+        whole.data[index * packed.num_bytes : (index + 1) * packed.num_bytes] = packed.data
 
     def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
         """Whether a complete matrix, made of this part alone, is what this tensor would make it."""
@@ -115,10 +153,15 @@ class NativeWeights:
         )
 
     def _prepare(self, key: str, part: Tensor | GroupedWeight) -> Tensor | GroupedWeight:
-        if isinstance(part, GroupedWeight) or self._quantization is None or not can_quantize(part.shape):
+        if isinstance(part, GroupedWeight):
+            return part.dequantize() if key in self._dense_keys else part
+        if self._quantization is None or key in self._dense_keys or not can_quantize(part.shape):
             return part
         quantization = "int8" if key in self._wide_keys else self._quantization
-        return QUANTIZERS[quantization](part.float())
+        try:
+            return QUANTIZERS[quantization](part)
+        except ClientError as error:
+            raise type(error)(f"{key}: {error.message}") from error
 
 
 def _join(parts: list[Tensor], *, gated: bool) -> Tensor:

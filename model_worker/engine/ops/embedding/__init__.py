@@ -2,8 +2,8 @@
 
     out[t] = multiplier * W[input_ids[t]]          W [vocab, size] packed as for linear layers; out [T, size] float32
 
-The packing is that of a head's weight, so that a model whose embedding is also its head keeps it once. A row is then not
-contiguous: reading one costs some microseconds, against milliseconds for the rest of a token.
+The packing is that of a head's weight, so that a model whose embedding is also its head keeps it once. A row is then
+not contiguous: reading one costs some microseconds, against milliseconds for the rest of a token.
 """
 
 from __future__ import annotations

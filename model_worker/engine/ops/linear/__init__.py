@@ -43,6 +43,7 @@ from model_worker.engine.ops.linear.packed_weight import (
 __all__ = [
     "Activation",
     "Linear",
+    "LinearArgs",
     "PackedWeight",
     "QuantizeRows",
     "QuantizedRows",
@@ -95,6 +96,7 @@ class _QuantizeArgs(ctypes.Structure):
         ("values", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("sums", ctypes.c_void_p),
+        ("rows_per_token", ctypes.c_int64),
     )
 
 
@@ -105,11 +107,13 @@ class QuantizeRows:
     Attributes:
         x: [T, K]
         out: what is filled.
+        rows_per_token: other than 1 where x has more rows than the step, as among experts.
     """
 
     name: str
     x: Tensor
     out: QuantizedRows
+    rows_per_token: int = 1
     kernel: str = "rootgraft_quantize_rows"
 
     def arguments(self) -> ctypes.Structure:
@@ -121,10 +125,11 @@ class QuantizeRows:
             address(out.values),
             address(out.scales),
             address(out.sums),
+            self.rows_per_token,
         )
 
     def reference(self, step: Step) -> None:
-        num_rows, num_inputs = step.num_rows, self.x.shape[1]
+        num_rows, num_inputs = step.num_rows * self.rows_per_token, self.x.shape[1]
         groups = F.pad(self.x[:num_rows], (0, -num_inputs % GROUP)).view(num_rows, self.out.scales.shape[1], GROUP)
         peaks = groups.abs().amax(dim=-1)
         inverse = torch.where(peaks >= _SMALLEST_PEAK, 127.0 / peaks, 0.0)
@@ -134,13 +139,15 @@ class QuantizeRows:
         self.out.sums[:num_rows] = values.sum(dim=-1, dtype=torch.int32)
 
     def bytes_moved(self, step: Step) -> int:
-        return step.num_rows * self.x.shape[1] * 5
+        return step.num_rows * self.rows_per_token * self.x.shape[1] * 5
 
     def flops(self, step: Step) -> int:
         return 0
 
 
-class _LinearArgs(ctypes.Structure):
+class LinearArgs(ctypes.Structure):
+    """Mirrored in cpu.cpp."""
+
     _fields_ = (
         ("x", ctypes.c_void_p),
         ("x_stride", ctypes.c_int64),
@@ -194,7 +201,7 @@ class Linear:
 
     def arguments(self) -> ctypes.Structure:
         quantized = self.quantized_x if self.weight.format.is_quantized else None
-        return _LinearArgs(
+        return LinearArgs(
             address(self.x),
             row_stride(self.x),
             address(self.weight.data),

@@ -26,7 +26,7 @@ constexpr int kChunk = 768;                 // K that is widened at a time; a mu
 enum Format : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 enum Activation : int64_t { kNone = 0, kSilu = 1, kGeluTanh = 2 };
 
-// Mirrored by `_LinearArgs` in __init__.py.
+// Mirrored by `LinearArgs` in __init__.py.
 struct LinearArgs {
   const float* x;         // [T, K], rows x_stride apart
   int64_t x_stride;
@@ -361,22 +361,61 @@ void quantized_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int r
 
 using namespace rootgraft;
 
+namespace {
+
+void compute_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+  switch (a.format) {
+    case kFloat32: dense_tile<float>(a, panel, first_row, rows, scratch); break;
+    case kBFloat16: dense_tile<BFloat16>(a, panel, first_row, rows, scratch); break;
+    case kFloat16: dense_tile<Float16>(a, panel, first_row, rows, scratch); break;
+    case kInt8: quantized_tile<Int8Group>(a, panel, first_row, rows, scratch); break;
+    case kInt4: quantized_tile<Int4Group>(a, panel, first_row, rows, scratch); break;
+  }
+}
+
+// Mirrored by `_ExpertLinearArgs` in experts/__init__.py.
+struct ExpertLinearArgs {
+  LinearArgs linear;      // of the first expert
+  const int64_t* starts;  // [num_experts + 1] rows [starts[e], starts[e + 1]) are those of expert e
+  int64_t num_experts;
+  int64_t expert_bytes;   // from one expert's weight to the next
+};
+
+}  // namespace
+
 extern "C" void rootgraft_linear(const void* args, const Step& step, Worker& worker) {
   const LinearArgs& a = *static_cast<const LinearArgs*>(args);
   const int64_t num_panels = (a.num_outputs + kPanel - 1) / kPanel;
   const int64_t num_blocks = (step.num_rows + kTileRows - 1) / kTileRows;
-  float* const scratch = worker.scratch<float>();
   for (int64_t tile; (tile = worker.take(num_panels * num_blocks)) >= 0;) {
     const int64_t panel = tile % num_panels, block = tile / num_panels;
     const int64_t first = step.num_rows * block / num_blocks;
     const int rows = static_cast<int>(step.num_rows * (block + 1) / num_blocks - first);
-    switch (a.format) {
-      case kFloat32: dense_tile<float>(a, panel, first, rows, scratch); break;
-      case kBFloat16: dense_tile<BFloat16>(a, panel, first, rows, scratch); break;
-      case kFloat16: dense_tile<Float16>(a, panel, first, rows, scratch); break;
-      case kInt8: quantized_tile<Int8Group>(a, panel, first, rows, scratch); break;
-      case kInt4: quantized_tile<Int4Group>(a, panel, first, rows, scratch); break;
+    compute_tile(a, panel, first, rows, worker.scratch<float>());
+  }
+}
+
+extern "C" void rootgraft_expert_linear(const void* args, const Step&, Worker& worker) {
+  const ExpertLinearArgs& a = *static_cast<const ExpertLinearArgs*>(args);
+  const int64_t num_panels = (a.linear.num_outputs + kPanel - 1) / kPanel;
+  int64_t num_tiles = 0;
+  for (int64_t e = 0; e < a.num_experts; ++e) {
+    num_tiles += (a.starts[e + 1] - a.starts[e] + kTileRows - 1) / kTileRows * num_panels;
+  }
+  int64_t expert = 0, first_tile = 0;  // tiles of earlier experts come first, and a thread's tiles ascend
+  for (int64_t tile; (tile = worker.take(num_tiles)) >= 0;) {
+    int64_t num_rows, num_blocks;
+    for (;; ++expert, first_tile += num_blocks * num_panels) {
+      num_rows = a.starts[expert + 1] - a.starts[expert];
+      num_blocks = (num_rows + kTileRows - 1) / kTileRows;
+      if (tile < first_tile + num_blocks * num_panels) break;
     }
+    LinearArgs linear = a.linear;
+    linear.weight = static_cast<const std::byte*>(a.linear.weight) + expert * a.expert_bytes;
+    const int64_t panel = (tile - first_tile) % num_panels, block = (tile - first_tile) / num_panels;
+    const int64_t first = num_rows * block / num_blocks;
+    const int rows = static_cast<int>(num_rows * (block + 1) / num_blocks - first);
+    compute_tile(linear, panel, a.starts[expert] + first, rows, worker.scratch<float>());
   }
 }
 
@@ -390,6 +429,7 @@ struct QuantizeArgs {
   int8_t* values;  // [T, padded K]
   float* scales;   // [T, K groups]
   int32_t* sums;   // [T, K groups]
+  int64_t rows_per_token;
 };
 
 // One group; 2^23 * 1.5 added to a small number rounds it to an integer, ties to even.
@@ -413,7 +453,7 @@ inline void quantize_group(const float* x, int8_t* values, float* scale, int32_t
 extern "C" void rootgraft_quantize_rows(const void* args, const Step& step, Worker& worker) {
   const QuantizeArgs& a = *static_cast<const QuantizeArgs*>(args);
   const int64_t num_whole = a.num_inputs / kGroup, num_groups = (a.num_inputs + kGroup - 1) / kGroup;
-  for (int64_t row; (row = worker.take(step.num_rows)) >= 0;) {
+  for (int64_t row; (row = worker.take(step.num_rows * a.rows_per_token)) >= 0;) {
     const float* const x = a.x + row * a.x_stride;
     int8_t* const values = a.values + row * num_groups * kGroup;
     float* const scales = a.scales + row * num_groups;

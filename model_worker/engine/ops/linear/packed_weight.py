@@ -6,9 +6,9 @@
     int4                            [panel][group]  { scale[32], minimum[32], values[4][32][4] }
                                                                                       w = scale * value + minimum
 
-A group is 32 consecutive inputs; scales and minimums are float16. values[i][n][j] of int8 is input 4 i + j of output n;
-of int4 the low half of a byte is input 4 i + j, the high half input 16 + 4 i + j. Outputs are padded with zeros to whole
-panels; the inputs of quantized weights are whole groups. These are the blocks of GGUF's Q8_0 and Q4_1
+A group is 32 consecutive inputs; scales and minimums are float16. values[i][n][j] of int8 is input 4 i + j of output
+n; of int4 the low half of a byte is input 4 i + j, the high half input 16 + 4 i + j. Outputs are padded with zeros to
+whole panels; the inputs of quantized weights are whole groups. These are the blocks of GGUF's Q8_0 and Q4_1
 (docs/formats/gguf.md) in another order, so weights in these formats are served bit for bit as the file has them.
 
 A gated pair (gate and up projection of an MLP) is one weight whose panels hold 16 gates, then their 16 ups.
