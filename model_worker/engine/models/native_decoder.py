@@ -118,6 +118,7 @@ class NativeDecoder:
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, until the next call."""
+        assert len(input_ids) <= self._max_rows, "the step is larger than the buffers"
         self._run(self._decoder, self._step(input_ids))
         return self._hidden[: len(input_ids)]
 
