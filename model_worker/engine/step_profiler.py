@@ -157,7 +157,7 @@ class Span:
 
 
 class SpanProfiler(_RecordingProfiler):
-    """Records the spans themselves, at about a microsecond each; and the model's operations, if asked to."""
+    """Records the spans themselves, at some microseconds each; and the model's operations, if asked to."""
 
     def __init__(
         self,
