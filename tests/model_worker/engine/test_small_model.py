@@ -19,7 +19,11 @@ SETTINGS = {
     "alone": EngineConfig(scheduler=SchedulerConfig(max_num_seqs=1)),
     "in chunks": EngineConfig(scheduler=SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=24)),
     "preempted": EngineConfig(cache=CacheConfig(block_size=8, num_blocks=14, enable_prefix_caching=False)),
+    "swapped": EngineConfig(
+        cache=CacheConfig(block_size=8, num_blocks=14, enable_prefix_caching=False, swap_space_gib=0.05)
+    ),
 }
+SCARCE = ("preempted", "swapped")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -36,11 +40,12 @@ def test_greedy_tokens_are_those_of_transformers(
     assert [len(prompt) for prompt in prompts] == [expected["prompt_len"] for expected in smollm2_greedy.values()]
     first = llm.generate(prompts, GREEDY)
     assert [answer.outputs[0].token_ids for answer in first] == [answer["ids"] for answer in smollm2_greedy.values()]
-    assert (llm.engine.stats().preemptions_total > 0) == (setting == "preempted")
+    assert (llm.engine.stats().preemptions_total > 0) == (setting in SCARCE)
+    assert (llm.engine.stats().swapped_in_blocks_total > 0) == (setting == "swapped")
 
     again = llm.generate(prompts, GREEDY)  # the prompts' full blocks now come from the prefix cache, where it is on
     assert [answer.outputs[0].token_ids for answer in again] == [answer["ids"] for answer in smollm2_greedy.values()]
-    assert all((answer.num_cached_tokens > 0) == (setting != "preempted") for answer in again)
+    assert all((answer.num_cached_tokens > 0) == (setting not in SCARCE) for answer in again)
     llm.engine.check_integrity()
 
 
