@@ -104,7 +104,9 @@ def test_two_controllers_do_not_share_metrics(metrics: Metrics) -> None:
 
 def test_workers_are_labelled_and_left_out_when_they_are_gone(metrics: Metrics) -> None:
     model = ServedModel(name='odd"name', family="llama", max_model_len=1, chat=False, dtype="fp32")
-    draining = WorkerStats(draining=True, preemptions_total=3, kv_blocks_used=2)
+    draining = WorkerStats(
+        draining=True, preemptions_total=3, kv_blocks_used=2, draft_tokens_total=8, accepted_draft_tokens_total=6
+    )
     workers = [
         Worker("a", "http://a:1", (model,), draining, 0.0),
         Worker("b", "http://b:1", (model,), WorkerStats(), 0.0, suspect=True),
@@ -115,5 +117,8 @@ def test_workers_are_labelled_and_left_out_when_they_are_gone(metrics: Metrics) 
     assert 'rootgraft_workers{state="ready"} 0.0' in text
     assert 'rootgraft_worker_preemptions_total{worker="a"} 3.0' in text
     assert 'rootgraft_worker_kv_blocks_used{worker="a"} 2.0' in text
+    assert 'rootgraft_worker_accepted_draft_tokens_total{worker="a"} 6.0' in text
+    assert 'rootgraft_worker_draft_acceptance_rate{worker="a"} 0.75' in text
+    assert 'rootgraft_worker_draft_acceptance_rate{worker="b"} 0.0' in text  # no drafts at all
     assert 'rootgraft_worker_serves{model="odd\\"name",worker="b"} 1.0' in text
     assert "worker=" not in metrics.render(WorkerCollector([])).decode()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from model_worker.engine.config import CacheConfig, EngineConfig
+from model_worker.engine.config import CacheConfig, EngineConfig, SpeculationConfig
 from registry.errors import InvalidRequestError
 
 
@@ -18,6 +18,9 @@ from registry.errors import InvalidRequestError
         (lambda: CacheConfig(kv_cache_gib=-1.0), "kv_cache_gib"),
         (lambda: CacheConfig(swap_space_gib=-1.0), "swap_space_gib"),
         (lambda: CacheConfig(swap_space_gib=math.inf), "swap_space_gib"),
+        (lambda: SpeculationConfig(num_speculative_tokens=0), "num_speculative_tokens"),
+        (lambda: SpeculationConfig(ngram_min=0), "ngram_min"),
+        (lambda: SpeculationConfig(ngram_min=5, ngram_max=4), "ngram_min"),
         (lambda: EngineConfig(num_threads=0), "num_threads"),
     ],
 )
