@@ -100,6 +100,8 @@ class AsyncLLMEngine:
                         raise item
                     finished = item.finished
                     yield item
+                    if finished:
+                        break  # whatever failed after that is no news of this request
         finally:
             self._tracker.close(request_id)
             if not finished:

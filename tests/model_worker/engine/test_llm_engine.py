@@ -278,6 +278,16 @@ async def test_a_dead_engine_thread_fails_everything_and_says_so() -> None:
         await collect(engine.generate("s", [1], SamplingParams(max_tokens=2)))
 
 
+async def test_nothing_follows_the_last_output_even_if_the_engine_dies_right_after_it() -> None:
+    engine = AsyncLLMEngine(make_engine())  # not started: the test is its thread
+    reader = asyncio.create_task(collect(engine.generate("r", [1], SamplingParams(max_tokens=2))))
+    await asyncio.sleep(0)
+    last = RequestOutput("r", num_prompt_tokens=1, num_cached_tokens=0, finished=True)
+    engine._tracker.deliver([("r", last)])
+    engine._tracker.fail_all(InternalError("dead"))
+    assert await reader == [last]
+
+
 @pytest.mark.parametrize("direction", ["swap_out", "swap_in"])
 def test_what_a_failed_step_swapped_is_computed_again(direction: str) -> None:
     """The copies may or may not have been made: nobody reads them."""
