@@ -103,7 +103,7 @@ def fake_requests(draw: st.DrawFn) -> Request:
     requests=st.lists(fake_requests(), min_size=1, max_size=6),
     stop_token_ids=st.sampled_from([(), (2,)]),
     groups=st.sampled_from(GROUPS),
-    num_blocks=st.integers(38, 60),
+    num_spare_blocks=st.integers(0, 9),
     num_host_blocks=st.sampled_from([0, 20]),
     block_size=st.sampled_from([2, 3, 4]),
     enable_prefix_caching=st.booleans(),
@@ -112,10 +112,20 @@ def fake_requests(draw: st.DrawFn) -> Request:
     ngram_min=st.integers(1, 3),
 )
 def test_answers_are_the_same(
-    requests, stop_token_ids, groups, num_blocks, num_host_blocks, block_size, num_speculative_tokens, ngram_min, **more
+    requests,
+    stop_token_ids,
+    groups,
+    num_spare_blocks,
+    num_host_blocks,
+    block_size,
+    num_speculative_tokens,
+    ngram_min,
+    **more,
 ):
     """Forks, preemption, swapping, windows, prefix cache, priorities, every way to end; three tokens, so that guesses
     are right now and then."""
+
+    num_blocks = len(groups) * -(-38 // block_size) + num_spare_blocks  # for little more than one long sequence
 
     def answer(speculation: SpeculationConfig) -> dict[tuple[str, int], list[Any]]:
         executor = FakeExecutor(num_blocks, block_size, 3, num_host_blocks=num_host_blocks, groups=groups)
