@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-
 _MAX_ENTERED = 256  # tokens in one call: about half a millisecond
 
 

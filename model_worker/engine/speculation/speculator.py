@@ -33,6 +33,7 @@ class Speculator:
         self.config = config
         self.step_time = StepTime()
         self._overall = AcceptanceRate(_WINDOW)
+        self._num_drafts = 0  # in the last step
 
     def draft(self, sequences: SequenceOf[Sequence], *, max_drafts: int) -> list[list[int]]:
         """The tokens that may follow each sequence, to be computed in the next step.
@@ -54,6 +55,7 @@ class Speculator:
             proposals.append(proposal[: sequence.num_tokens_left - 1])  # the step yields one token more
             rates.append(sequence.drafter.rate(_PRIOR))
         lengths = self._lengths(rates, [len(proposal) for proposal in proposals], max_drafts)
+        self._num_drafts = sum(lengths)
         return [proposal[:num] for proposal, num in zip(proposals, lengths, strict=True)]
 
     def _lengths(self, rates: list[float], most: list[int], max_drafts: int) -> list[int]:
@@ -64,4 +66,6 @@ class Speculator:
             if self.step_time.mean_rows > num_rows + probe / 2:
                 return [0] * num_rows
             max_drafts, step_s, row_s = min(max_drafts, probe), 1.0, 0.0
+        # Far beyond what was measured the line may not hold: steps grow by degrees, and each tells more.
+        max_drafts = min(max_drafts, 2 * max(probe, self._num_drafts))
         return draft_lengths(rates, most, num_rows=num_rows, max_drafts=max_drafts, step_s=step_s, row_s=row_s)
