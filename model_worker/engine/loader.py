@@ -12,6 +12,7 @@ from torch import Tensor
 from adapters.load_plan import LoadPlan
 from adapters.weights import iterate_weights
 from compression.grouped_weight import GroupedWeight
+from model_worker.engine.freed_memory import return_freed_memory
 from model_worker.engine.load_report import LoadReport, Outcome
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.models.native_decoder import NativeDecoder
@@ -101,6 +102,7 @@ def load_model(
     with report.phase("finish"):
         filler.check_complete()
         model.finish()
+        return_freed_memory()
     report.ties.update(model.ties)
     return model
 

@@ -13,7 +13,8 @@ matrix in another form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -159,9 +160,21 @@ class NativeWeights:
             return part
         quantization = "int8" if key in self._wide_keys else self._quantization
         try:
-            return QUANTIZERS[quantization](part)
+            with _one_thread():
+                return QUANTIZERS[quantization](part)
         except ClientError as error:
             raise type(error)(f"{key}: {error.message}") from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Quantizing is many small operations, whose barriers cost more than a second thread gives."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _join(parts: list[Tensor], *, gated: bool) -> Tensor:
