@@ -1,4 +1,4 @@
-"""`benchmarks/scenarios.py` against a server that is quick with beginnings that it knows, and slow with long prompts."""
+"""`benchmarks/scenarios.py` against a server that is quick with beginnings that it knows, slow with long prompts."""
 
 import asyncio
 import importlib
