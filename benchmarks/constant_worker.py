@@ -21,6 +21,7 @@ from adapters import plan_load
 from adapters.tokenizer import load_tokenizer
 from model_worker.config import parse_config
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
+from model_worker.engine.config import SpeculationConfig
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.outputs import SampledToken
 from model_worker.engine.step import SchedulerOutput, StepResult
@@ -78,7 +79,8 @@ def main(arguments: Sequence[str]) -> int:
     died = asyncio.Event()
     engine = AsyncLLMEngine(
         LLMEngine(
-            config.engine,
+            # Its text repeats itself: guesses would always be right, and a step would give many tokens.
+            replace(config.engine, speculation=SpeculationConfig(speculation="off")),
             executor,
             tokenizer,
             stop_token_ids=plan.stop_token_ids,

@@ -123,7 +123,7 @@ def test_few_blocks_mean_preemption_and_the_same_text(cluster: Cluster) -> None:
     worker.kill()
     cluster.workers.clear()
     wait_until(lambda: cluster.num_workers() == 0, 30, "the worker gone")
-    cluster.start_worker("--max-num-seqs", "32", "--num-blocks", "256")
+    cluster.start_worker("--max-num-seqs", "32", "--num-blocks", "128")
     assert run() == roomy
     assert cluster.metric("rootgraft_worker_preemptions_total") > 0
     wait_until(lambda: cluster.metric("rootgraft_worker_kv_blocks_used") == 0, 5, "blocks given back")

@@ -25,7 +25,7 @@ SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a directory that keeps pictures t
 @pytest.fixture
 def page(cluster: Cluster) -> Iterator[Page]:
     cluster.start_controller()
-    cluster.start_worker()
+    cluster.start_worker("--dtype", "float32")  # its answers are long enough to be stopped
     port = free_port()
     webui = Process(cluster.directory / "webui.log", "webui", "--port", str(port), "--controller", cluster.url)
     try:
