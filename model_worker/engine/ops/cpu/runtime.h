@@ -2,10 +2,12 @@
 //
 // A step is a list of commands. All threads of a team run the same command together, then meet at a barrier:
 //
-//     thread 0   | command 0, tiles 0 2 5 | barrier | command 1, tiles 0 1 | barrier | ...
-//     thread 1   | command 0, tiles 1 3 4 |         | command 1, tiles 2   |
+//     thread 0   | command 0, tiles 0 1 2 5 | barrier | command 1, tiles 0 1 | barrier | ...
+//     thread 1   | command 0, tiles 3 4     |         | command 1, tiles 2 3 |
 //
-// Tiles are handed out by a counter, so that a thread which lost its core for a while holds up one tile, not a half.
+// The tiles of a command are cut into as many ranges as there are threads. A thread works through its own range, whose
+// weights lie one after the other in memory, and then helps with those of the others, so that a thread which lost its
+// core for a while holds up one tile, not a half.
 #pragma once
 
 #include <atomic>
@@ -29,15 +31,27 @@ struct Step {
 
 constexpr size_t kScratchBytes = 256 * 1024;
 
-// One thread of a team, as a kernel sees it.
+// How many tiles of a thread's range have been taken; in a cache line of its own.
+struct alignas(64) TileCounter {
+  std::atomic<int64_t> num_taken{0};
+};
+
+// One thread of a team, as a kernel sees it during one command.
 class Worker {
  public:
-  Worker(std::atomic<int64_t>& next_tile, std::byte* scratch) noexcept : next_tile_(next_tile), scratch_(scratch) {}
+  // counters: one of each thread, all zero before the first take.
+  Worker(TileCounter* counters, int num_threads, int thread, std::byte* scratch) noexcept
+      : counters_(counters), num_threads_(num_threads), thread_(thread), scratch_(scratch) {}
 
-  // The next tile in [0, num_tiles) that no other thread has, or -1.
+  // A tile in [0, num_tiles) that no other thread has, or -1. All calls of a command pass the same number.
   int64_t take(int64_t num_tiles) {
-    const int64_t tile = next_tile_.fetch_add(1, std::memory_order_relaxed);
-    return tile < num_tiles ? tile : -1;
+    for (; num_ranges_done_ < num_threads_; ++num_ranges_done_) {
+      const int range = (thread_ + num_ranges_done_) % num_threads_;
+      const int64_t first = num_tiles * range / num_threads_, end = num_tiles * (range + 1) / num_threads_;
+      const int64_t tile = first + counters_[range].num_taken.fetch_add(1, std::memory_order_relaxed);
+      if (tile < end) return tile;
+    }
+    return -1;
   }
 
   // kScratchBytes of memory of this thread's own, aligned to 64 bytes; its content does not outlive the command.
@@ -47,7 +61,10 @@ class Worker {
   }
 
  private:
-  std::atomic<int64_t>& next_tile_;
+  TileCounter* counters_;
+  int num_threads_;
+  int thread_;
+  int num_ranges_done_ = 0;
   std::byte* scratch_;
 };
 

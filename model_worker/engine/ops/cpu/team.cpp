@@ -42,6 +42,7 @@ struct FreeDeleter {
 class Team {
  public:
   explicit Team(int num_threads) : num_threads_(num_threads) {
+    for (auto& counters : counters_) counters = std::make_unique<TileCounter[]>(num_threads);
     for (int i = 0; i < num_threads; ++i) {
       scratch_.emplace_back(static_cast<std::byte*>(std::aligned_alloc(64, kScratchBytes)));
       if (!scratch_.back()) throw std::bad_alloc();
@@ -86,26 +87,27 @@ class Team {
   }
 
   void compute(int index) {
-    Worker worker(next_tile_, scratch_[index].get());
     // The members may change as soon as the last barrier is passed.
     const Command* const commands = commands_;
     const int64_t num_commands = num_commands_;
     const Step& step = *step_;
     for (int64_t i = 0; i < num_commands; ++i) {
+      const uint32_t generation = generation_.load(std::memory_order_relaxed);
+      // Nobody looks at the other set before the barrier, and nobody has since the one before.
+      counters_[(generation + 1) % 2][index].num_taken.store(0, std::memory_order_relaxed);
+      Worker worker(counters_[generation % 2].get(), num_threads_, index, scratch_[index].get());
       commands[i].kernel(commands[i].args, step, worker);
-      barrier(i);
+      barrier(i, generation);
     }
   }
 
-  // The last thread to come notes the time, makes the tile counter ready and lets the others go.
-  void barrier(int64_t command) {
-    const uint32_t generation = generation_.load(std::memory_order_relaxed);
+  // The last thread to come notes the time and lets the others go.
+  void barrier(int64_t command, uint32_t generation) {
     if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
       if (end_ns_ != nullptr) {
         end_ns_[command] = std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
       }
       num_arrived_.store(0, std::memory_order_relaxed);
-      next_tile_.store(0, std::memory_order_relaxed);
       // In sequence with notify_all's own look at who waits, which could otherwise come before this is visible.
       generation_.store(generation + 1);
       if (num_threads_ > 1) generation_.notify_all();
@@ -117,6 +119,7 @@ class Team {
   const int num_threads_;
   std::vector<std::unique_ptr<std::byte, FreeDeleter>> scratch_;
   std::vector<std::thread> threads_;
+  std::unique_ptr<TileCounter[]> counters_[2];  // [num_threads]; the commands use one set and the other by turns
 
   const Command* commands_ = nullptr;
   int64_t num_commands_ = 0;
@@ -126,7 +129,6 @@ class Team {
   alignas(64) std::atomic<uint32_t> job_{0};
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<int> num_arrived_{0};
-  alignas(64) std::atomic<int64_t> next_tile_{0};
 };
 
 }  // namespace

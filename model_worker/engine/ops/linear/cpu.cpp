@@ -56,11 +56,12 @@ struct Int4Group {
 };
 static_assert(sizeof(Int8Group) == 64 + 1024 && sizeof(Int4Group) == 128 + 512);
 
-// Asks for weights that are used some microseconds later: the machine's own prefetching ends at each page.
+// Asks for weights that are used some microseconds later: the machine's own prefetching ends at each page. They go to
+// the second level of cache, because requests for the first one wait for a few buffers, up to the memory's whole latency.
 inline void fetch_ahead(const void* weights, int num_bytes) {
-  constexpr int kAhead = 4096;
+  constexpr int kAhead = 8192, kForRead = 0, kSecondLevel = 2;
   const char* const start = static_cast<const char*>(weights) + kAhead;
-  for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i);
+  for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kSecondLevel);
 }
 
 using Sums = Floats[kVectors];
@@ -402,8 +403,9 @@ extern "C" void rootgraft_expert_linear(const void* args, const Step&, Worker& w
   for (int64_t e = 0; e < a.num_experts; ++e) {
     num_tiles += (a.starts[e + 1] - a.starts[e] + kTileRows - 1) / kTileRows * num_panels;
   }
-  int64_t expert = 0, first_tile = 0;  // tiles of earlier experts come first, and a thread's tiles ascend
+  int64_t expert = 0, first_tile = 0;  // tiles of earlier experts come first
   for (int64_t tile; (tile = worker.take(num_tiles)) >= 0;) {
+    if (tile < first_tile) expert = first_tile = 0;
     int64_t num_rows, num_blocks;
     for (;; ++expert, first_tile += num_blocks * num_panels) {
       num_rows = a.starts[expert + 1] - a.starts[expert];
