@@ -8,10 +8,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoConfig
-
+from adapters.decoder_config import DECODER_MODEL_TYPES, complete_config
 from registry.errors import CheckpointError, UnsupportedModelError
 from registry.families import ModelFamily, find_family
 
@@ -47,14 +47,10 @@ def find_model_adapter(config: Mapping[str, Any]) -> ModelAdapter:
         UnsupportedModelError: the family is unknown or refused; the message says why.
     """
     family = _family(config)
-    model_type = str(config["model_type"])
-    # A copy, because transformers completes the nested settings in place.
-    values = {key: copy.deepcopy(config[key]) for key in config if key not in ("model_type", "transformers_version")}
-    try:
-        full = AutoConfig.for_model(model_type, **values)
-    except Exception as error:
-        # transformers validates each family with errors of its own; all of them mean that the file is wrong.
-        raise CheckpointError(f"config.json is not valid for model_type {model_type!r}: {error}") from error
+    if config["model_type"] in DECODER_MODEL_TYPES:
+        full: Any = SimpleNamespace(**complete_config(config))
+    else:
+        full = _complete_with_transformers(config)
     head_dim = getattr(full, "head_dim", None) or full.hidden_size // full.num_attention_heads
     return ModelAdapter(
         family=family,
@@ -65,6 +61,21 @@ def find_model_adapter(config: Mapping[str, Any]) -> ModelAdapter:
         kv_values_per_token=full.num_hidden_layers * _kv_values_per_layer(full, head_dim),
         rope_parameters=rope_parameters(config),
     )
+
+
+def _complete_with_transformers(config: Mapping[str, Any]) -> Any:
+    """transformers' own configuration object, for the families that adapters/decoder_config.py does not have."""
+    # Imported here because it takes 2.4 s, which a worker with one of the other families need not spend.
+    from transformers import AutoConfig
+
+    model_type = str(config["model_type"])
+    # A copy, because transformers completes the nested settings in place.
+    values = {key: copy.deepcopy(config[key]) for key in config if key not in ("model_type", "transformers_version")}
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except Exception as error:
+        # transformers validates each family with errors of its own; all of them mean that the file is wrong.
+        raise CheckpointError(f"config.json is not valid for model_type {model_type!r}: {error}") from error
 
 
 def rope_parameters(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
