@@ -186,7 +186,10 @@ _NUMBERS = frozenset(
 _TEXTS = frozenset({"hidden_act", "hidden_activation"})
 _LISTS: Mapping[str, type] = {"layer_types": str, "no_rope_layers": int, "mlp_only_layers": int}
 _MAY_BE_ZERO = frozenset({"max_window_layers", "num_local_experts"})
-_MAY_BE_NULL = frozenset({"num_key_value_heads", "sliding_window", "final_logit_softcapping", "attn_logit_softcapping"})
+_MAY_BE_NULL = frozenset(
+    {"num_key_value_heads", "sliding_window", "use_bidirectional_attention"}
+    | {"final_logit_softcapping", "attn_logit_softcapping"}
+)
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 # The settings that each kind of rotary frequencies needs.
 _ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {

@@ -16,7 +16,6 @@ from model_worker.engine.freed_memory import return_freed_memory
 from model_worker.engine.load_report import LoadReport, Outcome
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.models.native_decoder import NativeDecoder
-from model_worker.engine.models.transformers_model import TransformersModel
 from model_worker.engine.ops.cpu.program import Team
 from registry.errors import CheckpointError, UnsupportedModelError
 
@@ -134,6 +133,13 @@ def _build(plan: LoadPlan, device: torch.device, model_impl: str, native: Native
             "model with --quantization none."
         )
     logger.info("The native decoder is not used: %s", why)
+    return _build_from_transformers(plan, device, dtype)
+
+
+def _build_from_transformers(plan: LoadPlan, device: torch.device, dtype: torch.dtype) -> CausalModel:
+    # Imported here because transformers' modeling code takes 3 s, which the native decoder need not spend.
+    from model_worker.engine.models.transformers_model import TransformersModel
+
     return TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -108,6 +109,20 @@ def test_it_is_completed_as_transformers_completes_it(name: str) -> None:
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert completed["head_dim"] == head_dim
     assert completed["rope_parameters"] == theirs.rope_parameters
+
+
+@pytest.mark.parametrize("name", list(_CONFIGS))
+def test_what_transformers_writes_means_the_same(name: str) -> None:
+    values = {key: value for key, value in copy.deepcopy(_CONFIGS[name]).items() if key != "model_type"}
+    written = json.loads(CONFIG_MAPPING[_CONFIGS[name]["model_type"]](**values).to_json_string(use_diff=False))
+    completed = complete_config(_CONFIGS[name])
+    if completed["model_type"] == "gemma3_text":
+        del completed["sliding_window_pattern"]  # written under another name, and needed no more
+        again = complete_config(written)
+        del again["sliding_window_pattern"]
+        assert again == completed
+    else:
+        assert complete_config(written) == completed
 
 
 @pytest.mark.parametrize(

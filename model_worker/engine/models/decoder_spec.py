@@ -7,58 +7,31 @@
              mlp(n) = W_down (act(W_gate n) * W_up n), or a weighted sum of some such experts (ops/experts)
     logits = cap(W_head norm(x) / logits_divisor)
 
-norm_in or norm_out is absent in most families. Read from transformers' own configuration and modules, so that defaults
-and derived values are theirs.
+norm_in or norm_out is absent in most families. What a family computes is data here, because importing transformers'
+modeling code takes seconds; tests/model_worker/engine/models/test_decoder_spec.py compares it with theirs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-
+from adapters.decoder_config import DECODER_MODEL_TYPES, complete_config
+from model_worker.engine.models.rope_frequencies import Rope, make_rope
+from model_worker.engine.models.rope_limits import refuse_batch_dependent_rope
 from model_worker.engine.ops.linear import Activation
 from model_worker.engine.ops.paged_attention import AttentionParams
 from registry.errors import UnsupportedModelError
 
 # Every family here is compared with transformers in tests/model_worker/engine/test_parity.py.
-NATIVE_MODEL_TYPES = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "qwen3_moe",
-        "phi3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "granite",
-        "mixtral",
-        "olmo2",
-        "smollm3",
-    }
-)
+NATIVE_MODEL_TYPES = DECODER_MODEL_TYPES
 _ACTIVATIONS = {
     "silu": Activation.SILU,
     "swish": Activation.SILU,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
 }
 _GEMMA = frozenset({"gemma", "gemma2", "gemma3_text"})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rope:
-    """Rotary frequencies that some layers share.
-
-    Attributes:
-        inverse_frequencies: [R / 2] float32; the first R elements of a head are rotated.
-        attention_scaling: of cosines and sines.
-    """
-
-    inverse_frequencies: Tensor
-    attention_scaling: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +74,7 @@ class DecoderSpec:
         input_norms: names of the norms before attention and before the MLP; None: absent.
         output_norms: names of the norms after attention and after the MLP; None: absent.
         fused_names: the checkpoint holds qkv and gate-up as one tensor each (phi3).
+        tied_head: the output head is the embedding.
     """
 
     vocab_size: int
@@ -118,30 +92,37 @@ class DecoderSpec:
     input_norms: tuple[str, str] | None = ("input_layernorm", "post_attention_layernorm")
     output_norms: tuple[str, str] | None = None
     fused_names: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tied_head: bool = False
     embed_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
 
 
-def read_spec(config: Any, model: nn.Module) -> DecoderSpec:
-    """The spec of a model of transformers.
+def read_spec(config: Mapping[str, Any], max_model_len: int) -> DecoderSpec:
+    """The spec of a model.
 
     Args:
-        config: transformers' configuration object.
-        model: its causal language model, on meta: modules, shapes and constants are read.
+        config: the dict of config.json.
+        max_model_len: most positions that will ever be used.
 
     Raises:
         UnsupportedModelError: the native decoder does not compute this model; says what it lacks.
+        CheckpointError: the config holds a value that it cannot have.
     """
-    model_type = config.model_type
+    model_type = config["model_type"]
     if model_type not in NATIVE_MODEL_TYPES:
         raise UnsupportedModelError(f"The native decoder does not know model type {model_type!r}.")
-    activation = _ACTIVATIONS.get(str(getattr(config, "hidden_activation", None) or config.hidden_act))
+    config = complete_config(config)
+    activation = _ACTIVATIONS.get(str(config.get("hidden_activation", config.get("hidden_act"))))
     if activation is None:
         raise UnsupportedModelError("The native decoder knows the activations silu and gelu_pytorch_tanh only.")
-    decoder: Any = model.get_submodule("model")
-    ropes = _ropes(config, decoder)
+    if config.get("use_bidirectional_attention", False):
+        raise UnsupportedModelError("The native decoder knows causal attention only.")
+    ropes = _ropes(config, max_model_len)
     gemma = model_type in _GEMMA
     sandwich = model_type in ("gemma2", "gemma3_text")
     output_norms = ("post_attention_layernorm", "post_feedforward_layernorm")
@@ -151,63 +132,81 @@ def read_spec(config: Any, model: nn.Module) -> DecoderSpec:
     elif model_type == "olmo2":
         input_norms = None
     return DecoderSpec(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=decoder.layers[0].self_attn.head_dim,
-        norm_epsilon=config.rms_norm_eps,
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        norm_epsilon=config["rms_norm_eps"],
         activation=activation,
-        layers=tuple(_layer(config, layer, index, ropes) for index, layer in enumerate(decoder.layers)),
+        layers=tuple(_layer(config, index, ropes) for index in range(config["num_hidden_layers"])),
         ropes=ropes,
         norm_offset=1.0 if gemma else 0.0,
         qk_norm={"qwen3": "head", "qwen3_moe": "head", "gemma3_text": "head", "olmo2": "row"}.get(model_type),
         input_norms=input_norms,
         output_norms=output_norms if sandwich or model_type == "olmo2" else None,
         fused_names=model_type == "phi3",
-        embed_multiplier=config.hidden_size**0.5 if gemma else getattr(config, "embedding_multiplier", 1.0),
-        residual_multiplier=getattr(config, "residual_multiplier", 1.0),
-        logits_divisor=getattr(config, "logits_scaling", 1.0),
-        logits_softcap=getattr(config, "final_logit_softcapping", None),
+        qkv_bias=model_type == "qwen2" or config.get("attention_bias", False),
+        output_bias=config.get("attention_bias", False),
+        mlp_bias=config.get("mlp_bias", False),
+        tied_head=config["tie_word_embeddings"],
+        embed_multiplier=config["hidden_size"] ** 0.5 if gemma else config.get("embedding_multiplier", 1.0),
+        residual_multiplier=config.get("residual_multiplier", 1.0),
+        logits_divisor=config.get("logits_scaling", 1.0),
+        logits_softcap=config.get("final_logit_softcapping"),
     )
 
 
-def _layer(config: Any, layer: Any, index: int, ropes: dict[str, Rope]) -> LayerSpec:
-    attention = layer.self_attn
-    layer_type = config.layer_types[index] if getattr(config, "layer_types", None) else None
-    # In these a window holds for all layers; in the other families a module knows its own.
-    everywhere = config.model_type in ("mistral", "mixtral", "phi3")
-    rope = str(layer_type) if layer_type in ropes else "all"
+def _layer(config: Mapping[str, Any], index: int, ropes: Mapping[str, Rope]) -> LayerSpec:
+    layer_type = config["layer_types"][index] if "layer_types" in config else "all"
+    # A family that names its layers has the window in some of them, another one in all.
+    has_window = layer_type in ("sliding_attention", "all") and config.get("use_sliding_window", True)
+    rope = layer_type if layer_type in ropes else "all"
     return LayerSpec(
         attention=AttentionParams(
-            scale=attention.scaling,
-            sliding_window=config.sliding_window if everywhere else getattr(attention, "sliding_window", None),
-            softcap=getattr(attention, "attn_logit_softcapping", None),
+            scale=_attention_scale(config),
+            sliding_window=config.get("sliding_window") if has_window else None,
+            softcap=config.get("attn_logit_softcapping"),
         ),
-        rope=rope if getattr(attention, "use_rope", True) else None,
-        mixture=_mixture(config, layer.mlp),
+        rope=rope if "no_rope_layers" not in config or config["no_rope_layers"][index] else None,
+        mixture=_mixture(config, index),
     )
 
 
-def _mixture(config: Any, mlp: Any) -> Mixture | None:
-    if not hasattr(mlp, "experts"):
+def _attention_scale(config: Mapping[str, Any]) -> float:
+    if "attention_multiplier" in config:
+        return float(config["attention_multiplier"])
+    return float(config.get("query_pre_attn_scalar", config["head_dim"]) ** -0.5)
+
+
+def _mixture(config: Mapping[str, Any], index: int) -> Mixture | None:
+    num_experts = config.get("num_local_experts", 0)
+    if num_experts == 0 or index in config.get("mlp_only_layers", ()):
         return None
-    num_experts, double_size, _ = mlp.experts.gate_up_proj.shape
+    if (index + 1) % config.get("decoder_sparse_step", 1) != 0:
+        return None
     return Mixture(
         num_experts=num_experts,
-        num_chosen=config.num_experts_per_tok,
-        intermediate_size=double_size // 2,
-        normalize=getattr(config, "norm_topk_prob", True),
+        num_chosen=config["num_experts_per_tok"],
+        intermediate_size=config.get("moe_intermediate_size", config["intermediate_size"]),
+        normalize=config.get("norm_topk_prob", True),
     )
 
 
-def _ropes(config: Any, decoder: Any) -> dict[str, Rope]:
-    """By layer type where a model has several, else under "all"; made by transformers' own class, on the host."""
-    module: Any = type(decoder.rotary_emb)(config)
-    if isinstance(module.rope_type, dict):
-        return {
-            kind: Rope(getattr(module, f"{kind}_inv_freq").float(), float(getattr(module, f"{kind}_attention_scaling")))
-            for kind in module.rope_type
-        }
-    return {"all": Rope(module.inv_freq.float(), float(module.attention_scaling))}
+def _ropes(config: Mapping[str, Any], max_model_len: int) -> dict[str, Rope]:
+    """By layer type where a model has several, else under "all"."""
+    settings = config["rope_parameters"]
+    by_kind = settings if config["model_type"] == "gemma3_text" else {"all": settings}
+    ropes = {}
+    for kind, rope in by_kind.items():
+        if kind != "all" and kind not in config["layer_types"]:
+            continue
+        refuse_batch_dependent_rope(rope, max_model_len)
+        ropes[kind] = make_rope(
+            rope,
+            head_dim=config["head_dim"],
+            default_is_partial=config["model_type"] == "phi3",
+            max_position_embeddings=config["max_position_embeddings"],
+        )
+    return ropes

@@ -11,7 +11,7 @@ row is computed alike whatever its neighbours are, up to the order of sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from compression.grouped_weight import GroupedWeight
 from model_worker.engine.layers.attention import ForwardContext, KVShape
+from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
 from model_worker.engine.models.decoder_spec import DecoderSpec, Mixture, read_spec
 from model_worker.engine.models.native_attention import KV_FORMATS, NativeAttention
 from model_worker.engine.models.native_trace import Runner, TracedRun, run_plainly
 from model_worker.engine.models.native_weights import Fusion, NativeWeights
-from model_worker.engine.models.rope_limits import refuse_batch_dependent_rope
 from model_worker.engine.ops.cpu.program import Operation, Program, Step, Team, new_buffer
 from model_worker.engine.ops.embedding import Embedding
 from model_worker.engine.ops.experts import (
@@ -66,6 +65,7 @@ class NativeDecoder:
 
     Raises:
         UnsupportedModelError: the model is not of this shape.
+        CheckpointError: its config holds a value that it cannot have.
     """
 
     decoder_prefix = "model"
@@ -81,17 +81,14 @@ class NativeDecoder:
         max_rows: int,
         team: Team,
     ) -> None:
-        hf_config = CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
-        with torch.device("meta"):
-            build: Callable[..., Any] = AutoModelForCausalLM.from_config
-            causal_lm = build(hf_config, dtype=dtype, attn_implementation="eager")
-        refuse_batch_dependent_rope(causal_lm, max_model_len)
-        self.spec: DecoderSpec = read_spec(hf_config, causal_lm)
+        self.spec: DecoderSpec = read_spec(config, max_model_len)
         own = str(dtype).removeprefix("torch.")
         self.kv_dtypes = (own, *(name for name in KV_FORMATS if name != own))
         self.context = ForwardContext()
-        self.ties: dict[str, str] = causal_lm.get_expanded_tied_weights_keys(all_submodels=True)
-        self._shapes = {name: tensor for name, tensor in causal_lm.state_dict().items() if name not in self.ties}
+        self.ties: dict[str, str] = {HEAD: EMBEDDING} if self.spec.tied_head else {}
+        self._parameters = {
+            name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in parameter_shapes(self.spec).items()
+        }
         self._max_rows = max_rows
         self._team = team
         self._weights = NativeWeights(
@@ -148,7 +145,7 @@ class NativeDecoder:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See CausalModel."""
-        yield from self._shapes.items()
+        yield from self._parameters.items()
 
     def is_stored_transposed(self, name: str) -> bool:
         return False
@@ -176,13 +173,13 @@ class NativeDecoder:
         def add(
             key: str, *names: str, gated: bool = False, offset: float = 0.0, num_experts: int | None = None
         ) -> None:
-            known = tuple(name for name in names if name in self._shapes)
+            known = tuple(name for name in names if name in self._parameters)
             assert known in ((), names), f"the model has only {known} of {names}"
             if known:
                 found.append(Fusion(key, names, gated, offset, num_experts))
 
-        add("embedding", "model.embed_tokens.weight")
-        add("head", "lm_head.weight")
+        add("embedding", EMBEDDING)
+        add("head", HEAD)
         add("norm", "model.norm.weight", offset=spec.norm_offset)
         qkv = ("qkv_proj",) if spec.fused_names else ("q_proj", "k_proj", "v_proj")
         gate_up = ("gate_up_proj",) if spec.fused_names else ("gate_proj", "up_proj")
@@ -205,7 +202,7 @@ class NativeDecoder:
             for norm in ("q_norm", "k_norm"):
                 add(f"layers.{i}.{norm}", f"{path}.self_attn.{norm}.weight", offset=spec.norm_offset)
         covered = {name for fusion in found for name in fusion.names}
-        assert covered == self._shapes.keys(), f"no place for {sorted(self._shapes.keys() - covered)}"
+        assert covered == self._parameters.keys(), f"no place for {sorted(self._parameters.keys() - covered)}"
         return found
 
     # ------------------------------------------------------------------------------------------ programs

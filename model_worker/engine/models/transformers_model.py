@@ -72,7 +72,8 @@ class TransformersModel:
         self.context = ForwardContext()
         self.attentions: list[PagedAttention] = []
         self.ties: dict[str, str] = self.causal_lm.get_expanded_tied_weights_keys(all_submodels=True)
-        refuse_batch_dependent_rope(self.causal_lm, max_model_len)
+        for rope in self._ropes():
+            refuse_batch_dependent_rope(rope, max_model_len)
         if model_type in PATCHES:
             PATCHES[model_type](self.causal_lm)
         self._replace_linears()
@@ -181,6 +182,13 @@ class TransformersModel:
         head = self.causal_lm.get_output_embeddings()
         assert isinstance(head, Linear)
         return head
+
+    def _ropes(self) -> Iterator[Mapping[str, Any]]:
+        """The rotary settings of the model, or of each kind of layer."""
+        for module in self.causal_lm.modules():
+            if hasattr(module, "rope_type"):
+                settings = module.config.rope_parameters
+                yield from settings.values() if isinstance(module.rope_type, dict) else [settings]
 
     def _weight(self, name: str) -> Tensor:
         path, _, attribute = name.rpartition(".")
