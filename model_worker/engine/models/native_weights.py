@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from compression.grouped_weight import GroupedWeight, can_quantize
 from compression.int4 import quantize_int4
 from compression.int8 import quantize_int8
+from model_worker.engine.ops.cpu.huge_pages import HugePageArena
 from model_worker.engine.ops.linear import PackedWeight, interleave_gated, pack
 from registry.errors import ClientError
 
@@ -75,6 +76,7 @@ class NativeWeights:
     ) -> None:
         self.matrices: dict[str, PackedWeight] = {}
         self.vectors: dict[str, Tensor] = {}
+        self._arena = HugePageArena()
         self._fusions = {name: fusion for fusion in fusions for name in fusion.names}
         self._dtype = dtype
         self._quantization = quantization
@@ -101,7 +103,8 @@ class NativeWeights:
         if len(parts[0].shape) == 1:
             self.vectors[fusion.key] = self._vector(fusion, parts)
         else:
-            self.matrices[fusion.key] = self._matrix(fusion, parts)
+            matrix = self._matrix(fusion, parts)
+            self.matrices[fusion.key] = replace(matrix, data=self._arena.keep(matrix.data))
 
     def put_expert(self, name: str, index: int, half: int | None, tensor: Tensor | GroupedWeight) -> None:
         """Take one expert's matrix, or its gate (half 0) or up projection (half 1)."""
@@ -118,7 +121,7 @@ class NativeWeights:
         assert fusion.num_experts is not None
         whole = self.matrices.get(fusion.key)
         if whole is None:
-            data = torch.empty(fusion.num_experts * packed.num_bytes, dtype=torch.uint8)
+            data = self._arena.empty(fusion.num_experts * packed.num_bytes)
             num_outputs = fusion.num_experts * packed.num_outputs
             whole = self.matrices[fusion.key] = PackedWeight(data, packed.format, num_outputs, packed.num_inputs)
         assert packed.format is whole.format
