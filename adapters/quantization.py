@@ -42,7 +42,7 @@ class WeightPrecision:
     def num_bytes(self, tensor: TensorHeader, value_bytes: int) -> int:
         """What a tensor takes in memory; `value_bytes` is the size of a value that is not quantized."""
         num_values = math.prod(tensor.shape)
-        if not can_quantize(tensor.shape):
+        if not can_quantize(tensor.shape[-2:]):  # of three dimensions: the matrices of all experts
             return num_values * value_bytes
         if tensor.dtype in self.kept_types:
             kind = "int4" if tensor.dtype in _FOUR_BIT_TYPES else "int8"

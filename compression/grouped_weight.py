@@ -64,18 +64,21 @@ def split_groups(weight: Tensor) -> Tensor:
 
     Raises:
         UnsupportedModelError: rows that are not whole groups.
-        CheckpointError: infinite values or NaN.
     """
     if not can_quantize(weight.shape):
         raise UnsupportedModelError(
             f"A weight of shape {list(weight.shape)} cannot be quantized: only matrices whose rows are a multiple of "
             f"{GROUP} long can."
         )
-    if not bool(torch.isfinite(weight).all()):
+    return weight.reshape(-1, GROUP)
+
+
+def check_finite(extremes: Tensor) -> None:
+    """Raises CheckpointError where the extremes of some groups say that an infinite value or NaN is among them."""
+    if not bool(torch.isfinite(extremes).all()):
         raise CheckpointError(
             "A weight holds infinite values or NaN and cannot be quantized; download the model again."
         )
-    return weight.reshape(-1, GROUP)
 
 
 def check_range(largest: float) -> None:

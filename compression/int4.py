@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compression.grouped_weight import GROUP, GroupedWeight, check_range, split_groups
+from compression.grouped_weight import GROUP, GroupedWeight, check_finite, check_range, split_groups
 
 _LARGEST = 15
 _STEPS_BETWEEN_EXTREMES = (14, 15, 16)
@@ -77,6 +77,7 @@ def quantize_int4(weight: Tensor) -> GroupedWeight:
 def _best_grid(weights: Tensor) -> _Grid:
     """[32, G] -> the grid of each group"""
     low, high = weights.amin(dim=0), weights.amax(dim=0)
+    check_finite(torch.stack([low, high]))
     check_range(max(float(low.abs().max()), float((high - low).max()) / _LARGEST))
     best = _Grid.rounded((high - low) / _LARGEST, low)
     least = _squared_error(weights, best)

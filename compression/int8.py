@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compression.grouped_weight import GROUP, GroupedWeight, check_range, split_groups
+from compression.grouped_weight import GROUP, GroupedWeight, check_finite, check_range, split_groups
 
 _LARGEST = 127
 # Groups at a time: temporary arrays stay in the CPU's cache.
@@ -37,6 +37,7 @@ def quantize_int8(weight: Tensor) -> GroupedWeight:
         part = slice(start, start + _GROUPS_PER_CHUNK)
         chunk = groups[part].float()
         peaks = chunk.abs().amax(dim=1)
+        check_finite(peaks)
         check_range(float(peaks.max()) / _LARGEST)
         scales[part] = _scales(peaks)
         inverse = torch.where(peaks > 0, 1.0 / scales[part].float(), 0.0)

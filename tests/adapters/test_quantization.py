@@ -68,6 +68,8 @@ def test_another_name() -> None:
         (WeightPrecision("int4"), _header("blk.0.attn_output.weight", "F16", 10, 64), 20 * 20),
         (WeightPrecision("int4"), _header("model.norm.weight", "F32", 64), 64 * 2),
         (WeightPrecision("int8"), _header("rows.of.48", "F32", 10, 48), 480 * 2),
+        (WeightPrecision("int4"), _header("model.layers.0.mlp.experts.gate_up_proj", "BF16", 4, 10, 64), 80 * 20),
+        (WeightPrecision("int4"), _header("model.layers.0.mlp.experts.down_proj", "BF16", 4, 10, 48), 4 * 480 * 2),
         (WeightPrecision(None, ALL), _header("a.weight", "Q8_0", 10, 64), 20 * 34),
         (WeightPrecision(None, ALL), _header("a.weight", "Q4_0", 10, 64), 20 * 20),
         (WeightPrecision(None, ALL), _header("a.weight", "Q4_K", 1, 256), 256 * 2),
