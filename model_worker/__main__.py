@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 
 def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]) -> int:
     cache_dir = default_cache_dir(environ)
-    source = find_model(config.model, name=config.model_name, cache_dir=cache_dir, report=_say)
+    has_deltas = bool(config.deltas)
+    source = find_model(config.model, name=config.model_name, cache_dir=cache_dir, report=_say, has_deltas=has_deltas)
     must_be_native = config.quantization in ("int8", "int4") or config.engine.model_impl == "native"
     kernels = find_kernels(cache_dir, required=must_be_native)
     native = kernels is not None and config.engine.model_impl != "transformers"

@@ -21,14 +21,17 @@ class ModelSource:
     name: str
 
 
-def find_model(model: str, *, name: str | None, cache_dir: Path, report: Callable[[str], None]) -> ModelSource:
-    """Find the checkpoint that `model` names; a known model's is fetched and converted the first time.
+def find_model(
+    model: str, *, name: str | None, cache_dir: Path, report: Callable[[str], None], has_deltas: bool = False
+) -> ModelSource:
+    """Find the checkpoint that `model` names; a known model's is fetched the first time.
 
     Args:
         model: path of a directory or GGUF file, or the name of a known model. An existing path goes before a name.
         name: the public name; None: the known name, or that of the directory or file without its suffix.
         cache_dir: where fetched models are kept.
         report: called with each line of progress.
+        has_deltas: deltas will be added. Their bases are safetensors, so a known GGUF file is converted the first time.
 
     Raises:
         CheckpointError: neither a path nor a known name.
@@ -38,7 +41,9 @@ def find_model(model: str, *, name: str | None, cache_dir: Path, report: Callabl
     if path.exists():
         found, default = path, path.resolve().stem if path.is_file() else path.resolve().name
     elif model in known_models():
-        found, default = _fetch(model, cache_dir, report), model
+        found, default = fetch_model(model, cache_dir, report=report), model
+        if has_deltas and found.is_file():
+            found = _convert(found, model, report)
     else:
         raise CheckpointError(
             f"{model} is neither a path that exists nor a known model; `python -m registry list` names those."
@@ -46,11 +51,8 @@ def find_model(model: str, *, name: str | None, cache_dir: Path, report: Callabl
     return ModelSource(found, _public_name(name, default))
 
 
-def _fetch(model: str, cache_dir: Path, report: Callable[[str], None]) -> Path:
-    fetched = fetch_model(model, cache_dir, report=report)
-    if fetched.is_dir():
-        return fetched
-    # Reading safetensors needs no dequantization, so a converted model starts faster every time but the first.
+def _convert(fetched: Path, model: str, report: Callable[[str], None]) -> Path:
+    """The fetched file as safetensors beside it; made the first time."""
     converted = fetched.parent / f"{model}-safetensors"
     if not converted.is_dir():
         try:

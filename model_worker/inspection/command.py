@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory-gib",
         type=_positive_number,
         metavar="FLOAT",
-        help="memory to plan for (default: what this machine has free)",
+        help="memory that the footprint plans for (default: what this machine has free)",
     )
     out = parser.add_argument_group("output")
     out.add_argument("--format", choices=tuple(_FORMATS), default="table", help="(default: %(default)s)")
@@ -84,7 +84,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     Raises:
         RootgraftError: the model cannot be found, read or loaded, or the output not written.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.memory_gib is not None and "footprint" not in args.section:
+        parser.error("--memory-gib is for the section footprint, which is not asked for")
     config = config_from_args(args, EngineConfig)
     request = InspectRequest(
         sections=tuple(args.section),
@@ -93,7 +96,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         memory_bytes=None if args.memory_gib is None else int(args.memory_gib * 2**30),
     )
     cache_dir = default_cache_dir(environ)
-    source = find_model(args.model_path, name="inspected", cache_dir=cache_dir, report=_say)
+    source = find_model(
+        args.model_path, name="inspected", cache_dir=cache_dir, report=_say, has_deltas=bool(args.delta)
+    )
     has_kernels = config.model_impl != "transformers" and (
         find_kernels(cache_dir) is not None or find_compiler() is not None
     )

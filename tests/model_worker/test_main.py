@@ -39,8 +39,8 @@ def test_a_token_that_no_header_can_hold_is_one_line(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def find(model: str, name: str | None = None) -> tuple[Path, str]:
-    source = find_model(model, name=name, cache_dir=Path("/nowhere"), report=print)
+def find(model: str, name: str | None = None, *, has_deltas: bool = False) -> tuple[Path, str]:
+    source = find_model(model, name=name, cache_dir=Path("/nowhere"), report=print, has_deltas=has_deltas)
     return source.path, source.name
 
 
@@ -66,12 +66,15 @@ def test_names_that_do_not_fit_the_grammar_are_refused(tmp_path: Path) -> None:
             find(str(odd), name)
 
 
-def test_a_known_model_is_fetched_and_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_model_is_fetched_and_for_deltas_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known = "smollm2-135m-instruct"
     converted: list[Path] = []
 
     def fetch(name: str, cache_dir: Path, *, report: object) -> Path:
         assert (name, cache_dir) == (known, Path("/nowhere"))
+        tmp_path.joinpath("weights.gguf").touch()
         return tmp_path / "weights.gguf"
 
     def convert(source: Path, target: Path, *, report: object) -> None:
@@ -80,9 +83,11 @@ def test_a_known_model_is_fetched_and_converted_once(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(model_source, "fetch_model", fetch)
     monkeypatch.setattr(model_source, "convert_checkpoint", convert)
+    assert find(known) == (tmp_path / "weights.gguf", known)
+    assert converted == []
     expected = (tmp_path / f"{known}-safetensors", known)
-    assert find(known) == expected
-    assert find(known) == expected
+    assert find(known, has_deltas=True) == expected
+    assert find(known, has_deltas=True) == expected
     assert converted == [tmp_path / "weights.gguf"]
 
 
@@ -92,14 +97,15 @@ def test_two_workers_that_convert_at_once_both_start(tmp_path: Path, monkeypatch
             target.mkdir()
         raise CheckpointError("exists already")
 
+    tmp_path.joinpath("weights.gguf").touch()
     monkeypatch.setattr(model_source, "fetch_model", lambda name, cache_dir, *, report: tmp_path / "weights.gguf")
     monkeypatch.setattr(model_source, "convert_checkpoint", convert)
-    path, _ = find("smollm2-135m-instruct")
+    path, _ = find("smollm2-135m-instruct", has_deltas=True)
     assert path.is_dir()
     path.rmdir()
     tmp_path.joinpath("never").touch()
     with pytest.raises(CheckpointError, match="exists already"):
-        find("smollm2-135m-instruct")
+        find("smollm2-135m-instruct", has_deltas=True)
 
 
 def test_neither_a_path_nor_a_known_model() -> None:

@@ -61,6 +61,7 @@ def test_errors_are_one_line(
         ["--model-path", "m", "--rows", "1,0"],
         ["--model-path", "m", "--context", "many"],
         ["--model-path", "m", "--memory-gib", "-3"],
+        ["--model-path", "m", "--memory-gib", "3", "--section", "trace"],
         ["--model-path", "m", "--port", "1"],
         ["--model-path", "m", "--profile", "p"],
     ],
