@@ -13,6 +13,7 @@ from compression.grouped_weight import GROUP
 from registry.checkpoint import Checkpoint
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_ACTIVATION_BYTES = 4  # float32 in the native decoder, whatever the weights are; elsewhere at most that
 # Logits are kept in float32 and sampled from a copy; a step needs those of one row for each sequence.
 _MAX_LOGIT_ROWS = 64
 _CGROUP = Path("/sys/fs/cgroup")
@@ -48,7 +49,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights_bytes=weights_bytes,
         kv_bytes_per_token=adapter.kv_values_per_token * size,
-        activations_bytes=max_num_batched_tokens * per_token * size + logits,
+        activations_bytes=max_num_batched_tokens * per_token * _ACTIVATION_BYTES + logits,
     )
 
 

@@ -3,7 +3,8 @@
     batch(context) = (free - weights - activations) // (KV of one token * context in whole blocks)
 
 int8 and int4 are those of `adapters.quantization`: matrices whose rows are whole groups of 32 in 34 or 20 bytes a
-group, embedding and head in 8 bits in either; everything else keeps 16 bits.
+group, embedding and head in 8 bits in either; everything else keeps 16 bits. They and a KV cache of 8 bits are left out
+for families that the native decoder does not compute, because no other code computes with them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from adapters.quantization import GROUP_BYTES
 from compression.grouped_weight import GROUP, can_quantize
 from model_worker.engine.layers.linear import Linear
 from model_worker.engine.model_parts import Part, part_of
+from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.models.transformers_model import TransformersModel
 
 
@@ -47,7 +49,7 @@ PRECISIONS = (
     Precision("int8", 2, "int8"),
     Precision("int4", 2, "int4"),
 )
-KV_PRECISIONS: Mapping[str, int] = {"float32": 4, "16 bits": 2, "8 bits": 1}
+_KV_PRECISIONS: Mapping[str, int] = {"float32": 4, "16 bits": 2, "8 bits": 1}
 """Bytes of one key or value element; scales of 8-bit elements are not counted."""
 
 
@@ -86,7 +88,7 @@ class Footprint:
         planned_bytes: weights as they would be loaded, by the estimate of the plan.
         kv_bytes_per_token: by precision of the KV cache, over all layers.
         activation_tokens: tokens of the largest step.
-        activations_bytes: of that step, by precision of the weights; an estimate from above.
+        activations_bytes: of that step; an estimate from above.
         free_bytes: memory that may be taken.
         batches: for each precision of weights and of the KV cache and each context.
     """
@@ -96,9 +98,14 @@ class Footprint:
     planned_bytes: int
     kv_bytes_per_token: Mapping[str, int]
     activation_tokens: int
-    activations_bytes: Mapping[str, int]
+    activations_bytes: int
     free_bytes: int
     batches: tuple[BatchLimit, ...]
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Names of those that this model can have."""
+        return tuple(self.parts[0].bytes_by_precision)
 
     @property
     def num_parameters(self) -> int:
@@ -123,30 +130,30 @@ def measure_footprint(
     model = TransformersModel(
         plan.config, dtype=torch.bfloat16, device=torch.device("meta"), max_model_len=plan.max_model_len
     )
+    is_native = plan.config["model_type"] in NATIVE_MODEL_TYPES
+    precisions = [precision for precision in PRECISIONS if is_native or precision.quantization is None]
+    kv_sizes = {name: size for name, size in _KV_PRECISIONS.items() if is_native or size > 1}
     adapter = find_model_adapter(plan.config)
-    activations = {
-        precision.name: estimate_memory(
-            plan.checkpoint,
-            adapter,
-            dtype="float32" if precision.value_bytes == 4 else "bfloat16",
-            stored_dtype=plan.dtype,
-            max_num_batched_tokens=max_num_batched_tokens,
-        ).activations_bytes
-        for precision in PRECISIONS
-    }
-    kv = {name: adapter.kv_values_per_token * size for name, size in KV_PRECISIONS.items()}
-    parts = _parts(plan, model)
-    weights = {p.name: sum(part.bytes_by_precision[p.name] for part in parts) for p in PRECISIONS}
+    activations_bytes = estimate_memory(
+        plan.checkpoint,
+        adapter,
+        dtype=plan.dtype,
+        stored_dtype=plan.dtype,
+        max_num_batched_tokens=max_num_batched_tokens,
+    ).activations_bytes
+    kv = {name: adapter.kv_values_per_token * size for name, size in kv_sizes.items()}
+    parts = _parts(plan, model, precisions)
+    weights = {p.name: sum(part.bytes_by_precision[p.name] for part in parts) for p in precisions}
     batches = [
         BatchLimit(
             precision.name,
             kv_name,
             context,
-            max(0, free_bytes - weights[precision.name] - activations[precision.name])
+            max(0, free_bytes - weights[precision.name] - activations_bytes)
             // (kv[kv_name] * -(-context // block_size) * block_size),
         )
-        for precision in PRECISIONS
-        for kv_name, size in KV_PRECISIONS.items()
+        for precision in precisions
+        for kv_name, size in kv_sizes.items()
         if size in (precision.value_bytes, 1)
         for context in contexts
     ]
@@ -156,21 +163,21 @@ def measure_footprint(
         planned_bytes=plan.memory.weights_bytes,
         kv_bytes_per_token=kv,
         activation_tokens=max_num_batched_tokens,
-        activations_bytes=activations,
+        activations_bytes=activations_bytes,
         free_bytes=free_bytes,
         batches=tuple(batches),
     )
 
 
-def _parts(plan: LoadPlan, model: TransformersModel) -> tuple[PartFootprint, ...]:
+def _parts(plan: LoadPlan, model: TransformersModel, precisions: Sequence[Precision]) -> tuple[PartFootprint, ...]:
     stored = _stored_bytes(plan)
     values: dict[Part, int] = {}
     sizes: dict[Part, dict[str, int]] = {}
     for name, weight in model.weights():
         part = part_of(name)
         values[part] = values.get(part, 0) + weight.numel()
-        of_part = sizes.setdefault(part, dict.fromkeys((p.name for p in PRECISIONS), 0))
-        for precision in PRECISIONS:
+        of_part = sizes.setdefault(part, dict.fromkeys((p.name for p in precisions), 0))
+        for precision in precisions:
             of_part[precision.name] += _weight_bytes(model, name, weight, precision)
     return tuple(
         PartFootprint(part, values[part], None if stored is None else stored.get(part, 0), sizes[part])

@@ -100,8 +100,8 @@ def _sections(inspection: Inspection) -> Iterator[PageSection]:
 
 def _footprint(footprint: Footprint) -> PageSection:
     bars = [
-        Bar(name, (*_parts(footprint, name), Segment("activations", "activations", activations)))
-        for name, activations in footprint.activations_bytes.items()
+        Bar(name, (*_parts(footprint, name), Segment("activations", "activations", footprint.activations_bytes)))
+        for name in footprint.precisions
     ]
     legend = tuple((segment.series, segment.name) for segment in bars[0].segments)
     plot = Plot("Weights and the activations of the largest step", draw_bars(bars, format_bytes), legend)

@@ -129,7 +129,7 @@ def inspect_model(
             free_bytes=free_bytes,
         )
     if not request.needs_weights:
-        return Inspection(_facts(plan, name, None), footprint)
+        return Inspection(_facts(plan, name, None, config.num_threads), footprint)
     report(f"Loading {name}")
     process = psutil.Process()
     resident_bytes = process.memory_info().rss
@@ -142,7 +142,7 @@ def inspect_model(
     if {"trace", "flowchart"} & set(request.sections):
         traces = _trace(runner, request, config, report)
     return Inspection(
-        model=_facts(plan, name, type(runner.model).__name__),
+        model=_facts(plan, name, type(runner.model).__name__, config.num_threads),
         footprint=footprint,
         load=load,
         trace=traces if "trace" in request.sections else None,
@@ -155,12 +155,15 @@ def inspect_model(
 
 
 def _trace(runner: ModelRunner, request: InspectRequest, config: EngineConfig, report: Callable[[str], None]) -> Traces:
-    decode = [step for step in _decode_steps(request.rows, request.contexts) if fits(runner, step)]
+    steps = list(_decode_steps(request.rows, request.contexts))
+    max_num_seqs = config.scheduler.max_num_seqs
+    decode = [step for step in steps if step.num_rows <= max_num_seqs and fits(runner, step)]
     if not decode:
         num_tokens = runner.num_blocks // len(runner.groups) * runner.block_size
         raise InvalidRequestError(
-            f"The KV cache of {num_tokens} tokens and a batch of {runner.max_num_batched_tokens} hold none of these "
-            "steps; ask for fewer --rows or shorter --context, or raise --kv-cache-gib or --max-num-batched-tokens."
+            f"The KV cache of {num_tokens} tokens and a batch of {max_num_seqs} sequences and "
+            f"{runner.max_num_batched_tokens} tokens hold none of these steps; ask for fewer --rows or shorter "
+            "--context, or raise --kv-cache-gib, --max-num-seqs or --max-num-batched-tokens."
         )
     # A longer prompt is computed in chunks of so many tokens.
     prefill = StepShape("prefill", 1, min(decode[-1].context, config.scheduler.max_num_batched_tokens))
@@ -173,7 +176,7 @@ def _trace(runner: ModelRunner, request: InspectRequest, config: EngineConfig, r
         prefill=trace_step(runner, prefill),
         decode=trace_step(runner, decode[-1]),
         times=tuple(times),
-        skipped=tuple(step for step in _decode_steps(request.rows, request.contexts) if not fits(runner, step)),
+        skipped=tuple(step for step in steps if step not in decode),
     )
 
 
@@ -183,7 +186,7 @@ def _decode_steps(rows: Sequence[int], contexts: Sequence[int]) -> Iterator[Step
             yield StepShape("decode", num_rows, context)
 
 
-def _facts(plan: LoadPlan, name: str, implementation: str | None) -> ModelFacts:
+def _facts(plan: LoadPlan, name: str, implementation: str | None, num_threads: int | None) -> ModelFacts:
     return ModelFacts(
         name=name,
         path=str(plan.path),
@@ -194,5 +197,5 @@ def _facts(plan: LoadPlan, name: str, implementation: str | None) -> ModelFacts:
         quantization=plan.quantization,
         max_model_len=plan.max_model_len,
         implementation=implementation,
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads or torch.get_num_threads(),
     )

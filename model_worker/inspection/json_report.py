@@ -16,7 +16,7 @@ def to_json(inspection: Inspection) -> dict[str, Any]:
     """Every field of the inspection, and the sums that its readers need; a section not asked for is null."""
     shown: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(inspection)}
     if inspection.footprint is not None:
-        names = inspection.footprint.activations_bytes
+        names = inspection.footprint.precisions
         shown["footprint"] |= {
             "num_parameters": inspection.footprint.num_parameters,
             "weights_bytes": {name: inspection.footprint.weights_bytes(name) for name in names},

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from model_worker.engine.trace import TraceRow
-from model_worker.inspection.footprint import PRECISIONS, Footprint
+from model_worker.inspection.footprint import Footprint
 from model_worker.inspection.inspection import ModelFacts, Traces
 from model_worker.inspection.load_summary import LoadSummary
 from model_worker.inspection.measured_step import StepShape, StepTrace
@@ -42,7 +42,7 @@ def model_table(model: ModelFacts) -> Table:
 
 
 def footprint_tables(footprint: Footprint) -> Iterator[Table]:
-    names = [precision.name for precision in PRECISIONS]
+    names = footprint.precisions
     rows = [
         (
             part.part.value,
@@ -62,11 +62,12 @@ def footprint_tables(footprint: Footprint) -> Iterator[Table]:
         )
     )
     step = f"activations, {footprint.activation_tokens} tokens"
-    rows.append((step, "", "", *(format_bytes(footprint.activations_bytes[name]) for name in names)))
-    notes = [
-        f"As they would be loaded, weights take {format_bytes(footprint.planned_bytes)}.",
-        "int8 and int4: matrices in groups of 32 with 16-bit scales, embedding and head in 8 bits; the rest 16 bits.",
-    ]
+    rows.append((step, "", "", *[format_bytes(footprint.activations_bytes)] * len(names)))
+    notes = [f"As they would be loaded, weights take {format_bytes(footprint.planned_bytes)}."]
+    if "int8" in names:
+        notes.append(
+            "int8 and int4: matrices in groups of 32 with 16-bit scales, embedding and head in 8; the rest in 16 bits."
+        )
     if footprint.tied_head:
         notes.append("The head is the embedding's matrix, and counted there.")
     yield Table("Memory by part and precision", ("part", "parameters", "in the files", *names), rows, 1, tuple(notes))
@@ -87,6 +88,10 @@ def footprint_tables(footprint: Footprint) -> Iterator[Table]:
         ("weights", "KV cache", *(f"{context} tokens" for context in contexts)),
         [(*pair, *(str(sizes[*pair, context]) for context in contexts)) for pair in pairs],
         num_text_columns=2,
+        notes=(
+            "This is what the memory allows. A worker takes half of what is free beside the weights for its KV cache, "
+            "at most 4 GiB, unless --kv-cache-gib says otherwise, and computes --max-num-seqs sequences at once.",
+        ),
     )
 
 

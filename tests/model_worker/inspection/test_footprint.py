@@ -94,7 +94,7 @@ def test_kv_and_the_largest_batch(tmp_path: Path) -> None:
     assert footprint.kv_bytes_per_token == {
         "float32": 4 * KV_PER_TOKEN, "16 bits": 2 * KV_PER_TOKEN, "8 bits": KV_PER_TOKEN
     }  # fmt: skip
-    free = 10**6 - footprint.weights_bytes("int8") - footprint.activations_bytes["int8"]
+    free = 10**6 - footprint.weights_bytes("int8") - footprint.activations_bytes
     assert BatchLimit("int8", "16 bits", 10, free // (2 * KV_PER_TOKEN * 16)) in footprint.batches
     assert BatchLimit("int8", "8 bits", 64, free // (KV_PER_TOKEN * 64)) in footprint.batches
     assert {(limit.weights, limit.kv) for limit in footprint.batches} == {
@@ -130,6 +130,14 @@ def test_a_gguf_file_is_counted_part_by_part(smollm2_gguf: Path) -> None:
     assert stored[Part.EMBEDDING] == 49152 * 576 // 32 * 34  # Q8_0
     assert Part.HEAD not in stored
     assert footprint.weights_bytes("bfloat16") == 269_030_016
+
+
+def test_no_precision_is_shown_that_the_engine_refuses(tmp_path: Path) -> None:
+    """Families that the native decoder does not compute have no int8 or int4, and no KV cache of 8 bits."""
+    footprint = _footprint("gpt2", tmp_path)
+    assert footprint.precisions == ("float32", "bfloat16", "float16")
+    assert set(footprint.kv_bytes_per_token) == {"float32", "16 bits"}
+    assert {limit.kv for limit in footprint.batches} == {"float32", "16 bits"}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt-projected", "bloom", "gpt_oss", "falcon-alibi"])

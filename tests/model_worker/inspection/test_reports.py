@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
 CONFIG = EngineConfig(CacheConfig(block_size=8, num_blocks=32), SchedulerConfig(max_num_batched_tokens=64))
 
 
-def inspect(path: Path, model: str = "llama", **request: Any) -> Inspection:
+def inspect(path: Path, model: str = "llama", max_num_seqs: int = 64, **request: Any) -> Inspection:
     torch.set_num_threads(1)
     if not (path / "config.json").exists():
         build_tiny_model(model).save_pretrained(path)
     values = {"rows": (1, 2), "contexts": (8, 20), "memory_bytes": 10**6, **request}
-    return inspect_model(make_tiny_plan(path), CONFIG, InspectRequest(**values), name="tiny <llama>")
+    config = replace(CONFIG, scheduler=replace(CONFIG.scheduler, max_num_seqs=max_num_seqs))
+    return inspect_model(make_tiny_plan(path), config, InspectRequest(**values), name="tiny <llama>")
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +67,9 @@ SCHEMA = {
     ),
     *(f"footprint.parts[].{key}" for key in ("part", "num_parameters", "stored_bytes")),
     *(f"footprint.parts[].bytes_by_precision.{name}" for name in PRECISIONS),
-    *(f"footprint.{key}.{name}" for key in ("activations_bytes", "weights_bytes") for name in PRECISIONS),
+    *(f"footprint.weights_bytes.{name}" for name in PRECISIONS),
     *(f"footprint.kv_bytes_per_token.{name}" for name in ("float32", "16 bits", "8 bits")),
-    *(f"footprint.{key}" for key in ("tied_head", "planned_bytes", "free_bytes")),
+    *(f"footprint.{key}" for key in ("tied_head", "planned_bytes", "activations_bytes", "free_bytes")),
     *(f"footprint.{key}" for key in ("activation_tokens", "num_parameters")),
     *(f"footprint.batches[].{key}" for key in ("weights", "kv", "context", "num_sequences")),
     *(f"load.files[].{key}" for key in ("name", "num_bytes")),
@@ -224,6 +226,11 @@ def test_steps_that_do_not_fit_are_left_out_and_named(tmp_path: Path) -> None:
     assert "4 × 100" in format_text(inspection)
     with pytest.raises(InvalidRequestError, match="--kv-cache-gib"):
         inspect(tmp_path, rows=(64,))
+    many = inspect(tmp_path, rows=(1, 10), contexts=(8,), sections=("trace",), max_num_seqs=4)
+    assert many.trace is not None
+    assert [step.num_rows for step in many.trace.skipped] == [10]
+    with pytest.raises(InvalidRequestError, match="--max-num-seqs"):
+        inspect(tmp_path, rows=(10,), contexts=(8,), max_num_seqs=4)
     with pytest.raises(InvalidRequestError, match="--context 1000"):
         inspect(tmp_path, contexts=(1000,))
 
