@@ -23,7 +23,9 @@ class CacheConfig:
 
     block_size: int = flag(16, "tokens in one KV cache block")
     num_blocks: int | None = flag(None, "number of KV cache blocks; default: from --kv-cache-gib")
-    kv_cache_gib: float | None = flag(None, "memory for the KV cache in GiB; default: a share of the free memory")
+    kv_cache_gib: float | None = flag(
+        None, "memory for the KV cache in GiB; default: half of what is free, for CPUs at most 4"
+    )
     kv_cache_dtype: str = flag(
         "auto",
         "type of the keys and values that are kept; auto: that of the model; 8 bits need the native decoder",
@@ -91,7 +93,7 @@ class ProfileConfig:
     """What is recorded of the first steps; see `engine/step_profiler.py`.
 
     Raises:
-        InvalidRequestError: profile_steps is not positive.
+        InvalidRequestError: profile_steps is not positive, or there is nothing to apply the other two to.
     """
 
     profile: str | None = flag(None, "directory or .json file for a trace of the steps, for Perfetto; default: none")
@@ -106,6 +108,11 @@ class ProfileConfig:
         if self.profile_steps is not None and self.profile_steps < 1:
             raise InvalidRequestError(
                 f"--profile-steps must be at least 1, got {self.profile_steps}.", param="profile_steps"
+            )
+        if self.profile is None and (self.profile_steps is not None or self.profile_detail != "spans"):
+            raise InvalidRequestError(
+                "--profile-steps and --profile-detail are about a trace, and none is written without --profile.",
+                param="profile",
             )
 
 
@@ -122,7 +129,8 @@ class EngineConfig:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     model_impl: str = flag(
         "auto",
-        "what computes the model: our native decoder, transformers' code, or native where it knows the model",
+        "what computes the model: native: our own decoder; transformers: its code over our paged attention; auto: "
+        "native where it knows the model and there are kernels for this machine",
         choices=("auto", "native", "transformers"),
     )
     num_threads: int | None = flag(None, "threads for tensor work; default: one per core")

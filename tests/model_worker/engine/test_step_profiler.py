@@ -148,3 +148,9 @@ def test_without_the_flag_nothing_is_recorded() -> None:
     assert type(make_profiler(ProfileConfig(), title="t")) is Profiler
     with pytest.raises(InvalidRequestError, match="--profile-steps"):
         ProfileConfig(profile_steps=0)
+
+
+@pytest.mark.parametrize("given", [{"profile_steps": 5}, {"profile_detail": "operations"}])
+def test_flags_that_would_have_no_effect_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match="without --profile"):
+        ProfileConfig(**given)
