@@ -71,7 +71,7 @@ def draw_columns(columns: Sequence[Bar], show: Callable[[float], str], *, x_titl
     highest = max(column.total for column in columns) or 1.0
     width = min((_WIDTH - _LEFT - 10) / len(columns), _MAX_COLUMN)
     scale = _PLOT_HEIGHT / highest
-    marks = list(_y_axis(highest, show, right=_LEFT + width * len(columns)))
+    marks = list(_linear(highest).draw(show, right=_LEFT + width * len(columns)))
     labelled = max(1, math.ceil(len(columns) / 24))  # every so many; more would not be legible
     for index, column in enumerate(columns):
         x, y = _LEFT + index * width, float(_TOP + _PLOT_HEIGHT)
@@ -86,20 +86,27 @@ def draw_columns(columns: Sequence[Bar], show: Callable[[float], str], *, x_titl
     return _svg(_WIDTH, _TOP + _PLOT_HEIGHT + _BOTTOM, marks)
 
 
-def draw_lines(lines: Sequence[Line], show: Callable[[float], str], *, x_title: str, y_title: str) -> str:
-    """Lines over a logarithmic x axis, their names at their right ends."""
+def draw_lines(
+    lines: Sequence[Line], show: Callable[[float], str], *, x_title: str, y_title: str, log_y: bool = False
+) -> str:
+    """Lines over a logarithmic x axis, their names at their right ends.
+
+    Args:
+        log_y: the y axis is logarithmic too; every y is positive.
+    """
     all_x = sorted({x for line in lines for x, _ in line.points})
-    highest = max(y for line in lines for _, y in line.points) or 1.0
+    all_y = [y for line in lines for _, y in line.points]
+    axis = _logarithmic(min(all_y), max(all_y)) if log_y else _linear(max(all_y) or 1.0)
     span = math.log(all_x[-1] / all_x[0]) or 1.0
     right = _WIDTH - _RIGHT
 
     def place(x: float, y: float) -> tuple[float, float]:
         left_share = math.log(x / all_x[0]) / span if all_x[-1] > all_x[0] else 0.5
-        return _LEFT + 12 + left_share * (right - _LEFT - 24), _TOP + _PLOT_HEIGHT * (1 - y / highest)
+        return _LEFT + 12 + left_share * (right - _LEFT - 24), axis.place(y)
 
-    marks = list(_y_axis(highest, show, right=right))
+    marks = list(axis.draw(show, right=right))
     for x in all_x:
-        marks.append(_text(place(x, 0)[0], _TOP + _PLOT_HEIGHT + 14, f"{x:g}", anchor="middle", small=True))
+        marks.append(_text(place(x, all_y[0])[0], _TOP + _PLOT_HEIGHT + 14, f"{x:g}", anchor="middle", small=True))
     ends = _spread([place(*line.points[-1])[1] for line in lines], 15)
     for line, end_y in zip(lines, ends, strict=True):
         colour = f"var(--series-{line.series})"
@@ -125,18 +132,38 @@ def _spread(places: Sequence[float], distance: float) -> list[float]:
     return moved
 
 
-def _y_axis(highest: float, show: Callable[[float], str], *, right: float) -> Iterator[str]:
-    for tick in _ticks(highest):
-        y = _TOP + _PLOT_HEIGHT * (1 - tick / highest)
-        yield f'<line x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
-        yield _text(_LEFT - 8, y, show(tick), anchor="end", small=True)
+@dataclass(frozen=True, slots=True)
+class _YAxis:
+    """Attributes: share: of the height, for a value. ticks: values with a line and a number."""
+
+    share: Callable[[float], float]
+    ticks: Sequence[float]
+
+    def place(self, value: float) -> float:
+        return _TOP + _PLOT_HEIGHT * (1 - self.share(value))
+
+    def draw(self, show: Callable[[float], str], *, right: float) -> Iterator[str]:
+        for tick in self.ticks:
+            y = self.place(tick)
+            yield f'<line x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
+            yield _text(_LEFT - 8, y, show(tick), anchor="end", small=True)
 
 
-def _ticks(highest: float) -> list[float]:
-    """Three to six round numbers from 0 up to `highest`."""
+def _linear(highest: float) -> _YAxis:
+    """From 0, with three to six round numbers up to `highest`."""
     power = 10.0 ** math.floor(math.log10(highest))
     step = next(power * factor for factor in (0.2, 0.25, 0.5, 1.0, 2.0) if highest / (power * factor) < 6)
-    return [index * step for index in range(int(highest / step) + 1)]
+    return _YAxis(lambda value: value / highest, [index * step for index in range(int(highest / step) + 1)])
+
+
+def _logarithmic(lowest: float, highest: float) -> _YAxis:
+    """From the 1, 2 or 5 times a power of ten at or below `lowest` to that at or above `highest`."""
+    powers = range(math.floor(math.log10(lowest)) - 1, math.ceil(math.log10(highest)) + 1)
+    steps = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    begin = max(step for step in steps if step <= lowest)
+    end = min(step for step in steps if step >= highest and step > begin)
+    ticks = [step for step in steps if begin <= step <= end]
+    return _YAxis(lambda value: math.log(value / begin) / math.log(end / begin), ticks)
 
 
 def _axis_titles(x_title: str, y_title: str) -> list[str]:

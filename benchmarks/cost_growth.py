@@ -1,0 +1,217 @@
+"""How the cost of a decode step grows with the number of streams and the length of their context.
+
+    python benchmarks/cost_growth.py --model-path DIR --json results/NAME.json --svg ../docs/cost.svg
+    python benchmarks/cost_growth.py --read results/NAME.json --svg ../docs/cost.svg
+
+Each step computes one token for every stream, from the batch to the sampled tokens, as `python -m model_worker inspect`
+times it: sequences of random tokens whose KV blocks lie apart as in a cache in use, the quickest of five runs (fewer
+where a step is slow), nothing else of the server running. No step has speculation.
+
+Steps whose keys and values need more than --kv-cache-gib are left out, and listed in the JSON with the bytes that they
+need. --read draws a measurement of before instead of making one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine
+
+from adapters import plan_load
+from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
+from model_worker.engine.ops.cpu.kernels import build_kernels
+from model_worker.engine.ops.cpu.program import KernelLibrary
+from model_worker.inspection.measured_step import StepShape, fits, time_step
+from model_worker.inspection.svg_charts import Line, draw_lines
+from registry.paths import default_cache_dir
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
+PRECISIONS = {"bfloat16": ("bfloat16", "none"), "int8": ("auto", "int8"), "int4": ("auto", "int4")}
+"""Name -> --dtype and --quantization."""
+
+_GIB = 2**30
+_CHUNK = 512  # tokens of the largest step
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One step; `step_ms` from the batch to the sampled tokens."""
+
+    precision: str
+    num_rows: int
+    context: int
+    step_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A step that was not measured, because its keys and values are more than the cache."""
+
+    num_rows: int
+    context: int
+    kv_bytes: int
+
+
+def measure(
+    path: Path, precision: str, shapes: Sequence[StepShape], kernels: KernelLibrary, config: EngineConfig
+) -> tuple[list[Point], list[LeftOut]]:
+    """Time the steps of a model in one precision."""
+    dtype, quantization = PRECISIONS[precision]
+    plan = plan_load(
+        path,
+        dtype=dtype,
+        quantization=quantization,
+        max_model_len=max(shape.context for shape in shapes),
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        native_model_types=NATIVE_MODEL_TYPES,
+    )
+    runner = ModelRunner(plan, config, kernels=kernels)
+    points, left_out = [], []
+    for shape in shapes:
+        if not fits(runner, shape):
+            kv_bytes = shape.num_rows * shape.context * plan.memory.kv_bytes_per_token
+            left_out.append(LeftOut(shape.num_rows, shape.context, kv_bytes))
+            continue
+        step_ms = time_step(runner, shape).duration_ns / 1e6
+        points.append(Point(precision, shape.num_rows, shape.context, round(step_ms, 3)))
+        print(json.dumps(asdict(points[-1])), flush=True)
+    return points, left_out
+
+
+# ---------------------------------------------------------------------------------------------- the plot
+
+_PANEL_HEIGHT, _TITLE_HEIGHT = 272, 34
+# One hue from light to dark: what the lines stand for is ordered. Legible on white and on black.
+_COLOURS = ("#7fb2ea", "#62a0e4", "#478edc", "#3580d3", "#4f6fd0", "#6a62cc", "#8357c4", "#9a4cb8", "#b042a6")
+_STYLE = f"""
+svg {{ {" ".join(f"--series-{index}: {colour};" for index, colour in enumerate(_COLOURS))} }}
+svg {{ --ink: #57564f; --line: #d4d3cc; }}
+@media (prefers-color-scheme: dark) {{ svg {{ --ink: #b4b3aa; --line: #45443f; }} }}
+text {{ fill: var(--ink); font: 13px system-ui, sans-serif; }}
+.small {{ font-size: 11.5px; }}
+.title {{ font-size: 15px; font-weight: 600; }}
+.grid {{ stroke: var(--line); stroke-width: 1; }}
+"""
+
+
+def draw(points: Sequence[Point]) -> str:
+    """An SVG file: for each precision the time of a step over streams and over context, and all on one scale."""
+    marks: list[str] = []
+    y = 0
+    for precision in dict.fromkeys(point.precision for point in points):
+        for title, svg in _panels([point for point in points if point.precision == precision]):
+            marks.append(f'<text x="0" y="{y + 22}" class="title">{precision}: {title}</text>')
+            marks.append(svg.replace("<svg ", f'<svg x="0" y="{y + _TITLE_HEIGHT}" width="860" height="272" ', 1))
+            y += _TITLE_HEIGHT + _PANEL_HEIGHT
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {y}" role="img"><style>{_STYLE}</style>'
+        f"{''.join(marks)}</svg>\n"
+    )
+
+
+def _panels(points: Sequence[Point]) -> Iterator[tuple[str, str]]:
+    rows = sorted({point.num_rows for point in points})
+    contexts = sorted({point.context for point in points})
+    by_rows = [
+        (f"{context} tokens", [(p.num_rows, p.step_ms) for p in points if p.context == context]) for context in contexts
+    ]
+    by_context = [
+        (f"{num} stream{'s' if num > 1 else ''}", [(p.context, p.step_ms) for p in points if p.num_rows == num])
+        for num in rows
+    ]
+    for title, x_title, groups in (
+        ("a decode step by streams, for each length of the context", "streams", by_rows),
+        ("a decode step by context, for each number of streams", "tokens of context", by_context),
+    ):
+        lines = [
+            Line(str(index * (len(_COLOURS) - 1) // max(len(groups) - 1, 1)), name, tuple(sorted(places)))
+            for index, (name, places) in enumerate(groups)
+        ]
+        yield title, draw_lines(lines, lambda ms: f"{ms:g}", x_title=x_title, y_title="ms", log_y=True)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="cost_growth.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model-path", type=Path, help="checkpoint directory or GGUF file to measure")
+    source.add_argument("--read", type=Path, metavar="FILE", help="JSON file of an earlier measurement")
+    parser.add_argument("--precision", type=_precisions, default=["bfloat16", "int8"], metavar="NAME,...")
+    parser.add_argument("--rows", type=_numbers, default=ROWS, metavar="INT,...", help="numbers of streams")
+    parser.add_argument("--context", type=_numbers, default=CONTEXTS, metavar="INT,...", help="tokens of each stream")
+    parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="(default: %(default)s)")
+    parser.add_argument("--num-threads", type=int, help="(default: one per core)")
+    parser.add_argument("--json", type=Path, help="file for settings, machine and results")
+    parser.add_argument("--svg", type=Path, help="file for the plot")
+    options = parser.parse_args(arguments)
+    for name in ("json", "svg"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"there is no directory {path.parent} for --{name}")
+    report = json.loads(options.read.read_text()) if options.read is not None else _measure_all(options, arguments)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if options.svg is not None:
+        options.svg.write_text(draw([Point(**point) for point in report["points"]]))
+    return 0
+
+
+def _measure_all(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
+    started_at = datetime.now(UTC)
+    kernels = build_kernels(default_cache_dir(os.environ))
+    config = EngineConfig(
+        cache=CacheConfig(kv_cache_gib=options.kv_cache_gib),
+        scheduler=SchedulerConfig(max_num_seqs=max(options.rows), max_num_batched_tokens=_CHUNK),
+        num_threads=options.num_threads,
+        model_impl="native",
+    )
+    shapes = [StepShape("decode", num_rows, context) for context in options.context for num_rows in options.rows]
+    points: list[Point] = []
+    left_out: list[LeftOut] = []
+    for precision in options.precision:
+        measured, left_out = measure(options.model_path, precision, shapes, kernels, config)
+        points += measured
+    return {
+        "started_at": started_at.isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/cost_growth.py", *arguments]),
+        "machine": describe_machine(),
+        "model": options.model_path.resolve().name,
+        "kernels": kernels.level.name,
+        "kv_cache_gib": options.kv_cache_gib,
+        "left_out": [asdict(step) for step in left_out],
+        "points": [asdict(point) for point in points],
+    }
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected positive numbers such as 1,8,32, got {text!r}")
+    return tuple(sorted(map(int, parts)))
+
+
+def _precisions(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in PRECISIONS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(PRECISIONS)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
