@@ -1,6 +1,6 @@
 """Text to token ids and back, for every kind of checkpoint through one class.
 
-The work is done by the Rust tokenizer directly; transformers only chooses and configures it.
+The work is done by the Rust tokenizer directly; where tokenizer.json does not say all, transformers configures it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from transformers import AutoTokenizer
 
 from adapters.gguf_tokenizer import tokenizer_from_gguf
+from adapters.plain_tokenizer import read_plain_tokenizer
 from adapters.token_bytes import decodes_bytes, token_speller
 from registry.checkpoint import read_checkpoint
 from registry.errors import CheckpointError, UnsupportedModelError
@@ -127,6 +127,22 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, *, model_max_length: i
 
 
 def _from_directory(path: Path) -> Tokenizer:
+    plain = read_plain_tokenizer(path)
+    if plain is None:
+        return _from_transformers(path)
+    backend, special = plain
+    return Tokenizer(
+        backend,
+        bos_token_id=special["bos_token"],
+        eos_token_id=special["eos_token"],
+        pad_token_id=special["pad_token"],
+    )
+
+
+def _from_transformers(path: Path) -> Tokenizer:
+    # Imported here because it takes more than 2 s, which a plain tokenizer need not spend.
+    from transformers import AutoTokenizer
+
     try:
         chosen = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError, KeyError) as error:
