@@ -27,7 +27,6 @@ from model_worker.engine.ops.cpu.kernels import find_kernels
 from model_worker.engine.ops.cpu.machine_level import machine_levels
 from model_worker.engine.step_profiler import make_profiler
 from model_worker.identity import weights_digest
-from model_worker.inspection import command as inspection
 from model_worker.model_source import find_model
 from model_worker.worker import Worker, bind
 from registry.errors import RootgraftError
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] == "inspect":
-            return inspection.main(argv[1:], environ)
+            return _inspect(argv[1:], environ)
         config = parse_config(argv, worker_token=environ.get(TOKEN_VARIABLE))
         logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -51,6 +50,13 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
         return 1
     except KeyboardInterrupt:  # while loading; later, SIGINT drains
         return 130
+
+
+def _inspect(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    # Imported here because it needs transformers' modeling code, 3 s of import that serving need not spend.
+    from model_worker.inspection import command
+
+    return command.main(argv, environ)
 
 
 def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]) -> int:
