@@ -312,11 +312,17 @@ class LLMEngine:
                 known = len(state.prompt_logprobs)
                 state.prompt_logprobs += result.prompt_logprobs.get(item.sequence.seq_id, [])[known - item.start :]
             for sequence in item.sampled:
-                drawn = _standing(list(islice(samples, 1 + len(item.drafts))), item.drafts)
-                if isinstance(drawn, RootgraftError):
-                    errors[group.request_id] = drawn
-                elif group.request_id not in errors:
-                    deltas.setdefault(group.request_id, []).append(self._append(state, sequence, drawn))
+                drawn = list(islice(samples, 1 + len(item.drafts)))
+                failures = [sample for sample in drawn if isinstance(sample, RootgraftError)]
+                if failures and not item.drafts:
+                    errors[group.request_id] = failures[0]
+                if group.request_id in errors:
+                    continue
+                standing = _standing(drawn, item.drafts)
+                if standing:
+                    deltas.setdefault(group.request_id, []).append(self._append(state, sequence, standing))
+                if failures and not sequence.finished:
+                    self._scheduler.redo_without_drafts(sequence)
         outputs = [
             self._output(request_id, tuple(news)) for request_id, news in deltas.items() if request_id not in errors
         ]
@@ -409,10 +415,8 @@ class LLMEngine:
         )
 
 
-def _standing(
-    samples: list[SampledToken | RootgraftError], drafts: SequenceOf[int]
-) -> list[SampledToken] | RootgraftError:
-    """The samples that were drawn after right tokens, or the error that came instead of one of them.
+def _standing(samples: list[SampledToken | RootgraftError], drafts: SequenceOf[int]) -> list[SampledToken]:
+    """The samples that were drawn after right tokens, up to an error.
 
     tokens      last known   draft 0   draft 1   draft 2       a row each
     samples     s0           s1        s2        s3            s0 = draft 0, s1 = draft 1, s2 differs from draft 2:
@@ -421,7 +425,7 @@ def _standing(
     standing: list[SampledToken] = []
     for sample, draft in zip_longest(samples, drafts):
         if isinstance(sample, RootgraftError):
-            return sample
+            break
         standing.append(sample)
         if sample.token_id != draft:
             break

@@ -74,6 +74,11 @@ class Scheduler:
                 f"--max-mixed-prefill-tokens must be at least 1, got {config.max_mixed_prefill_tokens}.",
                 param="max_mixed_prefill_tokens",
             )
+        if config.max_num_waiting < 1:
+            raise InvalidRequestError(
+                f"--max-num-waiting must be at least 1, got {config.max_num_waiting}: every request waits for a step.",
+                param="max_num_waiting",
+            )
         self.config = config
         self.block_manager = block_manager
         self.groups: dict[str, SequenceGroup] = {}
@@ -116,10 +121,8 @@ class Scheduler:
                 f"{len(self.waiting)} requests are waiting already, which is this server's limit; try again later.",
                 retry_after_s=self._pace.refuse(),
             )
-        if not self.waiting:
-            self._pace.queue_begins()
         self.groups[group.request_id] = group
-        self.waiting.add(group.sequences[0])
+        self._wait(group.sequences[0])
 
     def abort(self, request_id: str) -> SequenceGroup | None:
         """Forget a request and release all that it holds; None when it is not (or no longer) here."""
@@ -152,6 +155,7 @@ class Scheduler:
             prompts.remove(self.running.last)
             self._preempt(self.running.last, step)
             self._schedule_prompts(prompts, step)
+        assert step.scheduled or not self.groups, "requests wait for ever"
         if self._speculator is not None and not prompts:
             self._add_drafts(step, self._speculator)
         return step.output()
@@ -195,9 +199,23 @@ class Scheduler:
                 continue
             if sequence.status is SequenceStatus.RUNNING:
                 self._leave_running(sequence)
-                self.waiting.add(sequence)
+                self._wait(sequence)
             self.block_manager.release(sequence)
             sequence.status = SequenceStatus.WAITING
+
+    def redo_without_drafts(self, sequence: Sequence) -> None:
+        """A row of a running sequence's drafts was not finite: compute it again, and guess nothing for it any more.
+
+        Attention multiplies what a row does not see by zero (see ops/paged_attention), which NaN survives: a draft can
+        have spoiled the rows before it, in this step and as long as its keys and values are in the cache.
+        """
+        self.block_manager.forget(sequence)
+        self._leave_running(sequence)
+        self._wait(sequence)
+        self.block_manager.release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.preempted = True
+        sequence.may_have_drafts = False
 
     def check_integrity(self) -> None:
         """Recount blocks and queues.
@@ -248,7 +266,7 @@ class Scheduler:
             most = self.config.max_mixed_prefill_tokens
             budget = min(budget, max(most, most * num_prompts // num_decodes))
         share = _PromptShare(budget)
-        may_admit = not step.preempted and not self._prompt_lacks_blocks
+        may_admit = not step.preempted and not (self._prompt_lacks_blocks and prompts)
         if may_admit and self.waiting and budget and not (prompts and prompts[0].rank < self.waiting.first.rank):
             may_admit = self._admit(self.waiting.first, prompts, step)
         if prompts:
@@ -294,7 +312,7 @@ class Scheduler:
         """Of those of the best priority that wait; the oldest of them where several are equally short."""
         first = self.waiting.first
         best = takewhile(lambda s: s.priority == first.priority, islice(self.waiting, self.config.max_num_seqs))
-        return min(best, key=lambda s: s.num_tokens)
+        return min(best, key=lambda s: s.num_tokens - s.num_computed_tokens)
 
     def _admit(self, sequence: Sequence, prompts: list[Sequence], step: _Step) -> bool:
         """Let a waiting sequence run, if there is room for it and for the first one that waits."""
@@ -344,7 +362,7 @@ class Scheduler:
         self.num_preemptions += 1
         copies = None if step.swap_in else self._swap_out(sequence)
         self._leave_running(sequence)
-        self.waiting.add(sequence)
+        self._wait(sequence)
         if copies is None:
             self.block_manager.release(sequence)
             sequence.status = SequenceStatus.WAITING
@@ -377,6 +395,11 @@ class Scheduler:
         if not self.preemption_cost.prefers_swap(manager.preemption_size(sequence)):
             return None
         return manager.swap_out(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        if not self.waiting:
+            self._pace.queue_begins()
+        self.waiting.add(sequence)
 
     def _leave_running(self, sequence: Sequence) -> None:
         self._num_used_slots -= self._num_slots(sequence)

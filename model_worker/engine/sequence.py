@@ -39,6 +39,7 @@ class Sequence:
         host_block_tables: while swapped, for each layer group the blocks of the host pool.
         output_counts: how often each token id was sampled.
         drafter: guesses its next tokens, once it decodes with speculation.
+        may_have_drafts: False once a guess has spoiled a step.
     """
 
     __slots__ = (
@@ -50,6 +51,7 @@ class Sequence:
         "group",
         "host_block_tables",
         "index",
+        "may_have_drafts",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_entered_blocks",
@@ -98,6 +100,7 @@ class Sequence:
         self.num_entered_blocks = 0  # leading full blocks that are accounted for as computed
         self.output_counts: dict[int, int] = {}
         self.drafter: SequenceDrafter | None = None
+        self.may_have_drafts = True
         self._prompt_unique_ids: array[int] | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None

@@ -48,6 +48,10 @@ class Speculator:
         proposals: list[list[int]] = []
         rates: list[float] = []
         for sequence in sequences:
+            if not sequence.may_have_drafts:
+                proposals.append([])
+                rates.append(0.0)
+                continue
             if sequence.drafter is None:
                 proposer = NgramProposer(self.config.ngram_min, self.config.ngram_max)
                 sequence.drafter = SequenceDrafter(proposer, self._overall)

@@ -231,12 +231,16 @@ async def test_closing_a_stream_cancels_its_request() -> None:
 
 
 async def test_refusals_are_raised_to_their_own_request() -> None:
-    engine = AsyncLLMEngine(make_engine(max_num_waiting=0))
+    engine = AsyncLLMEngine(make_engine(max_num_waiting=1))
+    taken = asyncio.create_task(collect(engine.generate("taken", [1], SamplingParams(max_tokens=3))))
+    refused = asyncio.create_task(collect(engine.generate("refused", [1], SamplingParams())))
+    await asyncio.sleep(0)  # both are queued before the first step
     await engine.start()
     with pytest.raises(RateLimitError):
-        await collect(engine.generate("r", [1], SamplingParams()))
+        await refused
     with pytest.raises(InvalidRequestError):
-        await collect(engine.generate("r", [], SamplingParams()))
+        await collect(engine.generate("empty", [], SamplingParams()))
+    assert tokens_of(await taken) == continuation([1], 3)
     await engine.stop()
 
 

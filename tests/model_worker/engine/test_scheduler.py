@@ -503,3 +503,27 @@ def test_a_hot_stream_of_arrivals_starves_nobody() -> None:
         if victim.finished:
             break
     assert victim.finished
+
+
+def test_a_queue_for_nobody_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="max-num-waiting"):
+        Harness(max_num_waiting=0)
+
+
+def test_the_pace_of_the_queue_is_measured_from_when_a_preempted_request_began_it() -> None:
+    harness = Harness(num_blocks=10, caching=False, max_num_waiting=3)
+    harness.add([9], max_tokens=1)
+    harness.run()
+    harness.clock.advance(500.0)
+    for i in range(3):
+        harness.add([i] * 6, max_tokens=20)
+    harness.step()
+    harness.clock.advance(500.0)
+    while not harness.scheduler.waiting:
+        harness.step()
+    harness.clock.advance(3.0)
+    for i in range(2):
+        harness.add([i])
+    with pytest.raises(RateLimitError) as caught:
+        harness.add([1])
+    assert caught.value.retry_after_s == 3.0

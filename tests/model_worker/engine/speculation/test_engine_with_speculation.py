@@ -18,6 +18,7 @@ from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.outputs import TokenLogprobs
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.speculation import draft_lengths
+from model_worker.engine.speculation.ngram_proposer import NgramProposer
 from model_worker.engine.visibility import Visibility
 from registry.errors import InternalError
 from tests.fakes.byte_tokenizer import ByteTokenizer
@@ -269,6 +270,23 @@ def test_a_model_gives_the_same_tokens(sampler: str, runner: ModelRunner, monkey
         assert found[choice][1] == text
         assert found[choice][3:] == ending
         assert_close(found[choice][2], logprobs)
+
+
+def test_a_guess_whose_keys_are_not_finite_costs_nothing(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention multiplies them by zero where they are not seen, and zero times NaN is NaN."""
+    poison = VOCAB_SIZE - 1
+    requests: list[Request] = [([5, 3, 8], SamplingParams(temperature=0.0, max_tokens=12))]
+    plain, _ = answers(runner, requests, OFF, max_model_len=128)
+    monkeypatch.setattr(NgramProposer, "propose", lambda *_: [poison, 4])
+    embedding = runner.model.causal_lm.get_input_embeddings().weight  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        kept = embedding[poison].clone()
+        embedding[poison] = float("nan")
+        found, engine = answers(runner, requests, SpeculationConfig(), max_model_len=128)
+        embedding[poison] = kept
+    assert poison not in plain["0", 0][0]
+    assert found == plain
+    assert engine.stats().draft_tokens_total == 2
 
 
 def assert_close(found: list[TokenLogprobs], expected: list[TokenLogprobs]) -> None:
