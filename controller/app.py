@@ -135,7 +135,7 @@ def _create_state(
             metrics_open=is_loopback(config.server.host),
             clock=clock,
         ),
-        limits=ConcurrencyLimits(config.limits),
+        limits=ConcurrencyLimits(config.limits, clock),
     )
 
 

@@ -230,9 +230,10 @@ class Gateway:
     def _nobody(self, model: str, errors: Sequence[RootgraftError]) -> RootgraftError:
         """What the client is told when every replica that was tried failed, or there was none to try."""
         for kind in (RateLimitError, OverloadedError):
-            for error in errors:
-                if isinstance(error, kind):
-                    return kind(error.message, retry_after_s=error.retry_after_s or self._retry_after_s)
+            found = {error.retry_after_s or self._retry_after_s: error for error in errors if isinstance(error, kind)}
+            if found:
+                soonest_s = min(found)
+                return kind(found[soonest_s].message, retry_after_s=soonest_s)
         if errors:
             return UpstreamError(f"{len(errors)} of the workers of {model!r} failed: {errors[-1].message}")
         return OverloadedError(

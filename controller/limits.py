@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from starlette.datastructures import Headers
@@ -13,51 +13,68 @@ from controller.auth import principal_of
 from controller.config import LimitsConfig
 from controller.errors_http import response_for
 from controller.metrics import Metrics
+from controller.places import Places
 from registry.errors import InvalidRequestError, RateLimitError, RequestTooLargeError, RootgraftError
+
+_WEIGHT_OF_NEWEST = 0.05  # in the running mean
 
 
 class ConcurrencyLimits:
-    """Counts the requests in progress, in total and of each API key."""
+    """Counts the requests in progress, in total and of each API key, and measures how long they last.
 
-    def __init__(self, config: LimitsConfig) -> None:
-        self._max_total = config.max_concurrent_requests
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, config: LimitsConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._max_per_key = config.max_concurrent_requests_per_key
-        self._total = 0
-        self._of_key: Counter[str] = Counter()
+        self._all = Places(config.max_concurrent_requests)
+        self._of_key: dict[str, Places] = {}  # of keys with a request in progress
+        self._mean_s: float | None = None  # that a request lasts
 
     @property
     def num_in_progress(self) -> int:
-        return self._total
+        return self._all.num_taken
 
     @contextmanager
     def acquire(self, key_id: str | None) -> Iterator[None]:
         """Count one request as long as the context lasts; `key_id` is None for callers without a key.
 
         Raises:
-            RateLimitError: too many are in progress already.
+            RateLimitError: too many are in progress already; `retry_after_s` is set where one has ended before.
         """
-        if self._total >= self._max_total:
+        if self._all.all_taken:
             raise RateLimitError(
-                f"{self._total} requests are in progress, the most that this controller takes; try again later",
-                retry_after_s=1.0,
+                f"{self._all.num_taken} requests are in progress, the most that this controller takes; try again later",
+                retry_after_s=self._all.refuse(self._mean_s),
             )
-        if key_id is not None and self._of_key[key_id] >= self._max_per_key:
+        of_key = None if key_id is None else self._of_key.get(key_id, Places(self._max_per_key))
+        if of_key is not None and of_key.all_taken:
             raise RateLimitError(
-                f"this API key has {self._of_key[key_id]} requests in progress, the most that one key may have; "
+                f"this API key has {of_key.num_taken} requests in progress, the most that one key may have; "
                 "wait for one to end",
-                retry_after_s=1.0,
+                retry_after_s=of_key.refuse(self._mean_s),
             )
-        self._total += 1
-        if key_id is not None:
-            self._of_key[key_id] += 1
+        taken = [self._all]
+        if key_id is not None and of_key is not None:
+            taken.append(of_key)
+            self._of_key[key_id] = of_key
+        for places in taken:
+            places.take()
+        start_s = self._clock()
         try:
             yield
         finally:
-            self._total -= 1
-            if key_id is not None:
-                self._of_key[key_id] -= 1
-                if not self._of_key[key_id]:
-                    del self._of_key[key_id]
+            self._ended(self._clock() - start_s)
+            for places in taken:
+                places.leave()
+            if key_id is not None and of_key is not None and not of_key.num_taken:
+                del self._of_key[key_id]
+
+    def _ended(self, seconds: float) -> None:
+        mean_s = seconds if self._mean_s is None else self._mean_s
+        self._mean_s = mean_s + _WEIGHT_OF_NEWEST * (seconds - mean_s)
 
 
 class LimitsMiddleware:

@@ -34,7 +34,7 @@ class Drain:
             OverloadedError: the worker is draining.
         """
         if self.draining:
-            raise OverloadedError("This worker is shutting down; send the request again.", retry_after_s=1.0)
+            raise OverloadedError("This worker is shutting down; send the request again.")
         self._tasks.add(task)
         self._idle.clear()
         try:

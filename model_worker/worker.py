@@ -178,7 +178,7 @@ class Worker:
         if link and link.registered:
             await link.heartbeat()  # the controller routes nothing here from now on
         if not await drain.wait_idle(timeout_s):
-            drain.cancel(OverloadedError("This worker is shutting down; send the request again.", retry_after_s=1.0))
+            drain.cancel(OverloadedError("This worker is shutting down; send the request again."))
             if not await drain.wait_idle(FLUSH_TIMEOUT_S):
                 logger.warning("%d requests could not be told to end", drain.num_running)
 

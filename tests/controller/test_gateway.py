@@ -236,6 +236,15 @@ async def test_a_full_fleet_is_a_rate_limit(fleet: Fleet) -> None:
     assert caught.value.retry_after_s
 
 
+async def test_of_several_full_workers_the_one_that_has_room_soonest_is_named(fleet: Fleet) -> None:
+    for retry_after_s in (40, 30, 50):
+        full = ErrorEvent(code="rate_limit_exceeded", message=f"in {retry_after_s}", retry_after_s=retry_after_s)
+        await fleet.add(Script(refuse=full, refuse_status=429))
+    with pytest.raises(RateLimitError, match="in 30") as caught:
+        await fleet.events()
+    assert caught.value.retry_after_s == 30
+
+
 async def test_a_refused_request_is_not_tried_elsewhere(fleet: Fleet) -> None:
     too_long = ErrorEvent(code="context_length_exceeded", message="too long", param="messages")
     await fleet.add(Script(refuse=too_long))

@@ -11,6 +11,7 @@ from controller.limits import ConcurrencyLimits
 from registry.catalog import Catalog
 from registry.errors import RateLimitError
 from tests.controller.conftest import StartController
+from tests.fakes.fake_clock import FakeClock
 from tests.fakes.fake_worker import FakeWorker, Script
 from tests.fakes.until import until
 
@@ -38,6 +39,24 @@ def test_limits_hold_and_counts_are_exact(steps: list[tuple[bool, str | None]]) 
         slot.__exit__(None, None, None)
     assert limits.num_in_progress == 0
     assert not limits._of_key
+
+
+def test_the_retry_time_is_measured() -> None:
+    clock = FakeClock()
+    limits = ConcurrencyLimits(LimitsConfig(max_concurrent_requests=4, max_concurrent_requests_per_key=2), clock)
+
+    def retry_after_s(key: str | None) -> float | None:
+        with pytest.raises(RateLimitError) as caught, limits.acquire(key):
+            pass
+        return caught.value.retry_after_s
+
+    with limits.acquire("a"), limits.acquire("a"):
+        assert retry_after_s("a") is None  # none has ended yet
+        clock.advance(12.0)
+    with limits.acquire("a"), limits.acquire("a"):
+        assert [retry_after_s("a"), retry_after_s("a")] == [6.0, 12.0]
+        with limits.acquire("b"), limits.acquire("b"):
+            assert retry_after_s("c") == retry_after_s(None) / 2 == 3.0
 
 
 def add_echo(app: FastAPI) -> None:

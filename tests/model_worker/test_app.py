@@ -263,7 +263,7 @@ async def test_a_draining_worker_refuses_and_finishes(
     assert not await service.drain.wait_idle(0.01)
     refused = await client.post("/internal/generate", json=body())
     assert refused.status_code == 503
-    assert refused.headers["retry-after"] == "1"
+    assert "retry-after" not in refused.headers  # nobody knows when there will be another worker
     assert ErrorEvent.model_validate_json(refused.content).code == "overloaded"
     assert (await client.get("/health")).status_code == 503
     assert WorkerStats.model_validate_json((await client.get("/internal/stats")).content).draining
