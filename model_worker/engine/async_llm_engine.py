@@ -120,7 +120,7 @@ class AsyncLLMEngine:
                     self._deliver(loop, [(output.request_id, output) for output in self._engine.step()])
                     self.num_steps += 1
                 if not self._engine.has_unfinished_requests:
-                    self._engine.check_integrity()
+                    self._engine.check_idle()
                 self._stats = self._engine.stats()
         except BaseException as error:  # a bug in scheduling or accounting: nothing it holds can be trusted any more
             logger.exception("The engine thread has failed.")

@@ -258,7 +258,18 @@ class LLMEngine:
         self._scheduler.check_integrity()
         assert self._states.keys() == self._scheduler.groups.keys()
         if not self._states:
-            assert self._block_manager.num_used_blocks == self._block_manager.num_used_host_blocks == 0
+            self.check_idle()
+
+    def check_idle(self) -> None:
+        """For an engine without requests: the part of `check_integrity` that takes no time, however large the cache.
+
+        Raises:
+            AssertionError: something leaked.
+        """
+        assert not self._states
+        assert not self._scheduler.running
+        assert not self._scheduler.waiting
+        assert self._block_manager.num_used_blocks == self._block_manager.num_used_host_blocks == 0
 
     # ------------------------------------------------------------------------------------------ internal
 

@@ -272,7 +272,7 @@ async def test_a_dead_engine_thread_fails_everything_and_says_so() -> None:
     def break_down() -> None:
         raise AssertionError("accounting is wrong")
 
-    inner.check_integrity = break_down  # type: ignore[method-assign]
+    inner.check_idle = break_down  # type: ignore[method-assign]
     outputs = await collect(engine.generate("r", [1], SamplingParams(max_tokens=2)))
     assert outputs[-1].finished
     async with asyncio.timeout(5):
