@@ -1,16 +1,14 @@
 #include "../cpu/runtime.h"
 #include "../cpu/simd.h"
+#include "../linear/packed_weight.h"
 
 using namespace rootgraft;
 
 namespace {
 
-constexpr int64_t kPanel = 32;
-constexpr int64_t kGroup = 32;
-
 // Mirrored by `_EmbeddingArgs` in __init__.py.
 struct EmbeddingArgs {
-  const void* weight;  // packed as for linear layers (linear/packed_weight.py): an embedding may also be the head
+  const void* weight;  // packed as for linear layers: an embedding may also be the head
   int64_t format;
   int64_t size;
   float* out;  // [T, size], rows out_stride apart
@@ -24,29 +22,30 @@ void dense_row(const EmbeddingArgs& a, int64_t token, float* out) {
   for (int64_t k = 0; k < a.size; ++k) out[k] = widen(column[k * kPanel]) * a.multiplier;
 }
 
+// The groups of one token's panel.
+template <typename Group>
+const Group* panel_of(const EmbeddingArgs& a, int64_t token) {
+  return static_cast<const Group*>(a.weight) + token / kPanel * (a.size / kGroup);
+}
+
 void int8_row(const EmbeddingArgs& a, int64_t token, float* out) {
-  constexpr int64_t kGroupBytes = 64 + kPanel * kGroup;
-  const int64_t num_groups = a.size / kGroup, lane = token % kPanel;
-  const uint8_t* group = static_cast<const uint8_t*>(a.weight) + token / kPanel * num_groups * kGroupBytes;
-  for (int64_t g = 0; g < num_groups; ++g, group += kGroupBytes) {
-    const float scale = widen(bits_of<Float16>(group + 2 * lane)) * a.multiplier;
-    for (int64_t k = 0; k < kGroup; ++k) {
-      const int value = group[64 + k / 4 * kPanel * 4 + lane * 4 + k % 4];
-      out[g * kGroup + k] = static_cast<float>(value - 128) * scale;
-    }
+  const Int8Group* group = panel_of<Int8Group>(a, token);
+  const int64_t lane = token % kPanel;
+  for (const float* const end = out + a.size; out < end; out += kGroup, ++group) {
+    const float scale = widen(group->scale[lane]) * a.multiplier;
+    for (int k = 0; k < kGroup; ++k) out[k] = static_cast<float>(group->values[k / 4][lane][k % 4] - 128) * scale;
   }
 }
 
 void int4_row(const EmbeddingArgs& a, int64_t token, float* out) {
-  constexpr int64_t kGroupBytes = 128 + kPanel * kGroup / 2;
-  const int64_t num_groups = a.size / kGroup, lane = token % kPanel;
-  const uint8_t* group = static_cast<const uint8_t*>(a.weight) + token / kPanel * num_groups * kGroupBytes;
-  for (int64_t g = 0; g < num_groups; ++g, group += kGroupBytes) {
-    const float scale = widen(bits_of<Float16>(group + 2 * lane)) * a.multiplier;
-    const float minimum = widen(bits_of<Float16>(group + 64 + 2 * lane)) * a.multiplier;
-    for (int64_t k = 0; k < kGroup; ++k) {
-      const int both = group[128 + k % 16 / 4 * kPanel * 4 + lane * 4 + k % 4];
-      out[g * kGroup + k] = static_cast<float>(k < 16 ? both & 0xf : both >> 4) * scale + minimum;
+  const Int4Group* group = panel_of<Int4Group>(a, token);
+  const int64_t lane = token % kPanel;
+  for (const float* const end = out + a.size; out < end; out += kGroup, ++group) {
+    const float scale = widen(group->scale[lane]) * a.multiplier;
+    const float minimum = widen(group->minimum[lane]) * a.multiplier;
+    for (int k = 0; k < kGroup; ++k) {
+      const int both = group->values[k % 16 / 4][lane][k % 4];
+      out[k] = static_cast<float>(k < 16 ? both & 0xf : both >> 4) * scale + minimum;
     }
   }
 }
@@ -58,12 +57,12 @@ extern "C" void rootgraft_embedding(const void* args, const Step& step, Worker& 
   for (int64_t row; (row = worker.take(step.num_rows)) >= 0;) {
     const int64_t token = step.input_ids[row];
     float* const out = a.out + row * a.out_stride;
-    switch (a.format) {  // as in linear/cpu.cpp
-      case 0: dense_row<float>(a, token, out); break;
-      case 1: dense_row<BFloat16>(a, token, out); break;
-      case 2: dense_row<Float16>(a, token, out); break;
-      case 3: int8_row(a, token, out); break;
-      case 4: int4_row(a, token, out); break;
+    switch (a.format) {
+      case kFloat32: dense_row<float>(a, token, out); break;
+      case kBFloat16: dense_row<BFloat16>(a, token, out); break;
+      case kFloat16: dense_row<Float16>(a, token, out); break;
+      case kInt8: int8_row(a, token, out); break;
+      case kInt4: int4_row(a, token, out); break;
     }
   }
 }
