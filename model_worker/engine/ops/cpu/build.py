@@ -45,8 +45,11 @@ def find_compiler() -> str | None:
 def cached_library(level: MachineLevel, cache_dir: Path) -> Path | None:
     """The library of a level, if it has been built from these sources already. Takes a millisecond."""
     for path in (cache_dir / "kernels").glob(f"{level.name}-{_key(level)}-*.so"):
-        if path.stem.endswith(f"-{_content_digest(path)}"):
-            return path
+        try:
+            if path.stem.endswith(f"-{_content_digest(path)}"):
+                return path
+        except FileNotFoundError:
+            continue  # another process has removed it just now
         logger.warning("The CPU kernels in %s are damaged; they are removed, to be built again.", path)
         with contextlib.suppress(OSError):
             path.unlink()

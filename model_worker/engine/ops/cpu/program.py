@@ -64,7 +64,7 @@ class Operation(Protocol):
     """One fused op on fixed buffers; a frozen dataclass in the op's folder.
 
     Attributes:
-        kernel: name of its function in cpu.cpp.
+        kernel: name of its C++ function.
         name: of the part of the model that it computes, as in "layers.3.mlp.gate_up_proj".
     """
 
@@ -106,6 +106,10 @@ class _Step(ctypes.Structure):
 
     @classmethod
     def of(cls, step: Step) -> _Step:
+        for tensor in (step.input_ids, step.positions, step.slot_mapping, step.query_start, step.seq_lens):
+            assert tensor.dtype == torch.int64
+        assert step.block_tables.dtype == torch.int32
+        assert len(step.positions) == step.slot_mapping.shape[1] == step.num_rows
         tensors = (
             step.input_ids,
             step.positions,
@@ -233,9 +237,11 @@ def address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def row_stride(tensor: Tensor) -> int:
-    """Elements from one row of [T, ...] to the next."""
-    return tensor.stride(0)
+def row_stride(rows: Tensor) -> int:
+    """Numbers from one row of [T, width] float32 to the next."""
+    assert rows.dtype == torch.float32
+    assert rows.ndim == 2
+    return rows.stride(0)
 
 
 def new_buffer(num_rows: int, width: int) -> Tensor:

@@ -40,8 +40,10 @@ class Embedding:
     multiplier: float = 1.0
     kernel: str = "rootgraft_embedding"
 
-    def arguments(self) -> ctypes.Structure:
+    def __post_init__(self) -> None:
         assert self.out.shape[1] == self.weight.num_inputs
+
+    def arguments(self) -> ctypes.Structure:
         return _EmbeddingArgs(
             address(self.weight.data),
             self.weight.format,

@@ -46,6 +46,7 @@ class ExpertPlan:
 
     @classmethod
     def allocate(cls, num_rows: int, num_experts: int, num_chosen: int) -> ExpertPlan:
+        assert 1 <= num_chosen <= num_experts
         return cls(
             torch.zeros(num_rows, num_chosen, dtype=torch.int32),
             torch.zeros(num_rows, num_chosen),
@@ -84,8 +85,11 @@ class SelectExperts:
     normalize: bool
     kernel: str = "rootgraft_select_experts"
 
-    def arguments(self) -> ctypes.Structure:
+    def __post_init__(self) -> None:
+        assert self.logits.shape[1] == self.plan.num_experts
         assert self.logits.is_contiguous()
+
+    def arguments(self) -> ctypes.Structure:
         plan = self.plan
         return _SelectArgs(
             address(self.logits),
@@ -177,8 +181,11 @@ class GatherRows:
     out: Tensor
     kernel: str = "rootgraft_gather_rows"
 
-    def arguments(self) -> ctypes.Structure:
+    def __post_init__(self) -> None:
+        assert self.x.shape[1] == self.out.shape[1]
         assert self.out.is_contiguous()
+
+    def arguments(self) -> ctypes.Structure:
         return _GatherArgs(
             address(self.x),
             row_stride(self.x),
@@ -304,8 +311,11 @@ class CombineExperts:
     alpha: float = 1.0
     kernel: str = "rootgraft_combine_experts"
 
-    def arguments(self) -> ctypes.Structure:
+    def __post_init__(self) -> None:
+        assert self.y.shape[1] == self.out.shape[1]
         assert self.y.is_contiguous()
+
+    def arguments(self) -> ctypes.Structure:
         return _CombineArgs(
             address(self.y),
             self.y.shape[1],

@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 
-_SMALLEST_PEAK = 2.0**-120  # as in cpu.cpp
+_SMALLEST_PEAK = 2.0**-120  # as in quantize_rows.cpp
 
 
 class Activation(IntEnum):
@@ -77,6 +77,10 @@ class QuantizedRows:
     values: Tensor
     scales: Tensor
     sums: Tensor
+
+    @property
+    def num_groups(self) -> int:
+        return self.scales.shape[1]
 
     @classmethod
     def allocate(cls, num_rows: int, num_inputs: int) -> QuantizedRows:
@@ -116,6 +120,9 @@ class QuantizeRows:
     rows_per_token: int = 1
     kernel: str = "rootgraft_quantize_rows"
 
+    def __post_init__(self) -> None:
+        assert self.out.num_groups == -(-self.x.shape[1] // GROUP)
+
     def arguments(self) -> ctypes.Structure:
         out = self.out
         return _QuantizeArgs(
@@ -130,7 +137,7 @@ class QuantizeRows:
 
     def reference(self, step: Step) -> None:
         num_rows, num_inputs = step.num_rows * self.rows_per_token, self.x.shape[1]
-        groups = F.pad(self.x[:num_rows], (0, -num_inputs % GROUP)).view(num_rows, self.out.scales.shape[1], GROUP)
+        groups = F.pad(self.x[:num_rows], (0, -num_inputs % GROUP)).view(num_rows, self.out.num_groups, GROUP)
         peaks = groups.abs().amax(dim=-1)
         inverse = torch.where(peaks >= _SMALLEST_PEAK, 127.0 / peaks, 0.0)
         values = torch.round(groups * inverse[..., None]).to(torch.int8)
@@ -197,7 +204,8 @@ class Linear:
         assert self.x.shape[1] == self.weight.num_inputs
         assert self.out.shape[1] == (num_outputs // 2 if gated else num_outputs)
         assert not gated or num_outputs % PANEL == 0
-        assert self.bias is None or self.bias.shape == (num_outputs,)
+        assert self.bias is None or (self.bias.shape == (num_outputs,) and self.bias.dtype == torch.float32)
+        assert self.quantized_x is None or self.quantized_x.num_groups * GROUP == self.weight.num_inputs
 
     def arguments(self) -> ctypes.Structure:
         quantized = self.quantized_x if self.weight.format.is_quantized else None
@@ -223,7 +231,7 @@ class Linear:
         num_rows = step.num_rows
         x = self.x[:num_rows]
         if self.quantized_x is not None and self.weight.format.is_quantized:
-            values = self.quantized_x.values[:num_rows].view(num_rows, self.quantized_x.scales.shape[1], GROUP)
+            values = self.quantized_x.values[:num_rows].view(num_rows, self.quantized_x.num_groups, GROUP)
             x = (values * self.quantized_x.scales[:num_rows, :, None]).flatten(1)[:, : x.shape[1]]
         y = F.linear(x, self.weight.unpack(), self.bias) * self.alpha
         if self.activation is not Activation.NONE:

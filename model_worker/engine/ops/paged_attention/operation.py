@@ -1,7 +1,8 @@
 """Paged attention as an operation of a program; the package's docstring has the formula, native_kv.py the cache.
 
-Slots outside the positions that a row sees may hold anything, NaN too: they are left out, not multiplied by zero. Block
-tables are not looked at outside them either. A row's result has the same bits whatever batch it is part of.
+Slots outside the positions that the tokens of a sequence see may hold anything, NaN too: they are left out, not
+multiplied by zero. Block tables are not looked at outside them either. A row's result has the same bits whatever batch
+it is part of, as long as its sequence's keys and values are finite.
 """
 
 from __future__ import annotations

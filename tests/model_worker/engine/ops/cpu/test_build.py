@@ -156,6 +156,15 @@ def test_a_damaged_library_is_built_again(
     assert build_library(PORTABLE, tmp_path).read_text() == "compiled\n"
 
 
+def test_a_library_that_vanishes_while_it_is_looked_at_is_built_again(compiler: Path, tmp_path: Path) -> None:
+    """Another process removes what it takes for old."""
+    path = build_library(PORTABLE, tmp_path)
+    path.unlink()
+    path.symlink_to(tmp_path / "gone")  # listed, but not there to be read
+    assert cached_library(PORTABLE, tmp_path) is None
+    assert build_library(PORTABLE, tmp_path).read_text() == "compiled\n"
+
+
 def test_builds_at_the_same_time_do_each_other_no_harm(compiler: Path, tmp_path: Path) -> None:
     _write_compiler(compiler, 'while [ "$1" != -o ]; do shift; done; echo half > "$2"; sleep 0.2; echo compiled > "$2"')
     with ThreadPoolExecutor(4) as pool:

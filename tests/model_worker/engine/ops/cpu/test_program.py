@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,18 @@ def test_nothing_to_do(team: Team) -> None:
     chain.stream.fill_(7.0)
     chain.program.run(Step.of_rows(0))
     assert (chain.stream == 7.0).all()
+
+
+def test_a_step_of_other_numbers_is_refused(team: Team) -> None:
+    """The kernels would read its bytes as what they are not."""
+    chain, step = _Chain(team), Step.of_rows(2)
+    for wrong in (
+        replace(step, input_ids=step.input_ids.int()),
+        replace(step, block_tables=step.block_tables.long()),
+        replace(step, slot_mapping=step.slot_mapping[:, :1]),
+    ):
+        with pytest.raises(AssertionError):
+            chain.program.run(wrong)
 
 
 def test_times_are_those_of_the_commands(team: Team) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compression.grouped_weight import GroupedWeight
 from compression.int4 import quantize_int4
 from compression.int8 import quantize_int8
 from model_worker.engine.ops.cpu.program import Operation, Program, Step, Team
@@ -18,15 +17,14 @@ from model_worker.engine.ops.experts import (
 from model_worker.engine.ops.linear import Activation, PackedWeight, QuantizedRows, QuantizeRows, pack
 
 SIZE, INNER = 64, 96
+_QUANTIZERS = {"int8": quantize_int8, "int4": quantize_int4}
 
 
 def _weight(num_experts: int, num_outputs: int, num_inputs: int, form: str) -> PackedWeight:
     packed = []
     for _ in range(num_experts):
-        matrix: torch.Tensor | GroupedWeight = torch.randn(num_outputs, num_inputs) * 0.1
-        if form != "float32":
-            matrix = (quantize_int8 if form == "int8" else quantize_int4)(matrix)
-        packed.append(pack(matrix))
+        matrix = torch.randn(num_outputs, num_inputs) * 0.1
+        packed.append(pack(_QUANTIZERS[form](matrix) if form in _QUANTIZERS else matrix))
     data = torch.cat([one.data for one in packed])
     return PackedWeight(data, packed[0].format, num_experts * num_outputs, num_inputs)
 
@@ -88,3 +86,8 @@ def _outputs(operation: Operation) -> list[torch.Tensor]:
         return [operation.out.values, operation.out.scales, operation.out.sums]
     assert isinstance(operation, GatherRows | ExpertLinear | CombineExperts)
     return [operation.out]
+
+
+def test_more_experts_than_there_are_cannot_be_chosen() -> None:
+    with pytest.raises(AssertionError):
+        ExpertPlan.allocate(2, num_experts=4, num_chosen=5)

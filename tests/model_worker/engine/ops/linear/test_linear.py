@@ -188,3 +188,15 @@ def test_the_number_of_threads_changes_nothing(team: Team) -> None:
         Program(Team(team.library, num_threads), [Linear("linear", x, weight, out)]).run(Step.of_rows(130))
         results.append(out)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    weight, x, out = _random_weight(WeightFormat.INT8, 32, 64), torch.zeros(2, 64), torch.zeros(2, 32)
+    with pytest.raises(AssertionError):
+        Linear("linear", x, weight, out, quantized_x=QuantizedRows.allocate(2, 96))
+    with pytest.raises(AssertionError):
+        QuantizeRows("quantize", x, QuantizedRows.allocate(2, 96))
+    with pytest.raises(AssertionError):
+        Linear("linear", x.half(), weight, out).arguments()
+    with pytest.raises(AssertionError):
+        Linear("linear", x, weight, out, bias=torch.zeros(32, dtype=torch.bfloat16))
