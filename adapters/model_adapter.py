@@ -112,6 +112,11 @@ def _family(config: Mapping[str, Any]) -> ModelFamily:
         raise UnsupportedModelError(f"models of the family {family.name} ({model_type}) are refused: {family.refused}")
     if config.get("is_encoder_decoder"):
         raise UnsupportedModelError(f"this {model_type} model is an encoder-decoder; only decoder models are served")
+    if config.get("is_causal", True) is not True or config.get("use_bidirectional_attention"):
+        raise UnsupportedModelError(
+            f"the tokens of this {model_type} model see those after them (an embedding model); only causal models are "
+            "served"
+        )
     return family
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters.model_adapter import find_model_adapter
+from registry.errors import UnsupportedModelError
 from registry.families import families
 
 WIDE = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -75,3 +76,11 @@ def test_context_without_position_limits() -> None:
     bloom = {"model_type": "bloom", "vocab_size": 64, "hidden_size": 32}
     assert find_model_adapter(bloom).max_position_embeddings == families()["bloom"].context_length
     assert find_model_adapter({**bloom, "seq_length": 77}).max_position_embeddings == 77
+
+
+@pytest.mark.parametrize("settings", [{"is_causal": False}, {"use_bidirectional_attention": True}])
+def test_models_that_see_later_tokens_are_refused(settings: dict[str, Any]) -> None:
+    """transformers' decoders take these from any config; with our attention they would answer nonsense in silence."""
+    with pytest.raises(UnsupportedModelError, match="causal"):
+        find_model_adapter({"model_type": "llama", **LLAMA, **settings})
+    find_model_adapter({"model_type": "llama", **LLAMA, "is_causal": True, "use_bidirectional_attention": None})
