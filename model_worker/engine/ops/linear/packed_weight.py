@@ -114,19 +114,23 @@ def interleave_gated(gate: Tensor, up: Tensor) -> Tensor:
 def _pack_groups(weight: GroupedWeight) -> PackedWeight:
     num_outputs, num_inputs = weight.shape
     assert num_inputs % GROUP == 0
-    values = _pad_rows(weight.values)
     num_groups = num_inputs // GROUP
-    lead = _half_bytes(weight.scales)
+    values = _pad_rows(weight.values).view(torch.uint8)
     if weight.minimums is None:
-        offset = (values.to(torch.int16) + 128).to(torch.uint8)
-        quads = offset.view(-1, PANEL, num_groups, 8, 4).permute(0, 2, 3, 1, 4)
-        format = WeightFormat.INT8
+        format, lead = WeightFormat.INT8, _half_bytes(weight.scales)
+        quads = values.view(-1, PANEL, num_groups, 8, 4)
     else:
-        lead = torch.cat([lead, _half_bytes(weight.minimums)], dim=-1)
-        halves = values.view(torch.uint8).view(-1, PANEL, num_groups, 2, 4, 4)
-        quads = (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).permute(0, 2, 3, 1, 4)
-        format = WeightFormat.INT4
-    groups = torch.cat([lead, quads.flatten(2)], dim=-1)
+        format, lead = WeightFormat.INT4, torch.cat([_half_bytes(weight.scales), _half_bytes(weight.minimums)], dim=-1)
+        halves = values.view(-1, PANEL, num_groups, 2, 4, 4)
+        quads = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
+    quads = quads.permute(0, 2, 3, 1, 4)
+    # Written in place: the values of a large embedding should not be in memory once more for each step of this.
+    groups = torch.empty(*lead.shape[:2], lead.shape[2] + quads.shape[2:].numel(), dtype=torch.uint8)
+    groups[..., : lead.shape[2]] = lead
+    packed = groups[..., lead.shape[2] :]
+    packed.view(quads.shape).copy_(quads)
+    if format is WeightFormat.INT8:
+        packed ^= 128  # adds 128 to signed bytes
     return PackedWeight(groups.flatten(), format, num_outputs, num_inputs)
 
 
@@ -136,4 +140,5 @@ def _half_bytes(per_group: Tensor) -> Tensor:
 
 
 def _pad_rows(matrix: Tensor) -> Tensor:
-    return torch.nn.functional.pad(matrix, (0, 0, 0, -len(matrix) % PANEL)).contiguous()
+    missing = -len(matrix) % PANEL
+    return (torch.nn.functional.pad(matrix, (0, 0, 0, missing)) if missing else matrix).contiguous()
