@@ -29,10 +29,10 @@ class SequenceDrafter:
         self._proposal: list[int] = []  # of the last call
         self._num_tokens = 0  # of the sequence then
 
-    def propose(self, token_ids: Sequence[int], num_tokens: int) -> list[int]:
+    def propose(self, token_ids: Sequence[int], num_tokens: int, *, max_entered: int) -> list[int]:
         """The next tokens, as NgramProposer guesses them."""
         self._judge(token_ids)
-        self._proposal = self._proposer.propose(token_ids, num_tokens)
+        self._proposal = self._proposer.propose(token_ids, num_tokens, max_entered=max_entered)
         self._num_tokens = len(token_ids)
         return self._proposal
 

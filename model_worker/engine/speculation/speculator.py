@@ -16,6 +16,8 @@ _WINDOW = 512  # guesses of all sequences that tell what to expect of a new one
 _PRIOR = 0.5  # before there was any guess
 _MIN_PROBE = 2  # rows by which steps must differ to find out what a row costs
 _PROBE_SHARE = 4  # the same as a share of the batch: one in so many
+_MAX_ENTERED = 2048  # tokens of prompts in one step, which take a millisecond, shared by the sequences,
+_MIN_ENTERED = 16  # but at least so many for each, so that it keeps up with its own output
 
 
 class Speculator:
@@ -47,6 +49,7 @@ class Speculator:
         """
         proposals: list[list[int]] = []
         rates: list[float] = []
+        max_entered = max(_MIN_ENTERED, _MAX_ENTERED // max(1, len(sequences)))
         for sequence in sequences:
             if not sequence.may_have_drafts:
                 proposals.append([])
@@ -55,7 +58,9 @@ class Speculator:
             if sequence.drafter is None:
                 proposer = NgramProposer(self.config.ngram_min, self.config.ngram_max)
                 sequence.drafter = SequenceDrafter(proposer, self._overall)
-            proposal = sequence.drafter.propose(sequence.token_ids, self.config.num_speculative_tokens)
+            proposal = sequence.drafter.propose(
+                sequence.token_ids, self.config.num_speculative_tokens, max_entered=max_entered
+            )
             proposals.append(proposal[: sequence.num_tokens_left - 1])  # the step yields one token more
             rates.append(sequence.drafter.rate(_PRIOR))
         lengths = self._lengths(rates, [len(proposal) for proposal in proposals], max_drafts)

@@ -277,7 +277,7 @@ def test_a_guess_whose_keys_are_not_finite_costs_nothing(runner: ModelRunner, mo
     poison = VOCAB_SIZE - 1
     requests: list[Request] = [([5, 3, 8], SamplingParams(temperature=0.0, max_tokens=12))]
     plain, _ = answers(runner, requests, OFF, max_model_len=128)
-    monkeypatch.setattr(NgramProposer, "propose", lambda *_: [poison, 4])
+    monkeypatch.setattr(NgramProposer, "propose", lambda *_, **__: [poison, 4])
     embedding = runner.model.causal_lm.get_input_embeddings().weight  # type: ignore[attr-defined]
     with torch.inference_mode():
         kept = embedding[poison].clone()

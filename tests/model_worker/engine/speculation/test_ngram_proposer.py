@@ -4,10 +4,15 @@ from model_worker.engine.speculation.ngram_proposer import NgramProposer
 
 
 def searched(token_ids: list[int], num_tokens: int, min_tokens: int, max_tokens: int) -> list[int]:
-    """What NgramProposer promises, by looking everywhere."""
+    """What NgramProposer promises, by looking at all places that it may try."""
+
+    def matches(end: int, n: int) -> bool:
+        return n <= end and token_ids[end - n : end] == token_ids[-n:]
+
+    places = [end for end in range(len(token_ids) - 1, 0, -1) if matches(end, min_tokens)][:16]
     for n in range(max_tokens, min_tokens - 1, -1):
-        for end in range(len(token_ids) - 1, n - 1, -1):
-            if n < len(token_ids) and token_ids[end - n : end] == token_ids[-n:]:
+        for end in places:
+            if matches(end, n):
                 text = token_ids.copy()
                 while len(text) < len(token_ids) + num_tokens:
                     text.append(text[end + len(text) - len(token_ids)])
@@ -17,8 +22,8 @@ def searched(token_ids: list[int], num_tokens: int, min_tokens: int, max_tokens:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    token_ids=st.lists(st.integers(0, 3), min_size=1, max_size=60),
-    arrivals=st.lists(st.integers(1, 7), min_size=1, max_size=20),
+    token_ids=st.lists(st.integers(0, 3), min_size=1, max_size=120),
+    arrivals=st.lists(st.integers(1, 15), min_size=1, max_size=20),
     min_tokens=st.integers(1, 3),
     further=st.integers(0, 3),
     num_tokens=st.integers(1, 9),
@@ -55,5 +60,5 @@ def test_new_tokens_propose_nothing():
 def test_a_long_prompt_is_entered_in_pieces():
     prompt = list(range(1000)) * 2
     proposer = NgramProposer(2, 4)
-    calls = [proposer.propose(prompt, 2) for _ in range(8)]
+    calls = [proposer.propose(prompt, 2, max_entered=256) for _ in range(8)]
     assert calls == [[]] * 7 + [[0, 1]]
