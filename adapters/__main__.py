@@ -14,6 +14,7 @@ from typing import Any
 from adapters.chat_format import require_chat_template
 from adapters.chat_template import ChatTemplate
 from adapters.convert import convert_checkpoint
+from adapters.decoder_config import DECODER_MODEL_TYPES
 from adapters.dtype import DTYPES
 from adapters.load_plan import LoadPlan
 from adapters.plan import plan_load
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = verbs.add_parser("list", help="list the model families and the conversation templates")
     verb.add_argument("--json", action="store_true", help="print JSON")
-    verb = verbs.add_parser("show", help="check a checkpoint and show how it would be loaded")
+    verb = verbs.add_parser("show", help="check a checkpoint and show how a worker with CPU kernels would load it")
     verb.add_argument("model", metavar="MODEL", help="checkpoint directory or .gguf file")
     _add_plan_flags(verb)
     verb.add_argument("--json", action="store_true", help="print JSON")
@@ -141,6 +142,7 @@ def _plan(args: argparse.Namespace) -> LoadPlan:
         chat_template=args.chat_template,
         max_model_len=args.max_model_len,
         memory_bytes=sys.maxsize,
+        native_model_types=DECODER_MODEL_TYPES,
     )
 
 

@@ -109,7 +109,8 @@ def _blocks(rows: Iterable[TraceRow], num_tokens: int) -> Iterator[Block]:
 
 
 def _block(rows: list[TraceRow], num_tokens: int) -> Block:
-    first_size = _ROWS if rows[0].kind is OpKind.HEAD else _TOKENS
+    of_head = rows[0].kind is OpKind.HEAD or rows[0].name.startswith("head.")  # its product, or what prepares its input
+    first_size = _ROWS if of_head else _TOKENS
 
     def text(shape: Shape) -> str:
         sizes = [

@@ -34,6 +34,14 @@ def test_show(tiny_llama, capsys) -> None:
     assert shown["memory"].endswith("available: fits")
 
 
+def test_show_says_what_a_worker_would_do(smollm2_gguf, capsys) -> None:
+    """Whatever this machine multiplies: the native decoder takes half precision and blocks as they are."""
+    assert main(["show", str(smollm2_gguf), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["dtype"], shown["kept_types"]) == ("bfloat16", ["Q4_0", "Q4_1", "Q8_0"])
+    assert shown["memory"]["weights_bytes"] < 100e6
+
+
 def test_show_as_json(tiny_llama, capsys) -> None:
     assert main(["show", str(tiny_llama), "--json", "--chat-template", "chatml"]) == 0
     shown = json.loads(capsys.readouterr().out)

@@ -81,3 +81,6 @@ def test_quantized_weights_show_in_the_trace(tmp_path: Path, kernels: KernelLibr
     if kernels.level.has_integer_dot:
         assert OpKind.QUANTIZE in {row.kind for row in rows}
         assert "--series-quantize" in format_html(inspection)
+        *_, head_input, head, _ = inspection.flowcharts[0].sections[-1].blocks
+        assert (head_input.kind, head.kind) == (OpKind.QUANTIZE, OpKind.HEAD)
+        assert head_input.inputs == head.inputs == ("[R, 32]",)
