@@ -3,11 +3,12 @@
     python benchmarks/scheduler.py --json results.json
 
 Every step is schedule, complete, and the appending of one token to each sequence that sampled, as the engine does it.
-Three loads, each with `--num-seqs` sequences of about `--num-tokens` tokens in blocks of `--block-size`:
+Four loads, each with `--num-seqs` sequences of about `--num-tokens` tokens in blocks of `--block-size`:
 
     decode      all decode; their block boundaries are spread over the steps
     boundary    all decode and reach their block boundaries in the same step: see max_ms
     churn       in every step one sequence ends and one of the same length arrives, half of it found in the prefix cache
+    drafts      as decode, with the search for guesses (speculation) in text that never repeats itself
 
 Times are in milliseconds of the wall clock, and in the mean also of the thread's own processor time, which a busy
 machine does not lengthen much; garbage collection stays on. The best of `--repeats` runs is reported, because whatever
@@ -26,19 +27,21 @@ import time
 from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import cycle
 from pathlib import Path
 
 from machine import describe_machine
 
 from model_worker.engine.block_manager import BlockManager
-from model_worker.engine.config import SchedulerConfig
+from model_worker.engine.config import SchedulerConfig, SpeculationConfig
 from model_worker.engine.outputs import FinishReason
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.scheduler import Scheduler
 from model_worker.engine.sequence import Sequence, SequenceGroup
+from model_worker.engine.speculation.speculator import Speculator
 
 _VOCAB_SIZE = 50_000
-_SAMPLING = SamplingParams()
+_SAMPLING = SamplingParams(max_tokens=2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +67,16 @@ class LoadResult:
 class Bench:
     """A scheduler full of running sequences, and the engine's part between two steps."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, speculator: Speculator | None = None) -> None:
         self.size = size
-        num_blocks = size.num_seqs * (-(-(size.num_tokens + size.num_steps) // size.block_size) + 2)
+        num_blocks = size.num_seqs * (-(-(2 * size.num_tokens + size.num_steps) // size.block_size) + 2)
         budget = size.num_seqs + size.num_tokens + size.block_size  # a whole prompt in one step
         config = SchedulerConfig(
             max_num_seqs=size.num_seqs, max_num_batched_tokens=budget, max_mixed_prefill_tokens=budget
         )
-        self.scheduler = Scheduler(config, BlockManager(num_blocks, size.block_size))
+        self.scheduler = Scheduler(config, BlockManager(num_blocks, size.block_size), speculator=speculator)
         self._random = random.Random(0)
+        self._sampled = cycle(self._random.choices(range(_VOCAB_SIZE), k=99_991))
         self._shared = self._random.choices(range(_VOCAB_SIZE), k=size.num_tokens // 2)
         self._next_id = 0
 
@@ -95,7 +99,7 @@ class Bench:
         self.scheduler.complete(output)
         for item in output.scheduled:
             for sequence in item.sampled:
-                sequence.append(7)
+                sequence.append(next(self._sampled))
 
     def end_oldest(self) -> None:
         oldest = next(iter(self.scheduler.running))
@@ -103,9 +107,12 @@ class Bench:
 
 
 def measure(load: str, size: Size) -> LoadResult:
-    bench = Bench(size)
+    bench = Bench(size, Speculator(SpeculationConfig()) if load == "drafts" else None)
     spread = size.block_size if load != "boundary" else 1
     bench.fill(lambda number: size.num_tokens + number % spread)
+    if load == "drafts":
+        for _ in range(size.num_tokens // 8):  # until the prompts are indexed, 16 tokens a step
+            bench.step()
     times, cpu_times = [], []
     for _ in range(size.num_steps):
         if load == "churn":
@@ -142,7 +149,7 @@ def main(arguments: SequenceOf[str]) -> int:
         parser.error(f"there is no directory {options.json.parent} for --json")
     size = Size(options.num_seqs, options.num_tokens, options.block_size, options.num_steps)
     results = []
-    for load in ("decode", "boundary", "churn"):
+    for load in ("decode", "boundary", "churn", "drafts"):
         result = min((measure(load, size) for _ in range(options.repeats)), key=lambda result: result.cpu_mean_ms)
         print(json.dumps(asdict(result)), flush=True)
         results.append(result)

@@ -28,7 +28,7 @@ def test_every_load_runs_and_is_written_down(
     size = ["--num-seqs", "4", "--num-tokens", "20", "--block-size", "4", "--num-steps", "9", "--repeats", "1"]
     assert script.main([*size, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
-    assert [load["load"] for load in report["loads"]] == ["decode", "boundary", "churn"]
+    assert [load["load"] for load in report["loads"]] == ["decode", "boundary", "churn", "drafts"]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == report["loads"]
     assert report["size"] == {"num_seqs": 4, "num_tokens": 20, "block_size": 4, "num_steps": 9}
 
