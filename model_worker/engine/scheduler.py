@@ -37,6 +37,7 @@ from model_worker.engine.block_manager import BlockCopies, BlockManager
 from model_worker.engine.config import SchedulerConfig
 from model_worker.engine.outputs import FinishReason
 from model_worker.engine.preemption_cost import PreemptionCost
+from model_worker.engine.prompt_share import PromptShare
 from model_worker.engine.queue_pace import QueuePace
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from model_worker.engine.sequence_queue import SequenceQueue, rank
@@ -265,7 +266,7 @@ class Scheduler:
             num_prompts = len(prompts) + min(len(self.waiting), self.config.max_num_seqs - self._num_used_slots)
             most = self.config.max_mixed_prefill_tokens
             budget = min(budget, max(most, most * num_prompts // num_decodes))
-        share = _PromptShare(budget)
+        share = PromptShare(budget)
         may_admit = not step.preempted and not (self._prompt_lacks_blocks and prompts)
         if may_admit and self.waiting and budget and not (prompts and prompts[0].rank < self.waiting.first.rank):
             may_admit = self._admit(self.waiting.first, prompts, step)
@@ -439,23 +440,3 @@ class _Step:
             block_copies=tuple(self.block_copies),
             swapped=tuple(self.swapped),
         )
-
-
-class _PromptShare:
-    """How the tokens for prompts in one step are divided among them."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self.chunks: dict[Sequence, int] = {}
-
-    def num_left(self, prompt: Sequence) -> int:
-        """Tokens of it that this step does not compute yet."""
-        return prompt.num_tokens - prompt.num_computed_tokens - self.chunks.get(prompt, 0)
-
-    def urgency(self, prompt: Sequence) -> tuple[int, int]:
-        return prompt.priority, self.num_left(prompt)
-
-    def give(self, prompt: Sequence, most: int) -> None:
-        num_tokens = min(self.num_left(prompt), most)
-        self.chunks[prompt] = self.chunks.get(prompt, 0) + num_tokens
-        self.budget -= num_tokens
