@@ -73,6 +73,7 @@ class Scenarios:
 
     async def shared_prefix(self, prefix_words: int, num_requests: int) -> SharedPrefix:
         """Raises RequestFailed: a request failed."""
+        await self._ask(self._words("warm-up", prefix_words), 1)  # or the first would also pay for what is cold
         prefix = self._words("prefix", prefix_words)
         ttft = []
         for index in range(num_requests):

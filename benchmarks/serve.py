@@ -261,7 +261,12 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=_count, default=128, help="max_tokens of a request")
     parser.add_argument("--greedy", action="store_true", help="send temperature 0")
     parser.add_argument("--ignore-eos", action="store_true", help="send ignore_eos, which not every server knows")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts' words")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the prompts' words; a server that has answered a seed may have its prompts in a prefix cache",
+    )
     parser.add_argument("--timeout-s", type=float, default=600.0, help="after which a request counts as failed")
     parser.add_argument("--label", default="", help="kept in the JSON: which server, which settings")
     parser.add_argument("--json", type=Path, help="file for settings, machine and results")
