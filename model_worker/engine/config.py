@@ -39,6 +39,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise InvalidRequestError(f"--block-size must be at least 1, got {self.block_size}.", param="block_size")
+        if self.num_blocks is not None and self.num_blocks < 1:
+            raise InvalidRequestError(f"--num-blocks must be at least 1, got {self.num_blocks}.", param="num_blocks")
         if self.kv_cache_gib is not None and not (math.isfinite(self.kv_cache_gib) and self.kv_cache_gib > 0):
             raise InvalidRequestError(
                 f"--kv-cache-gib must be a positive number, got {self.kv_cache_gib}.", param="kv_cache_gib"
@@ -51,12 +53,36 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
+    """What one step may hold.
+
+    Raises:
+        InvalidRequestError: a value that cannot work.
+    """
+
     max_num_seqs: int = flag(64, "most sequences in one step")
     max_num_batched_tokens: int = flag(512, "most tokens computed in one step; longer prompts are computed in chunks")
     max_mixed_prefill_tokens: int = flag(
         128, "most tokens of prompts in a step in which others stream; more when more prompts wait than stream"
     )
     max_num_waiting: int = flag(1024, "requests that may wait; more are refused with 429")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_num_seqs <= self.max_num_batched_tokens:
+            raise InvalidRequestError(
+                f"--max-num-seqs ({self.max_num_seqs}) must be at least 1 and at most --max-num-batched-tokens "
+                f"({self.max_num_batched_tokens}), because every running sequence takes a token of each step.",
+                param="max_num_seqs",
+            )
+        if self.max_mixed_prefill_tokens < 1:
+            raise InvalidRequestError(
+                f"--max-mixed-prefill-tokens must be at least 1, got {self.max_mixed_prefill_tokens}.",
+                param="max_mixed_prefill_tokens",
+            )
+        if self.max_num_waiting < 1:
+            raise InvalidRequestError(
+                f"--max-num-waiting must be at least 1, got {self.max_num_waiting}: every request waits for a step.",
+                param="max_num_waiting",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,9 +51,6 @@ class Scheduler:
 
     Args:
         speculator: guesses tokens of decoding sequences; None: nobody does.
-
-    Raises:
-        InvalidRequestError: the configuration cannot work.
     """
 
     def __init__(
@@ -64,22 +61,6 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         speculator: Speculator | None = None,
     ) -> None:
-        if not 1 <= config.max_num_seqs <= config.max_num_batched_tokens:
-            raise InvalidRequestError(
-                f"--max-num-seqs ({config.max_num_seqs}) must be at least 1 and at most --max-num-batched-tokens "
-                f"({config.max_num_batched_tokens}), because every running sequence takes a token of each step.",
-                param="max_num_seqs",
-            )
-        if config.max_mixed_prefill_tokens < 1:
-            raise InvalidRequestError(
-                f"--max-mixed-prefill-tokens must be at least 1, got {config.max_mixed_prefill_tokens}.",
-                param="max_mixed_prefill_tokens",
-            )
-        if config.max_num_waiting < 1:
-            raise InvalidRequestError(
-                f"--max-num-waiting must be at least 1, got {config.max_num_waiting}: every request waits for a step.",
-                param="max_num_waiting",
-            )
         self.config = config
         self.block_manager = block_manager
         self.groups: dict[str, SequenceGroup] = {}
@@ -293,11 +274,14 @@ class Scheduler:
             step.scheduled.append(ScheduledSequence(sequence, start, num_tokens, sampled))
 
     def _add_drafts(self, step: _Step, speculator: Speculator) -> None:
-        """Have guesses computed with the tokens that they follow, as far as tokens and blocks are left over."""
+        """Have guesses computed with the tokens that they follow, as far as tokens and blocks are left over.
+
+        At most `max_num_seqs` in all, because each needs logits: a row of the whole vocabulary.
+        """
         places = [place for place, item in enumerate(step.scheduled) if len(item.sampled) == 1]
         drafts = speculator.draft(
             [step.scheduled[place].sequence for place in places],
-            max_drafts=self.config.max_num_batched_tokens - len(step.scheduled),
+            max_drafts=min(self.config.max_num_seqs, self.config.max_num_batched_tokens - len(step.scheduled)),
         )
         for place, guesses in zip(places, drafts, strict=True):
             sequence, start, _, sampled, _ = step.scheduled[place]

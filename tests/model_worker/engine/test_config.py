@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from model_worker.engine.config import CacheConfig, EngineConfig, SpeculationConfig
+from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculationConfig
 from registry.errors import InvalidRequestError
 
 
@@ -13,6 +13,12 @@ from registry.errors import InvalidRequestError
     ("make", "param"),
     [
         (lambda: CacheConfig(block_size=0), "block_size"),
+        (lambda: CacheConfig(num_blocks=0), "num_blocks"),
+        (lambda: SchedulerConfig(max_num_seqs=0), "max_num_seqs"),
+        (lambda: SchedulerConfig(max_num_batched_tokens=0), "max_num_seqs"),
+        (lambda: SchedulerConfig(max_num_seqs=9, max_num_batched_tokens=8), "max_num_seqs"),
+        (lambda: SchedulerConfig(max_mixed_prefill_tokens=0), "max_mixed_prefill_tokens"),
+        (lambda: SchedulerConfig(max_num_waiting=0), "max_num_waiting"),
         (lambda: CacheConfig(kv_cache_gib=math.nan), "kv_cache_gib"),
         (lambda: CacheConfig(kv_cache_gib=math.inf), "kv_cache_gib"),
         (lambda: CacheConfig(kv_cache_gib=-1.0), "kv_cache_gib"),

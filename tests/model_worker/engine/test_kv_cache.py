@@ -51,7 +51,7 @@ def test_no_more_blocks_than_can_be_in_use() -> None:
     assert choose_num_blocks(config, 2**10, max_useful_blocks=7, free_bytes=GIB, device=CPU) == 7
 
 
-@pytest.mark.parametrize("config", [CacheConfig(), CacheConfig(kv_cache_gib=2.0), CacheConfig(num_blocks=0)])
+@pytest.mark.parametrize("config", [CacheConfig(), CacheConfig(kv_cache_gib=2.0)])
 def test_too_little_memory_is_an_error(config: CacheConfig) -> None:
     with pytest.raises(InsufficientMemoryError, match="--kv-cache-gib"):
         choose_num_blocks(config, 2**30, max_useful_blocks=100, free_bytes=GIB, device=CPU)

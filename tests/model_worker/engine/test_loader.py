@@ -43,7 +43,7 @@ def _save(name: str, path: Path, change: Callable[[Weights], None] | None = None
 
 
 def _assert_loads(path: Path, logits: Tensor) -> None:
-    config = EngineConfig(CacheConfig(num_blocks=4), SchedulerConfig(max_num_batched_tokens=16))
+    config = EngineConfig(CacheConfig(num_blocks=4), SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=16))
     runner = ModelRunner(make_tiny_plan(path), config)
     sequence = Sequence(0, 0, PROMPT, SamplingParams(prompt_logprobs=0), seed=0)
     sequence.block_table = [2]

@@ -30,7 +30,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def runner(checkpoint: Path) -> ModelRunner:
     torch.set_num_threads(1)
-    config = EngineConfig(CacheConfig(block_size=BLOCK_SIZE, num_blocks=32), SchedulerConfig(max_num_batched_tokens=40))
+    config = EngineConfig(
+        CacheConfig(block_size=BLOCK_SIZE, num_blocks=32), SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=40)
+    )
     return ModelRunner(make_tiny_plan(checkpoint), config)
 
 
@@ -140,7 +142,9 @@ def test_a_broken_sequence_spoils_no_other(runner: ModelRunner) -> None:
 
 
 def test_two_models_in_one_process_do_not_meet(checkpoint: Path, runner: ModelRunner) -> None:
-    config = EngineConfig(CacheConfig(block_size=4, num_blocks=16), SchedulerConfig(max_num_batched_tokens=16))
+    config = EngineConfig(
+        CacheConfig(block_size=4, num_blocks=16), SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=16)
+    )
     second = ModelRunner(make_tiny_plan(checkpoint), config)
     a, b = _sequence(0, 11, [1, 2]), _sequence(0, 11, [3, 5, 7])
     first_tokens, second_tokens = [], []
