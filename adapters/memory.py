@@ -14,8 +14,9 @@ from registry.checkpoint import Checkpoint
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ACTIVATION_BYTES = 4  # float32 in the native decoder, whatever the weights are; elsewhere at most that
-# Logits are kept in float32 and sampled from a copy; a step needs those of one row for each sequence.
-_MAX_LOGIT_ROWS = 64
+# Logits are kept in float32 and sampled from a copy; a step needs those of one row for each sequence, and of as many
+# drafts at most.
+_MAX_LOGIT_ROWS = 128
 _CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -203,6 +203,13 @@ def test_steps_with_prompts_have_no_drafts_and_no_step_has_too_many_tokens() -> 
             assert all(item.num_tokens == 1 + len(item.drafts) for item in step.scheduled)
 
 
+def test_a_step_has_logits_of_at_most_one_guess_for_each_sequence_that_could_run() -> None:
+    executor = PeriodicExecutor(2, num_blocks=200)
+    requests: list[Request] = [([i, i + 1] * 4, SamplingParams(max_tokens=20)) for i in range(4)]
+    answers(executor, requests, SpeculationConfig(), max_num_seqs=5, max_num_batched_tokens=100)
+    assert max(step.num_drafts for step in executor.steps) == 5
+
+
 def test_an_error_after_a_wrong_guess_is_nobodys() -> None:
     """Rows after a wrong guess are computed from tokens that never were; what they give does not count."""
     request = ([0, 1, 0, 1, 0], SamplingParams(max_tokens=12))
