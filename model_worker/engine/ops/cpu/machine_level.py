@@ -15,7 +15,7 @@ class MachineLevel:
     Attributes:
         name: part of the file name of the built library.
         compiler_flags: that allow the instructions; never -march=native: the cache may be shared by machines.
-        capabilities: of `torch.cpu.get_capabilities`, all needed.
+        capabilities: of `torch.cpu.get_capabilities`, all that the flags allow: hypervisors may hide any of them.
         has_integer_dot: products of 8-bit integers are summed in hardware, so that activations are quantized too.
     """
 
@@ -25,7 +25,8 @@ class MachineLevel:
     has_integer_dot: bool = False
 
 
-_AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_cd", "fma3")
+_AVX2 = ("avx2", "fma3", "f16c", "bmi", "bmi2", "lzcnt", "popcnt")
+_AVX512 = (*_AVX2, "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_cd")
 X86_LEVELS = (
     MachineLevel(
         "avx512vnni",
@@ -34,7 +35,7 @@ X86_LEVELS = (
         has_integer_dot=True,
     ),
     MachineLevel("avx512", ("-march=x86-64-v4", "-mprefer-vector-width=512"), _AVX512),
-    MachineLevel("avx2", ("-march=x86-64-v3",), ("avx2", "fma3", "f16c")),
+    MachineLevel("avx2", ("-march=x86-64-v3",), _AVX2),
 )
 PORTABLE = MachineLevel("portable", (), ())
 
