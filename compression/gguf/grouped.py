@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compression.gguf.dequantize import split_blocks, unpack_nibbles
 from compression.grouped_weight import GROUP, GroupedWeight, can_quantize
+from registry.errors import CheckpointError
 from registry.ggml_types import GGML_TYPES
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -41,14 +42,22 @@ def read_grouped(
         None for what has no such form: another type, no matrix, or Q4_0 with a scale beyond 8,188.
 
     Raises:
-        CheckpointError: a length that contradicts the shape.
+        CheckpointError: a length that contradicts the shape, or scales that are infinite or NaN.
     """
     if dtype not in _READ or not can_quantize(shape):
         return None
     kind = next(kind for kind in GGML_TYPES.values() if kind.name == dtype)
     values, scales, minimums = _READ[dtype](split_blocks(data, kind, shape))
-    if dtype == "Q4_0" and minimums is not None and not bool(torch.isfinite(minimums).all()):
-        return None
+    if not bool(torch.isfinite(scales).all()):
+        raise CheckpointError(
+            f"a {dtype} tensor has scales that are infinite or NaN: the file is damaged; fetch it again"
+        )
+    if minimums is not None and not bool(torch.isfinite(minimums).all()):
+        if dtype == "Q4_0":  # made here, of a scale that is all right
+            return None
+        raise CheckpointError(
+            f"a {dtype} tensor has offsets that are infinite or NaN: the file is damaged; fetch it again"
+        )
     per_group = (shape[0], shape[1] // GROUP)
     return GroupedWeight(
         values.view(shape), scales.view(per_group), None if minimums is None else minimums.view(per_group)

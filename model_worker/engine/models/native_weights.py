@@ -16,19 +16,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from compression.grouped_weight import GroupedWeight, can_quantize
-from compression.int4 import quantize_int4
 from compression.int8 import quantize_int8
 from model_worker.engine.ops.cpu.huge_pages import HugePageArena
+from model_worker.engine.ops.cpu.program import Team
+from model_worker.engine.ops.int4_grid import quantize_int4_natively
 from model_worker.engine.ops.linear import PackedWeight, interleave_gated, pack
 from registry.errors import ClientError
 
 Quantizer = Callable[[Tensor], GroupedWeight]
-QUANTIZERS: dict[str, Quantizer] = {"int8": quantize_int8, "int4": quantize_int4}
 
 
 @dataclass(slots=True, eq=False)
@@ -57,9 +58,10 @@ class NativeWeights:
     Args:
         fusions: all that the model consists of.
         dtype: of matrices that are not quantized.
-        quantization: key of `QUANTIZERS`; None: quantize nothing. Weights that come quantized stay as they are.
+        quantization: int8, int4, or None: quantize nothing. Weights that come quantized stay as they are.
         wide_keys: matrices that lose too much in 4 bits, and are given 8.
         dense_keys: matrices that are not quantized.
+        team: quantizes.
 
     Attributes:
         matrices, vectors: what is complete, by key.
@@ -73,6 +75,7 @@ class NativeWeights:
         quantization: str | None,
         wide_keys: frozenset[str],
         dense_keys: frozenset[str],
+        team: Team,
     ) -> None:
         self.matrices: dict[str, PackedWeight] = {}
         self.vectors: dict[str, Tensor] = {}
@@ -82,6 +85,10 @@ class NativeWeights:
         self._quantization = quantization
         self._wide_keys = wide_keys
         self._dense_keys = dense_keys
+        self._quantizers: dict[str, Quantizer] = {
+            "int8": quantize_int8,
+            "int4": partial(quantize_int4_natively, team=team),
+        }
 
     @property
     def fused(self) -> dict[str, str]:
@@ -142,11 +149,12 @@ class NativeWeights:
 
     def _matrix(self, fusion: Fusion, parts: list[Tensor | GroupedWeight]) -> PackedWeight:
         prepared = [self._prepare(fusion.key, part) for part in parts]
+        if len({_form(part) for part in prepared}) > 1:  # a file may keep one part of a fusion in a type of its own
+            prepared = [self._prepare(fusion.key, _dequantized(part)) for part in prepared]
         grouped = [part for part in prepared if isinstance(part, GroupedWeight)]
-        same_form = len(grouped) == len(prepared) and len({part.minimums is None for part in grouped}) == 1
-        if not same_form:  # a file may keep one part of a fusion in a type of its own
-            dense = [part.dequantize() if isinstance(part, GroupedWeight) else part for part in prepared]
-            return pack(_join([part.to(self._dtype) for part in dense], gated=fusion.gated))
+        if len(grouped) < len(prepared):
+            dense = [_dequantized(part).to(self._dtype) for part in prepared]
+            return pack(_join(dense, gated=fusion.gated))
         minimums = [part.minimums for part in grouped if part.minimums is not None]
         return pack(
             GroupedWeight(
@@ -164,7 +172,7 @@ class NativeWeights:
         quantization = "int8" if key in self._wide_keys else self._quantization
         try:
             with _one_thread():
-                return QUANTIZERS[quantization](part)
+                return self._quantizers[quantization](part)
         except ClientError as error:
             raise type(error)(f"{key}: {error.message}") from error
 
@@ -178,6 +186,17 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(num_threads)
+
+
+def _form(part: Tensor | GroupedWeight) -> str:
+    """What all parts of one packed weight have in common."""
+    if isinstance(part, GroupedWeight):
+        return "8 bits" if part.minimums is None else "4 bits"
+    return "dense"
+
+
+def _dequantized(part: Tensor | GroupedWeight) -> Tensor:
+    return part.dequantize() if isinstance(part, GroupedWeight) else part
 
 
 def _join(parts: list[Tensor], *, gated: bool) -> Tensor:

@@ -20,7 +20,9 @@ from compression.int8 import quantize_int8
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.llm import LLM
 from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.models.native_weights import Fusion, NativeWeights
 from model_worker.engine.ops.cpu.program import KernelLibrary
+from model_worker.engine.ops.linear import WeightFormat
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
@@ -103,6 +105,29 @@ def test_blocks_of_a_gguf_file(dtype: str, kernels: KernelLibrary, tmp_path: Pat
     found = _logprobs(plan, kernels)
     model.load_state_dict(dict(read_weights(plan.checkpoint, plan.config)))
     _assert_agree(found, _expected(model), kernels)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "format"),
+    [(None, WeightFormat.BFLOAT16), ("int8", WeightFormat.INT8), ("int4", WeightFormat.INT4)],
+)
+def test_parts_of_a_fused_matrix_in_different_types(quantization: str | None, format: WeightFormat) -> None:
+    """As a GGUF file may keep them: the matrix is what was asked for, and never in floating point unasked."""
+    weights = NativeWeights(
+        [Fusion("qkv", ("q", "k", "v"))],
+        dtype=torch.bfloat16,
+        quantization=quantization,
+        wide_keys=frozenset(),
+        dense_keys=frozenset(),
+    )
+    torch.manual_seed(0)
+    parts = {"q": quantize_int4(torch.randn(32, 64)), "k": quantize_int8(torch.randn(32, 64)), "v": torch.randn(32, 64)}
+    for name, part in parts.items():
+        weights.put(name, part)
+    packed = weights.matrices["qkv"]
+    assert packed.format is format
+    expected = torch.cat([part if isinstance(part, torch.Tensor) else part.dequantize() for part in parts.values()])
+    assert (packed.unpack() - expected).abs().max() < (0.3 if quantization == "int4" else 0.02)
 
 
 def test_the_small_model_from_its_own_blocks(smollm2_gguf: Path, best_kernels: KernelLibrary) -> None:
