@@ -38,6 +38,7 @@ from shifted_checkpoint import write_shifted
 from adapters import plan_load
 from adapters.quantization import WeightPrecision
 from adapters.tokenizer import load_tokenizer
+from model_worker.config import positive_int
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
@@ -171,8 +172,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--reference-path", type=Path, help="its checkpoint (default: that of --model-path)")
     parser.add_argument("--shift-channels", type=int, metavar="N", help="measure a checkpoint shifted by N channels")
     parser.add_argument("--text", type=Path, default=TEXT, help="(default: benchmarks/data/varied.txt)")
-    parser.add_argument("--window", type=int, default=1024, help="tokens of one sequence (default: %(default)s)")
-    parser.add_argument("--num-threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument(
+        "--window", type=positive_int, default=1024, help="tokens of one sequence (default: %(default)s)"
+    )
+    parser.add_argument("--num-threads", type=positive_int, default=1, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for settings, machine and results")
     options = parser.parse_args(arguments)
     if options.json is not None and not options.json.parent.is_dir():

@@ -89,7 +89,7 @@ def draw_columns(columns: Sequence[Bar], show: Callable[[float], str], *, x_titl
 def draw_lines(
     lines: Sequence[Line], show: Callable[[float], str], *, x_title: str, y_title: str, log_y: bool = False
 ) -> str:
-    """Lines over a logarithmic x axis, their names at their right ends.
+    """Lines over a logarithmic x axis, their names at their right ends, or above these where others go on.
 
     Args:
         log_y: the y axis is logarithmic too; every y is positive.
@@ -107,8 +107,10 @@ def draw_lines(
     marks = list(axis.draw(show, right=right))
     for x in all_x:
         marks.append(_text(place(x, all_y[0])[0], _TOP + _PLOT_HEIGHT + 14, f"{x:g}", anchor="middle", small=True))
-    ends = _spread([place(*line.points[-1])[1] for line in lines], 15)
-    for line, end_y in zip(lines, ends, strict=True):
+    complete = [line for line in lines if line.points[-1][0] == all_x[-1]]
+    ends = _spread([place(*line.points[-1])[1] for line in complete], 15)
+    marks += [_text(right, end_y, line.name) for line, end_y in zip(complete, ends, strict=True)]
+    for line in lines:
         colour = f"var(--series-{line.series})"
         places = [place(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -118,7 +120,8 @@ def draw_lines(
             marks.append(
                 f'<circle cx="{at_x:.1f}" cy="{at_y:.1f}" r="4" fill="{colour}"><title>{hint}</title></circle>'
             )
-        marks.append(_text(places[-1][0] + 12, end_y, line.name))
+        if line not in complete:
+            marks.append(_text(places[-1][0], places[-1][1] - 13, line.name, anchor="middle"))
     marks += _axis_titles(x_title, y_title)
     return _svg(_WIDTH, _TOP + _PLOT_HEIGHT + _BOTTOM, marks)
 

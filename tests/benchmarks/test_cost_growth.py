@@ -30,7 +30,7 @@ def test_steps_are_measured_and_those_that_do_not_fit_are_listed(
     script: ModuleType, smollm2_dir: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "result.json"
-    flags = ["--rows", "1,2", "--context", "16,32", "--precision", "bfloat16", "--num-threads", "1"]
+    flags = ["--rows", "1,2", "--context", "16,32", "--precision", "bfloat16", "--num-threads", "1", "--rounds", "2"]
     two_blocks = str(2.5 * 16 * 30 * 2 * 3 * 64 * 2 / 2**30)
     assert (
         script.main(["--model-path", str(smollm2_dir), *flags, "--kv-cache-gib", two_blocks, "--json", str(path)]) == 0
