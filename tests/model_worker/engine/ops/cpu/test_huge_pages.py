@@ -15,9 +15,7 @@ from model_worker.engine.ops.cpu.huge_pages import HugePageArena
 def test_pieces_of_all_sizes_keep_what_is_written_to_them() -> None:
     rng = random.Random(1)
     arena = HugePageArena()
-    pieces = [
-        arena.empty(size) for size in [0, 1, 63, 64, 65, *(rng.randrange(1, 3 << 20) for _ in range(60))]
-    ]
+    pieces = [arena.empty(size) for size in [0, 1, 63, 64, 65, *(rng.randrange(1, 3 << 20) for _ in range(60))]]
     for index, piece in enumerate(pieces):
         piece.fill_(index)
     assert all(piece.data_ptr() % 64 == 0 for piece in pieces if len(piece))
