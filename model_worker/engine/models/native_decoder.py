@@ -97,6 +97,7 @@ class NativeDecoder:
             quantization=quantization,
             wide_keys=frozenset({"embedding", "head"}),
             dense_keys=frozenset(f"layers.{i}.router" for i in range(len(self.spec.layers))),
+            team=team,
         )
         self.fused: Mapping[str, str] = self._weights.fused
         self.attentions = [

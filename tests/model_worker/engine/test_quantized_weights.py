@@ -21,7 +21,7 @@ from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfi
 from model_worker.engine.llm import LLM
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.native_weights import Fusion, NativeWeights
-from model_worker.engine.ops.cpu.program import KernelLibrary
+from model_worker.engine.ops.cpu.program import KernelLibrary, Team
 from model_worker.engine.ops.linear import WeightFormat
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
@@ -111,7 +111,9 @@ def test_blocks_of_a_gguf_file(dtype: str, kernels: KernelLibrary, tmp_path: Pat
     ("quantization", "format"),
     [(None, WeightFormat.BFLOAT16), ("int8", WeightFormat.INT8), ("int4", WeightFormat.INT4)],
 )
-def test_parts_of_a_fused_matrix_in_different_types(quantization: str | None, format: WeightFormat) -> None:
+def test_parts_of_a_fused_matrix_in_different_types(
+    quantization: str | None, format: WeightFormat, best_kernels: KernelLibrary
+) -> None:
     """As a GGUF file may keep them: the matrix is what was asked for, and never in floating point unasked."""
     weights = NativeWeights(
         [Fusion("qkv", ("q", "k", "v"))],
@@ -119,6 +121,7 @@ def test_parts_of_a_fused_matrix_in_different_types(quantization: str | None, fo
         quantization=quantization,
         wide_keys=frozenset(),
         dense_keys=frozenset(),
+        team=Team(best_kernels, 1),
     )
     torch.manual_seed(0)
     parts = {"q": quantize_int4(torch.randn(32, 64)), "k": quantize_int8(torch.randn(32, 64)), "v": torch.randn(32, 64)}
