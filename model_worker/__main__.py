@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import socket
@@ -83,6 +84,8 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     digest = weights_digest(plan, cache_dir)
     profiler = make_profiler(config.profile, title=f"model_worker {source.name}")
     inner = LLMEngine.from_plan(plan, config.engine, variant_digest=digest, kernels=kernels, profiler=profiler)
+    gc.collect()
+    gc.freeze()  # else a full collection walks through all that loading made, and every stream stops for 0.1 s
     engine = AsyncLLMEngine(inner, on_failure=engine_died.set)
     resident = psutil.Process().memory_info().rss
     _say(f"Loaded: {inner.cache_summary()}; {torch.get_num_threads()} threads, {resident / 2**30:.2f} GiB of memory.")
