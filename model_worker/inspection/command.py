@@ -28,7 +28,7 @@ from model_worker.inspection.inspection import (
 from model_worker.inspection.json_report import format_json
 from model_worker.inspection.text_report import format_text
 from model_worker.model_source import find_model
-from registry.atomic_file import write_file
+from registry.atomic_file import temporary_file, write_file
 from registry.flags import add_flags, config_from_args
 from registry.paths import default_cache_dir
 
@@ -88,6 +88,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     args = parser.parse_args(argv)
     if args.memory_gib is not None and "footprint" not in args.section:
         parser.error("--memory-gib is for the section footprint, which is not asked for")
+    if args.output is not None:
+        _check_output(parser, args.output)
     config = config_from_args(args, EngineConfig)
     request = InspectRequest(
         sections=tuple(args.section),
@@ -127,6 +129,14 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _check_output(parser: argparse.ArgumentParser, path: Path) -> None:
+    """Before minutes are spent on what cannot be written."""
+    if path.is_dir():
+        parser.error(f"--output {path} is a directory; name a file in it")
+    with temporary_file(path.parent):
+        pass
 
 
 def _kernels(cache_dir: Path) -> KernelLibrary:

@@ -62,6 +62,7 @@ def test_errors_are_one_line(
         ["--model-path", "m", "--context", "many"],
         ["--model-path", "m", "--memory-gib", "-3"],
         ["--model-path", "m", "--memory-gib", "3", "--section", "trace"],
+        ["--model-path", "m", "--output", "/"],
         ["--model-path", "m", "--port", "1"],
         ["--model-path", "m", "--profile", "p"],
     ],
@@ -71,6 +72,16 @@ def test_bad_flags_are_a_usage_error(flags: list[str], capsys: pytest.CaptureFix
         main(["inspect", *flags], ENVIRONMENT)
     assert caught.value.code == 2
     assert "usage: python -m model_worker inspect" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_noticed_before_the_model_is_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert (
+        main(["inspect", "--model-path", "no-such-model", "--output", str(tmp_path / "file" / "x")], ENVIRONMENT) == 1
+    )
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_rows_and_contexts_are_put_in_order() -> None:
