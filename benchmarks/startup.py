@@ -55,11 +55,13 @@ class Start:
     Attributes:
         health_s: until /health said that it serves.
         first_token_s: until the first text of an answer.
+        cpu_s: of all its threads until then, which other work on the machine disturbs less.
         peak_mib: most resident memory until then; None where the system does not tell.
     """
 
     health_s: float
     first_token_s: float
+    cpu_s: float
     peak_mib: float | None
 
 
@@ -93,7 +95,9 @@ def measure(case: Case, timeout_s: float) -> Start:
             health_s = time.perf_counter() - start_s
             _first_token(port, timeout_s)
             first_token_s = time.perf_counter() - start_s
-            return Start(round(health_s, 3), round(first_token_s, 3), _peak_mib(worker.pid))
+            used = psutil.Process(worker.pid).cpu_times()
+            cpu_s = used.user + used.system
+            return Start(round(health_s, 3), round(first_token_s, 3), round(cpu_s, 2), _peak_mib(worker.pid))
         except (OSError, http.client.HTTPException, StartFailed) as error:
             raise StartFailed(f"{case.name}: {error}\n{log.read_text(errors='replace')[-2000:]}") from error
         finally:
