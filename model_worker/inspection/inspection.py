@@ -10,6 +10,7 @@ import torch
 
 from adapters.load_plan import LoadPlan
 from adapters.memory import available_memory_bytes
+from adapters.quantization import WeightPrecision
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.ops.cpu.program import KernelLibrary
@@ -50,6 +51,8 @@ class ModelFacts:
     """Which model was looked at, and where.
 
     Attributes:
+        weights: how they are kept, for people.
+        dtype: of weights that are not quantized, and of the KV cache unless --kv-cache-dtype says otherwise.
         implementation: class that computes it; None: it was not loaded.
         num_threads: of tensor work.
     """
@@ -59,6 +62,7 @@ class ModelFacts:
     family: str
     model_type: str
     format: str
+    weights: str
     dtype: str
     quantization: str | None
     max_model_len: int
@@ -187,12 +191,14 @@ def _decode_steps(rows: Sequence[int], contexts: Sequence[int]) -> Iterator[Step
 
 
 def _facts(plan: LoadPlan, name: str, implementation: str | None, num_threads: int | None) -> ModelFacts:
+    compression = WeightPrecision(plan.quantization, plan.kept_types).describe(plan.checkpoint)
     return ModelFacts(
         name=name,
         path=str(plan.path),
         family=plan.family.name,
         model_type=str(plan.config["model_type"]),
         format=plan.checkpoint.format,
+        weights=plan.dtype if compression == "none" else compression,
         dtype=plan.dtype,
         quantization=plan.quantization,
         max_model_len=plan.max_model_len,

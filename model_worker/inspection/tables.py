@@ -32,7 +32,8 @@ def model_table(model: ModelFacts) -> Table:
         ("path", model.path),
         ("family", f"{model.family} ({model.model_type})"),
         ("format", model.format),
-        ("dtype", model.dtype if model.quantization is None else f"{model.quantization} and {model.dtype}"),
+        ("weights", model.weights),
+        ("dtype", model.dtype),
         ("context", f"{model.max_model_len} tokens"),
         ("threads", str(model.num_threads)),
     ]

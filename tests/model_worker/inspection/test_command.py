@@ -24,6 +24,14 @@ def test_the_footprint_of_a_real_model(smollm2_dir: Path, capsys: pytest.Capture
     assert sorted({batch["context"] for batch in footprint["batches"]}) == [512, 4096, 8192]
 
 
+def test_weights_that_stay_in_the_blocks_of_their_file_are_said_to(
+    smollm2_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--section", "footprint", "--format", "json", "--quantization", "int4"]
+    assert main(["inspect", "--model-path", str(smollm2_gguf), *flags], ENVIRONMENT) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["weights"] == "int4; Q4_1 as the file has them"
+
+
 def test_a_file_is_written_whole(smollm2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "new" / "model.html"
     flags = ["--section", "footprint", "--format", "html", "--output", str(target)]

@@ -61,7 +61,7 @@ SCHEMA = {
     *(
         f"model.{key}"
         for key in (
-            "name", "path", "family", "model_type", "format", "dtype", "quantization", "max_model_len",
+            "name", "path", "family", "model_type", "format", "weights", "dtype", "quantization", "max_model_len",
             "implementation", "num_threads",
         )
     ),
