@@ -12,6 +12,9 @@ other's dependencies. All messages are JSON over HTTP.
         POST /internal/tokenize                  TokenizeRequest   → TokenizeReply
         POST /internal/detokenize                DetokenizeRequest → DetokenizeReply
         GET  /internal/stats                     WorkerStats
+        GET  /internal/variants                  VariantsReply
+        POST /internal/variants/add              AddVariantRequest   → VariantStatus, once it is read and found right
+        POST /internal/variants/{remove, pin, unpin, activate, evict}    NamedVariantRequest → VariantStatus
 
 Both directions carry the shared token in the header WORKER_TOKEN_HEADER when one is configured. Errors outside a
 stream have a status of 4xx or 5xx and the body ErrorEvent. A generate stream that was accepted (status 200) ends in
@@ -26,7 +29,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 WORKER_TOKEN_HEADER = "x-rootgraft-worker-token"
 
 FinishReason = Literal["stop", "length"]
@@ -50,6 +53,55 @@ class ServedModel(Message):
     chat: bool  # has a chat template
     dtype: str
     digest: str | None = None  # sha256:..., identity of the weights, where it is known
+
+
+VariantState = Literal["registered", "on_disk", "in_host_memory", "active", "draining", "failed"]
+
+
+class VariantStatus(Message):
+    """A variant as one worker has it. Counters (`*_total`) only grow as long as the worker keeps the variant.
+
+    registered: not read yet; on_disk: read once, found right, and not in memory now; in_host_memory: ready to be made
+    active; active: requests can run; draining: removed or replaced, but requests still use it; failed: see `error`.
+    """
+
+    name: str  # public name
+    parent: str  # public name of the base model
+    digest: str | None = None  # sha256:..., identity of its files; None: not read yet
+    path: str  # as the worker was given it
+    state: VariantState
+    pinned: bool = False
+    from_command_line: bool = False  # given to this worker by --lora, so not the controller's to remove
+    rank: int = 0  # largest one
+    host_bytes: int = 0
+    active_bytes: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    loads_total: int = 0  # from disk
+    load_s_total: float = 0.0
+    activations_total: int = 0
+    evictions_total: int = 0
+    hits_total: int = 0  # requests that found it active
+    requests_total: int = 0
+    generation_tokens_total: int = 0
+    error: str | None = None
+
+
+class AddVariantRequest(Message):
+    """Adding a name again with other files replaces it; with the same files it only sets `pinned`."""
+
+    name: str
+    parent: str
+    path: str  # below the worker's --adapter-root
+    pinned: bool = False
+
+
+class NamedVariantRequest(Message):
+    name: str
+
+
+class VariantsReply(Message):
+    variants: list[VariantStatus]
 
 
 class WorkerStats(Message):
@@ -88,6 +140,7 @@ class RegisterRequest(Message):
     url: str  # where the controller reaches the worker
     models: list[ServedModel]
     stats: WorkerStats
+    variants: list[VariantStatus] = Field(default_factory=list)
 
 
 class RegisterReply(Message):
@@ -96,6 +149,7 @@ class RegisterReply(Message):
 
 class HeartbeatRequest(Message):
     stats: WorkerStats
+    variants: list[VariantStatus] = Field(default_factory=list)
 
 
 # ---------------------------------------------------------------------------------------------- generation
@@ -154,9 +208,19 @@ class Sampling(Message):
     priority: int = 0
 
 
+class LoraWeight(Message):
+    """An adapter of a combination; its update of the base is multiplied by `scale`."""
+
+    name: str
+    scale: float = 1.0
+
+
 class GenerateRequest(Message):
+    """`loras` are the adapters to add to the base `model`, all at once; none: the base alone."""
+
     request_id: str
     model: str
+    loras: list[LoraWeight] = Field(default_factory=list)
     prompt: Prompt
     sampling: Sampling
     return_prompt_text: bool = False  # for `echo`

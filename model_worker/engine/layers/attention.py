@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model_worker.engine.layers.zeros import torch_dtype, zeros
+from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.ops.paged_attention import AttentionMetadata, AttentionParams, paged_attention, write_kv
 
 
@@ -20,11 +21,13 @@ class ForwardContext:
         metadata: the batch, with the block tables of the first layer group; None between steps.
         slot_mapping: [T] int64, the KV cache slot of each token in the first layer group.
         further_groups: both for each other layer group, which few models have.
+        variants: the rows that use a variant.
     """
 
     metadata: AttentionMetadata | None = None
     slot_mapping: Tensor | None = None
     further_groups: tuple[tuple[AttentionMetadata, Tensor], ...] = ()
+    variants: VariantSegments = ()
 
     def of_group(self, group: int) -> tuple[AttentionMetadata, Tensor]:
         """Metadata and slot mapping for the layers of a group."""

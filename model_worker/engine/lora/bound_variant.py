@@ -1,0 +1,56 @@
+"""A variant in the form in which a model computes with it, and the rows of a step that use it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from delta.variant_terms import VariantTerms
+
+
+class BoundVariant(Protocol):
+    """Made by `CausalModel.bind`; belongs to that model. Its memory is free when nobody holds it any more.
+
+    Attributes:
+        num_bytes: of its own memory.
+    """
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class VariantSegment(NamedTuple):
+    """Rows [start, end) of a batch use one variant. Rows in no segment are the base's."""
+
+    start: int
+    end: int
+    variant: BoundVariant
+
+
+VariantSegments = tuple[VariantSegment, ...]
+"""In ascending order, without overlap."""
+
+
+class VariantHost(Protocol):
+    """A model whose rows can use variants. `context.variants` names the rows of the next call that do."""
+
+    def base_weight(self, module: str) -> Tensor:
+        """The weight of a linear layer or embedding, as the model computes with it. -> [N, K] or [V, H] float32
+
+        Raises:
+            KeyError: there is no such module.
+        """
+        ...
+
+    def bind(self, terms: VariantTerms) -> BoundVariant:
+        """Put a variant, read for this model, into the form in which it is computed. Any thread may call this.
+
+        Raises:
+            UnsupportedModelError: this way of computing the model has no place for one of its terms.
+        """
+        ...
+
+    def logits(self, hidden: Tensor, variants: VariantSegments = ()) -> Tensor:
+        """hidden [R, hidden], whose rows use `variants` -> [R, vocab_size], until the next call."""
+        ...
