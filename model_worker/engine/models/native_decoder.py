@@ -105,7 +105,7 @@ class NativeDecoder:
             for layer in self.spec.layers
         ]
         self._run: Runner = run_plainly
-        self._quantized: dict[int, QuantizedRows] = {}  # by width; filled anew before each product
+        self._quantized: dict[tuple[int, int], QuantizedRows] = {}  # by shape; filled anew before each product
         self._hidden = new_buffer(max_rows, self.spec.hidden_size)
         self._head_rows = new_buffer(_MAX_LOGIT_ROWS, self.spec.hidden_size)
         self._logits = new_buffer(_MAX_LOGIT_ROWS, self.spec.vocab_size)
@@ -285,12 +285,19 @@ class NativeDecoder:
         weight = self._weights.matrices[key]
         quantized = None
         if self._quantizes_rows(weight):
-            quantized = QuantizedRows.allocate(len(x), x.shape[1])
+            quantized = self._quantized_rows(x)
             yield QuantizeRows(f"{key}.input", x, quantized, plan.num_chosen)
         yield ExpertLinear(key, x, weight, out, plan, activation, quantized)
 
     def _quantizes_rows(self, weight: PackedWeight) -> bool:
         return weight.format.is_quantized and self._team.library.level.has_integer_dot
+
+    def _quantized_rows(self, x: Tensor) -> QuantizedRows:
+        """For x quantized; all products of inputs of this shape share it, because each is complete before the next."""
+        num_rows, num_inputs = x.shape
+        if (num_rows, num_inputs) not in self._quantized:
+            self._quantized[num_rows, num_inputs] = QuantizedRows.allocate(num_rows, num_inputs)
+        return self._quantized[num_rows, num_inputs]
 
     def _head_operations(self) -> Iterator[Operation]:
         weight = self._weights.matrices.get("head", self._weights.matrices["embedding"])
@@ -312,7 +319,7 @@ class NativeDecoder:
         weight = self._weights.matrices[key] if weight is None else weight
         quantized = None
         if self._quantizes_rows(weight):
-            quantized = self._quantized.setdefault(x.shape[1], QuantizedRows.allocate(self._max_rows, x.shape[1]))
+            quantized = self._quantized_rows(x)
             yield QuantizeRows(f"{key}.input", x, quantized)
         bias = self._weights.vectors.get(f"{key}.bias")
         yield Linear(key, x, weight, out, bias, quantized_x=quantized, **options)

@@ -6,11 +6,12 @@ Where the level multiplies 8-bit integers, activations are rounded too, and resu
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from adapters.load_plan import LoadPlan
 from adapters.weights import read_weights
@@ -20,9 +21,10 @@ from compression.int8 import quantize_int8
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.llm import LLM
 from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.models.native_weights import Fusion, NativeWeights
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
-from model_worker.engine.ops.linear import WeightFormat
+from model_worker.engine.ops.linear import QuantizeRows, WeightFormat
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
@@ -69,7 +71,7 @@ def _logprobs(plan: LoadPlan, kernels: KernelLibrary) -> torch.Tensor:
     return torch.tensor([entry.logprob for entry in result.prompt_logprobs[0]])
 
 
-def _expected(model: LlamaForCausalLM) -> torch.Tensor:
+def _expected(model: LlamaForCausalLM | MixtralForCausalLM) -> torch.Tensor:
     ids = torch.tensor(PROMPT)
     with torch.inference_mode():
         logprobs = model(input_ids=ids[None]).logits[0].log_softmax(dim=1)
@@ -131,6 +133,64 @@ def test_parts_of_a_fused_matrix_in_different_types(
     assert packed.format is format
     expected = torch.cat([part if isinstance(part, torch.Tensor) else part.dequantize() for part in parts.values()])
     assert (packed.unpack() - expected).abs().max() < (0.3 if quantization == "int4" else 0.02)
+
+
+def _save_mixture(path: Path) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=64,
+        num_local_experts=4,
+        initializer_range=0.2,
+    )
+    model = MixtralForCausalLM(config).eval()
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_experts_are_rounded_and_routers_are_not(quantization: str, kernels: KernelLibrary, tmp_path: Path) -> None:
+    """The median, because a rounded activation may send a token to another expert."""
+    model = _save_mixture(tmp_path)
+    found = _logprobs(dataclasses.replace(make_tiny_plan(tmp_path), quantization=quantization), kernels)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            quantize = quantize_int8 if quantization == "int8" or name in WIDE else quantize_int4
+            if weight.ndim == 3:
+                weight.copy_(torch.stack([quantize(matrix).dequantize() for matrix in weight]))
+            elif weight.ndim == 2 and not name.endswith("mlp.gate.weight"):
+                weight.copy_(quantize(weight).dequantize())
+    expected = _expected(model)
+    tolerance = 0.04 * expected.std() if kernels.level.has_integer_dot else 1e-4
+    assert (found - expected).abs().median() < tolerance
+
+
+@pytest.mark.parametrize("save", [_save_model, _save_mixture])
+def test_all_layers_share_the_memory_of_rounded_activations(
+    save: Callable[[Path], object], best_kernels: KernelLibrary, tmp_path: Path
+) -> None:
+    """It holds the rows of the largest step, and of a mixture those of each expert that was chosen."""
+    save(tmp_path)
+    plan = dataclasses.replace(make_tiny_plan(tmp_path), quantization="int8")
+    decoder = ModelRunner(plan, NATIVE, kernels=best_kernels).model
+    assert isinstance(decoder, NativeDecoder)
+    quantized = [op for op in decoder._decoder.operations if isinstance(op, QuantizeRows)]
+    assert len({op.out.values.data_ptr() for op in quantized}) == len({op.x.shape for op in quantized})
+
+
+def test_steps_of_fewer_rows_than_the_head_computes_at_once(best_kernels: KernelLibrary, tmp_path: Path) -> None:
+    _save_model(tmp_path)
+    plan = dataclasses.replace(make_tiny_plan(tmp_path), quantization="int8")
+    config = dataclasses.replace(NATIVE, scheduler=SchedulerConfig(max_num_batched_tokens=8, max_num_seqs=8))
+    decoder = ModelRunner(plan, config, kernels=best_kernels).model
+    hidden = torch.randn(40, 64)
+    together = decoder.logits(hidden).clone()
+    assert torch.equal(together, torch.cat([decoder.logits(row).clone() for row in hidden.split(1)]))
 
 
 def test_the_small_model_from_its_own_blocks(smollm2_gguf: Path, best_kernels: KernelLibrary) -> None:

@@ -122,6 +122,7 @@ class QuantizeRows:
 
     def __post_init__(self) -> None:
         assert self.out.num_groups == -(-self.x.shape[1] // GROUP)
+        assert len(self.out.values) >= len(self.x)
 
     def arguments(self) -> ctypes.Structure:
         out = self.out

@@ -197,6 +197,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(AssertionError):
         QuantizeRows("quantize", x, QuantizedRows.allocate(2, 96))
     with pytest.raises(AssertionError):
+        QuantizeRows("quantize", x, QuantizedRows.allocate(1, 64))
+    with pytest.raises(AssertionError):
         Linear("linear", x.half(), weight, out).arguments()
     with pytest.raises(AssertionError):
         Linear("linear", x, weight, out, bias=torch.zeros(32, dtype=torch.bfloat16))
