@@ -230,6 +230,8 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
         found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
     if found["num_attention_heads"] % found["num_key_value_heads"]:
         raise _invalid(model_type, "num_attention_heads is not a multiple of num_key_value_heads")
+    if found.get("num_local_experts", 0) > 0 and found["num_experts_per_tok"] > found["num_local_experts"]:
+        raise _invalid(model_type, "num_experts_per_tok is more than the number of experts")
     if model_type == "gemma" and found["hidden_act"] == "gelu":  # what early releases say, and do not mean
         found["hidden_act"] = "gelu_pytorch_tanh"
     if not found.get("use_sliding_window", True) and model_type != "smollm3":

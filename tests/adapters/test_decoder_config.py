@@ -140,6 +140,7 @@ def test_what_transformers_writes_means_the_same(name: str) -> None:
             "not a multiple of num_attention_heads",
         ),
         ({"model_type": "llama", "num_key_value_heads": 5}, "not a multiple of num_key_value_heads"),
+        ({"model_type": "mixtral", "num_experts_per_tok": 9}, "more than the number of experts"),
         ({"model_type": "llama", "rope_scaling": "yarn"}, "rope_scaling cannot be 'yarn'"),
         ({"model_type": "llama", "rope_theta": "big"}, "rope_theta must be a number"),
         ({"model_type": "llama", "rope_scaling": {"type": "linear"}}, "factor of 'linear' cannot be None"),

@@ -115,6 +115,10 @@ TINY_MODELS: Mapping[str, TinyModel] = {
         },
     ),
     "gemma3_text": TinyModel("gemma3_text", {"head_dim": 16, "query_pre_attn_scalar": 24, **_sliding(24, 3)}),
+    "gemma3_text-softcaps": TinyModel(
+        "gemma3_text",
+        {"head_dim": 16, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 3.0, **_sliding(24, 3)},
+    ),
     "phi": TinyModel("phi", {"partial_rotary_factor": 0.5}),
     "phi3": TinyModel("phi3", {"sliding_window": 24}),
     "phi3-longrope": TinyModel(

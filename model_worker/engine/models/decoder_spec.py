@@ -22,6 +22,7 @@ from model_worker.engine.models.rope_frequencies import Rope, make_rope
 from model_worker.engine.models.rope_limits import refuse_batch_dependent_rope
 from model_worker.engine.ops.linear import Activation
 from model_worker.engine.ops.paged_attention import AttentionParams
+from model_worker.engine.ops.paged_attention.operation import MAX_HEAD_DIM
 from registry.errors import UnsupportedModelError
 
 # Every family here is compared with transformers in tests/model_worker/engine/test_parity.py.
@@ -122,6 +123,8 @@ def read_spec(config: Mapping[str, Any], max_model_len: int) -> DecoderSpec:
         raise UnsupportedModelError("The native decoder knows the activations silu and gelu_pytorch_tanh only.")
     if config.get("use_bidirectional_attention", False):
         raise UnsupportedModelError("The native decoder knows causal attention only.")
+    if config["head_dim"] > MAX_HEAD_DIM:
+        raise UnsupportedModelError(f"The native decoder knows attention heads of up to {MAX_HEAD_DIM} numbers only.")
     ropes = _ropes(config, max_model_len)
     gemma = model_type in _GEMMA
     sandwich = model_type in ("gemma2", "gemma3_text")
@@ -162,12 +165,16 @@ def _layer(config: Mapping[str, Any], index: int, ropes: Mapping[str, Rope]) -> 
     layer_type = config["layer_types"][index] if "layer_types" in config else "all"
     # A family that names its layers has the window in some of them, another one in all.
     has_window = layer_type in ("sliding_attention", "all") and config.get("use_sliding_window", True)
+    window = config.get("sliding_window") if has_window else None
+    if layer_type == "sliding_attention" and window is None:
+        raise UnsupportedModelError(f"Layer {index} has a sliding window, whose size the config does not say.")
     rope = layer_type if layer_type in ropes else "all"
     return LayerSpec(
         attention=AttentionParams(
             scale=_attention_scale(config),
-            sliding_window=config.get("sliding_window") if has_window else None,
-            softcap=config.get("attn_logit_softcapping"),
+            sliding_window=window,
+            # gemma3_text has the setting, too, but transformers' modeling code does not look at it.
+            softcap=config["attn_logit_softcapping"] if config["model_type"] == "gemma2" else None,
         ),
         rope=rope if "no_rope_layers" not in config or config["no_rope_layers"][index] else None,
         mixture=_mixture(config, index),
