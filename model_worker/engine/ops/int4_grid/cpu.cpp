@@ -32,24 +32,6 @@ struct Grid {
   Floats scale, minimum;  // numbers that float16 holds
 };
 
-// Round to nearest, ties to even; what is too large becomes infinite.
-inline uint16_t to_float16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return sign | 0x7e00;
-  if (bits >= 0x47800000) return sign | 0x7c00;
-  if (bits < 0x38800000) {  // subnormal: 0.5 has steps of 2^-24, as these have
-    float magnitude;
-    std::memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    return sign | static_cast<uint16_t>(bits - 0x3f000000);
-  }
-  return sign | static_cast<uint16_t>((bits - 0x38000000 + 0xfff + ((bits >> 13) & 1)) >> 13);
-}
-
 inline void store_float16(uint16_t* destination, Floats value) {
 #if defined(__AVX512F__)
   const __m256i halves = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -58,7 +40,7 @@ inline void store_float16(uint16_t* destination, Floats value) {
   const __m128i halves = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(destination, &halves, sizeof(halves));
 #else
-  for (int i = 0; i < kLanes; ++i) destination[i] = to_float16(value[i]);
+  for (int i = 0; i < kLanes; ++i) destination[i] = to_float16(value[i]).bits;
 #endif
 }
 

@@ -28,7 +28,7 @@ PANEL = 32
 
 
 class WeightFormat(IntEnum):
-    """Numbers as in cpu.cpp."""
+    """Numbers as in packed_weight.h."""
 
     FLOAT32 = 0
     BFLOAT16 = 1

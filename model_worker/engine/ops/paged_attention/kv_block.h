@@ -73,24 +73,6 @@ inline Floats load(const Float8* source) {
 #endif
 }
 
-// Round to nearest, ties to even, too large becomes infinity, NaN stays NaN.
-inline Float16 to_float16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return {static_cast<uint16_t>(sign | 0x7e00)};
-  if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520, halfway past the largest
-  if (magnitude < 0x38800000) {  // below 2^-14: the sum's last bit is worth 2^-24
-    float small;
-    std::memcpy(&small, &magnitude, 4);
-    const float shifted = small + 0.5f;
-    std::memcpy(&bits, &shifted, 4);
-    return {static_cast<uint16_t>(sign | (bits - 0x3f000000))};
-  }
-  return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
-}
-
 // For numbers up to 448 after rounding. Round to nearest, ties to even, NaN stays NaN.
 inline Float8 to_float8(float value) {
   uint32_t bits;
