@@ -21,7 +21,7 @@ def request(
     *,
     model: str = "m",
     stats: WorkerStats | None = None,
-    version: int = 1,
+    version: int = PROTOCOL_VERSION,
     digest: str | None = None,
 ) -> RegisterRequest:
     return RegisterRequest(
