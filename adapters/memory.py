@@ -32,7 +32,7 @@ def estimate_memory(
     """Bytes for weights, for one token of KV cache, and for the activations of one step.
 
     The activations are an estimate from above of what is alive at once in one layer: the residual stream and its norm,
-    q, k, v and the attention output, gate and up and their product; and the logits.
+    q, k, v and the attention output, gate and up and their product, what each expert gets and gives; and the logits.
 
     Args:
         precision: of the weights; None: all in `dtype`.
@@ -45,7 +45,7 @@ def estimate_memory(
         values = sum(file.stat().st_size for file in checkpoint.files) // DTYPE_BYTES[stored_dtype]
         per_group = size * GROUP if precision.quantization is None else GROUP_BYTES[precision.quantization]
         weights_bytes = values * per_group // GROUP
-    per_token = 8 * adapter.hidden_size + 3 * adapter.intermediate_size
+    per_token = (8 + 2 * adapter.num_active_experts) * adapter.hidden_size + 3 * adapter.intermediate_size
     logits = min(max_num_batched_tokens, _MAX_LOGIT_ROWS) * adapter.vocab_size * 4 * 2
     return MemoryEstimate(
         weights_bytes=weights_bytes,

@@ -24,6 +24,7 @@ class ModelAdapter:
         family: the family that was chosen.
         hidden_size: width of the residual stream.
         intermediate_size: width inside the MLP, that of all active experts together.
+        num_active_experts: that compute a token; 0: it is no mixture.
         vocab_size: rows of the embedding and of the logits.
         max_position_embeddings: most positions that the model was made for.
         kv_values_per_token: numbers that one token adds to the KV cache, over all layers.
@@ -33,6 +34,7 @@ class ModelAdapter:
     family: ModelFamily
     hidden_size: int
     intermediate_size: int
+    num_active_experts: int
     vocab_size: int
     max_position_embeddings: int
     kv_values_per_token: int
@@ -56,6 +58,7 @@ def find_model_adapter(config: Mapping[str, Any]) -> ModelAdapter:
         family=family,
         hidden_size=full.hidden_size,
         intermediate_size=_intermediate_size(full),
+        num_active_experts=getattr(full, "num_experts_per_tok", None) or 0,
         vocab_size=full.vocab_size,
         max_position_embeddings=_max_position_embeddings(full, family),
         kv_values_per_token=full.num_hidden_layers * _kv_values_per_layer(full, head_dim),

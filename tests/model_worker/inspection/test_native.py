@@ -10,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from adapters import plan_load
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.load_report import Outcome
 from model_worker.engine.model_parts import OpKind
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.models import native_decoder
+from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.ops.cpu.build import build_library, find_compiler
 from model_worker.engine.ops.cpu.machine_level import machine_levels
-from model_worker.engine.ops.cpu.program import KernelLibrary
+from model_worker.engine.ops.cpu.program import KernelLibrary, new_buffer
+from model_worker.inspection.footprint import measure_footprint
 from model_worker.inspection.html_report import format_html
 from model_worker.inspection.inspection import Inspection, InspectRequest, inspect_model
 from model_worker.inspection.load_summary import FusedWeights
@@ -69,6 +74,37 @@ def test_fused_weights(tmp_path: Path, kernels: KernelLibrary) -> None:
     assert load is not None
     assert set(load.fused) == {FusedWeights("layers.*.gate_up", 2, 4), FusedWeights("layers.*.qkv", 2, 6)}
     assert {count.outcome: count.num_tensors for count in load.outcomes} == {Outcome.FILLED: 11, Outcome.FUSED: 10}
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2", "mixtral", "qwen3_moe"])
+def test_activations_are_an_estimate_from_above(
+    model: str, tmp_path: Path, kernels: KernelLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated: list[torch.Tensor] = []
+
+    def note(*size: int) -> torch.Tensor:
+        allocated.append(new_buffer(*size))
+        return allocated[-1]
+
+    monkeypatch.setattr(native_decoder, "new_buffer", note)
+    build_tiny_model(model).save_pretrained(tmp_path)
+    config = EngineConfig(CacheConfig(num_blocks=32), SchedulerConfig(max_num_batched_tokens=256), model_impl="native")
+    plan = make_tiny_plan(tmp_path)
+    ModelRunner(plan, config, kernels=kernels)  # computes a step, for which it allocates the buffers
+    footprint = measure_footprint(plan, contexts=(), block_size=16, max_num_batched_tokens=256, free_bytes=0)
+    buffers_bytes = sum(buffer.nbytes for buffer in allocated)
+    assert buffers_bytes < footprint.activations_bytes < 3 * buffers_bytes
+
+
+def test_the_planned_weights_are_what_the_engine_has(smollm2_gguf: Path, kernels: KernelLibrary) -> None:
+    config = EngineConfig(CacheConfig(num_blocks=8), model_impl="native")
+    plan = plan_load(smollm2_gguf, native_model_types=NATIVE_MODEL_TYPES)
+    request = InspectRequest(sections=("footprint", "trace"), rows=(1,), contexts=(16,))
+    inspection = inspect_model(plan, config, request, name="small", kernels=kernels)
+    assert inspection.trace is not None
+    assert inspection.footprint is not None
+    matrices_bytes = sum(row.weight_bytes for row in inspection.trace.decode.rows)  # the embedding as the head
+    assert inspection.footprint.planned_bytes == pytest.approx(matrices_bytes, rel=0.001)
 
 
 def test_quantized_weights_show_in_the_trace(tmp_path: Path, kernels: KernelLibrary) -> None:
