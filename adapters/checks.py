@@ -13,8 +13,8 @@ from adapters.model_adapter import ModelAdapter
 from adapters.tokenizer import Tokenizer
 from registry.checkpoint import Checkpoint
 from registry.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError, UnsupportedModelError
+from registry.ggml_types import SUPPORTED_GGML_TYPES
 
-GGUF_TYPES = frozenset(("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K"))
 _FLOAT_TYPES = frozenset(("F64", "F32", "F16", "BF16"))
 _INDEX_TYPES = frozenset(("I64", "I32", "I16", "U8", "BOOL"))  # buffers such as attention masks of old checkpoints
 # Frequencies that depend on the token's own position only; the batch's neighbours cannot change them.
@@ -37,11 +37,11 @@ def check_stored_types(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Non
             f"the checkpoint is quantized with {method or 'an unnamed method'}, which is not supported; "
             "use the model's unquantized release or a GGUF file of it"
         )
-    known = GGUF_TYPES if checkpoint.format == "gguf" else _FLOAT_TYPES | _INDEX_TYPES
+    known = SUPPORTED_GGML_TYPES if checkpoint.format == "gguf" else _FLOAT_TYPES | _INDEX_TYPES
     unknown = sorted({tensor.dtype for tensor in checkpoint.tensors.values()} - known)
     if unknown:
         example = next(tensor for tensor in checkpoint.tensors.values() if tensor.dtype == unknown[0])
-        served = GGUF_TYPES if checkpoint.format == "gguf" else _FLOAT_TYPES
+        served = SUPPORTED_GGML_TYPES if checkpoint.format == "gguf" else _FLOAT_TYPES
         raise UnsupportedModelError(
             f"the checkpoint holds tensors of type {', '.join(unknown)} (for example {example.name}), which is not "
             f"supported; use a release of the model in {', '.join(sorted(served))}"

@@ -17,11 +17,13 @@ from compression.gguf import GROUPED_TYPES
 from compression.grouped_weight import GROUP, can_quantize
 from registry.checkpoint import Checkpoint, TensorHeader
 from registry.errors import InvalidRequestError
+from registry.ggml_types import GGML_TYPES
 
 QUANTIZATIONS = ("auto", "none", "int8", "int4")
 GROUP_BYTES: Mapping[str, int] = {"int8": GROUP + 2, "int4": GROUP // 2 + 4}
 """Of 32 weights: their integers, a float16 scale, and for int4 a float16 minimum."""
 
+_BLOCK_TYPES = frozenset(kind.name for kind in GGML_TYPES.values() if kind.block_size > 1)
 _FOUR_BIT_TYPES = frozenset({"Q4_0", "Q4_1"})
 # 4 bits cost the embedding and the head more than any other matrix (docs/formats/quantized.md).
 _EMBEDDING_OR_HEAD = re.compile(r"(.*\.)?(embed_tokens|lm_head)\.weight|(token_embd|output)\.weight")
@@ -53,9 +55,14 @@ class WeightPrecision:
         return num_values // GROUP * GROUP_BYTES[kind]
 
     def describe(self, checkpoint: Checkpoint) -> str:
-        """For people."""
-        kept = ", ".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()} & self.kept_types))
-        parts = [self.quantization] if self.quantization is not None else []
+        """For people; "none": nothing is quantized, here or in the files."""
+        stored = {tensor.dtype for tensor in checkpoint.tensors.values()} & _BLOCK_TYPES
+        kept, others = (", ".join(sorted(types)) for types in (stored & self.kept_types, stored - self.kept_types))
+        parts = []
+        if self.quantization is not None:
+            parts.append(f"{self.quantization} ({others} dequantized first)" if others else self.quantization)
+        elif others:
+            parts.append(f"{others} dequantized")
         if kept:
             parts.append(f"{kept} as the file has them")
         return "; ".join(parts) or "none"

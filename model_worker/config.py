@@ -121,8 +121,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--quantization",
         choices=QUANTIZATIONS,
         default="auto",
-        help="bits of the weights: int8 or int4, rounded to while loading; none: all in --dtype; auto: as stored, so "
-        "that a GGUF file is served from its own 8- and 4-bit blocks (default: %(default)s)",
+        help="bits of the weights: int8 or int4, rounded to while loading; none: all in --dtype; auto: in --dtype, but "
+        "blocks of type Q8_0, Q4_0 and Q4_1 in a GGUF file stay as they are (default: %(default)s)",
     )
     model.add_argument(
         "--max-model-len",

@@ -11,11 +11,12 @@ from types import MappingProxyType
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 
-from adapters.checks import GGUF_TYPES, check_stored_types, check_vocabulary, resolve_max_model_len
+from adapters.checks import check_stored_types, check_vocabulary, resolve_max_model_len
 from adapters.model_adapter import ModelAdapter, find_model_adapter
 from adapters.tokenizer import Tokenizer as ModelTokenizer
 from registry.checkpoint import Checkpoint, TensorHeader
 from registry.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
+from registry.ggml_types import SUPPORTED_GGML_TYPES
 
 PHI3 = {
     "model_type": "phi3",
@@ -44,7 +45,7 @@ def tokenizer(size: int, added: int = 0) -> ModelTokenizer:
     return ModelTokenizer(backend, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
-@pytest.mark.parametrize("dtype", sorted(GGUF_TYPES))
+@pytest.mark.parametrize("dtype", sorted(SUPPORTED_GGML_TYPES))
 def test_gguf_types_that_are_read(dtype) -> None:
     check_stored_types(checkpoint("gguf", a=(dtype, (2, 2))), {})
 

@@ -84,12 +84,18 @@ def test_bytes_of_a_tensor(precision: WeightPrecision, tensor: TensorHeader, num
 @pytest.mark.parametrize(
     ("precision", "text"),
     [
-        (WeightPrecision(), "none"),
-        (WeightPrecision("int8"), "int8"),
+        (WeightPrecision(), "Q4_1, Q8_0 dequantized"),
+        (WeightPrecision("int8"), "int8 (Q4_1, Q8_0 dequantized first)"),
         (WeightPrecision(None, ALL), "Q4_1, Q8_0 as the file has them"),
-        (WeightPrecision("int4", FOUR_BITS), "int4; Q4_1 as the file has them"),
+        (WeightPrecision("int4", FOUR_BITS), "int4 (Q8_0 dequantized first); Q4_1 as the file has them"),
     ],
 )
 def test_what_people_read(precision: WeightPrecision, text: str) -> None:
     tensors = (_header("a", "Q4_1", 1, 32), _header("b", "Q8_0", 1, 32), _header("c", "F32", 32))
     assert precision.describe(_checkpoint("gguf", *tensors)) == text
+
+
+def test_where_nothing_was_quantized() -> None:
+    checkpoint = _checkpoint("safetensors", _header("a", "BF16", 1, 32))
+    assert WeightPrecision().describe(checkpoint) == "none"
+    assert WeightPrecision("int8").describe(checkpoint) == "int8"
