@@ -29,7 +29,8 @@ def test_weights_that_stay_in_the_blocks_of_their_file_are_said_to(
 ) -> None:
     flags = ["--section", "footprint", "--format", "json", "--quantization", "int4"]
     assert main(["inspect", "--model-path", str(smollm2_gguf), *flags], ENVIRONMENT) == 0
-    assert json.loads(capsys.readouterr().out)["model"]["weights"] == "int4 (Q8_0 dequantized first); Q4_1 as the file has them"
+    weights = json.loads(capsys.readouterr().out)["model"]["weights"]
+    assert weights == "int4 (Q8_0 dequantized first); Q4_1 as the file has them"
 
 
 def test_a_file_is_written_whole(smollm2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
