@@ -154,10 +154,11 @@ def _find_record(name: str, catalog: Catalog | None) -> ModelRecord | None:
     if catalog is None:
         return None
     try:
-        return catalog.resolve(parse_name(name))
+        record = catalog.resolve(parse_name(name))
     except (ModelNotFoundError, InvalidRequestError):
         # The caller has other places to look; it names them all in its own error.
         return None
+    return record if isinstance(record, ModelRecord) else None
 
 
 def _num_bytes(checkpoint: Checkpoint) -> int:

@@ -5,58 +5,28 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from typing import Any, Literal, Self, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
-from sqlalchemy import ColumnElement, Connection, Engine, Row, delete, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, insert, select, update
 
 from registry.catalog import schema
-from registry.catalog.database import database_errors, open_engine, write_transaction
-from registry.catalog.records import Alias, ApiKey, AuditEntry, ModelRecord, Role
+from registry.catalog.records import Alias, ApiKey, AuditEntry, ModelRecord, Role, VariantRecord
+from registry.catalog.transactions import changes
+from registry.catalog.variants import VariantOperations
 from registry.errors import InvalidRequestError, ModelNotFoundError
 from registry.names import ModelName
-
-Clock = Callable[[], datetime]
 
 _KEY_PREFIX = "rg-"
 _KEY_BYTES = 32
 
 
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
-
-
-class Catalog:
+class Catalog(VariantOperations):
     """An open catalog; safe to use from several threads, and with other processes on the same database.
 
     `actor` of a changing method is who asked for it: an API key's id, or "cli:" and a user name. Every method raises
     InternalError when the database fails; nothing is changed then.
     """
-
-    def __init__(self, engine: Engine, clock: Clock) -> None:
-        self._engine = engine
-        self._clock = clock
-
-    @classmethod
-    def open(cls, url: str, *, clock: Clock = _utc_now) -> Self:
-        """Open the catalog at an SQLAlchemy URL (SQLite or PostgreSQL), creating or migrating it where needed.
-
-        Raises:
-            InvalidRequestError: the URL is not understood or its driver is not installed.
-            InternalError: the database cannot be reached, is not a catalog, or is newer than this code.
-        """
-        return cls(open_engine(url), clock)
-
-    def close(self) -> None:
-        self._engine.dispose()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # Models
 
@@ -76,7 +46,7 @@ class Catalog:
         """Add the model, or replace what is known of it; its time of creation stays.
 
         Raises:
-            InvalidRequestError: name or digest do not fit the grammar.
+            InvalidRequestError: name or digest do not fit the grammar, or a variant has the name.
         """
         name = ModelName(name, digest=digest).name
         values: dict[str, Any] = {
@@ -85,6 +55,10 @@ class Catalog:
         }  # fmt: skip
         with self._write() as connection:
             now = self._clock()
+            if self._variant(connection, name) is not None:
+                raise InvalidRequestError(
+                    f"{name} is the name of a variant; give the model another one, or remove the variant", param="model"
+                )
             before = self._model(connection, name)
             if before is None:
                 connection.execute(insert(schema.models).values(name=name, created_at=now, updated_at=now, **values))
@@ -92,11 +66,7 @@ class Catalog:
             else:
                 statement = update(schema.models).where(schema.models.c.name == name)
                 connection.execute(statement.values(updated_at=now, **values))
-                detail = {
-                    key: {"from": getattr(before, key), "to": value}
-                    for key, value in values.items()
-                    if getattr(before, key) != value
-                }
+                detail = changes(before, values)
             self._audit(connection, actor, "models.add" if before is None else "models.update", name, detail)
             record = self._model(connection, name)
         assert record is not None
@@ -122,10 +92,7 @@ class Catalog:
         """
         with self._write() as connection:
             record = self._require_model(connection, name)
-            pointing = connection.execute(select(schema.aliases).where(schema.aliases.c.target_name == name)).all()
-            if pointing:
-                names = ", ".join(f"{row.name}@{row.alias}" for row in pointing[:4])
-                raise InvalidRequestError(f"{name} still has the alias {names}; move or remove it first", param="model")
+            self._refuse_while_aliased(connection, name)
             connection.execute(delete(schema.models).where(schema.models.c.name == name))
             self._audit(connection, actor, "models.remove", name, {"digest": record.digest, "path": record.path})
 
@@ -170,11 +137,11 @@ class Catalog:
             order = schema.aliases.c.name, schema.aliases.c.alias
             return [_alias_record(row) for row in connection.execute(select(schema.aliases).order_by(*order))]
 
-    def resolve(self, name: ModelName) -> ModelRecord:
-        """The model that a public name stands for now.
+    def resolve(self, name: ModelName) -> ModelRecord | VariantRecord:
+        """The model or variant that a public name stands for now.
 
         Raises:
-            ModelNotFoundError: there is no such model, alias or version, or the model has another digest by now.
+            ModelNotFoundError: there is no such model, variant, alias or version, or it has another digest by now.
         """
         with self._read() as connection:
             return self._resolve(connection, name)
@@ -257,16 +224,6 @@ class Catalog:
 
     # Within a transaction
 
-    @contextmanager
-    def _read(self) -> Iterator[Connection]:
-        with database_errors(self._engine.url), self._engine.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
-        with database_errors(self._engine.url), write_transaction(self._engine) as connection:
-            yield connection
-
     def _model(self, connection: Connection, name: str) -> ModelRecord | None:
         row = connection.execute(select(schema.models).where(schema.models.c.name == name)).one_or_none()
         return None if row is None else ModelRecord(**row._mapping)
@@ -281,7 +238,7 @@ class Catalog:
         row = connection.execute(select(schema.aliases).where(*_is_alias(name))).one_or_none()
         return None if row is None else _alias_record(row)
 
-    def _resolve(self, connection: Connection, name: ModelName) -> ModelRecord:
+    def _resolve(self, connection: Connection, name: ModelName) -> ModelRecord | VariantRecord:
         if name.version is not None:
             raise _not_found(name)
         if name.alias is not None:
@@ -289,16 +246,12 @@ class Catalog:
             if alias is None:
                 raise _not_found(name)
             name = alias.target
-        record = self._require_model(connection, name.name)
+        record = self._variant(connection, name.name) or self._require_model(connection, name.name)
         if name.digest is not None and name.digest != record.digest:
             raise ModelNotFoundError(
                 f"the model {str(name)!r} does not exist: {name.name} now has the digest {record.digest}", param="model"
             )
         return record
-
-    def _audit(self, connection: Connection, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> None:
-        values = {"actor": actor, "action": action, "subject": subject, "detail": dict(detail)}
-        connection.execute(insert(schema.audit_log).values(at=self._clock(), **values))
 
 
 def _is_alias(name: ModelName) -> tuple[ColumnElement[bool], ColumnElement[bool]]:

@@ -40,8 +40,31 @@ class ModelRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class VariantRecord:
+    """A fine-tune that every worker of its base model should have.
+
+    Attributes:
+        name: public name, without alias, version or digest; unique among variants and models.
+        kind: "lora": a LoRA adapter in PEFT's format.
+        parent: name of the base model; it need not be in the catalog, for not every worker knows its model's digest.
+        path: the fine-tune's directory as workers are told it: below their adapter root, or absolute.
+        digest: "sha256:…", identity of its files; None until a worker has read them.
+        pinned: workers keep it ready to be used at once.
+    """
+
+    name: str
+    kind: Literal["lora"]
+    parent: str
+    path: str
+    digest: str | None
+    pinned: bool
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Alias:
-    """`name@alias` stands for `target`, which is a model or a model pinned to a digest, never another alias."""
+    """`name@alias` stands for `target`: a model or a variant, or one pinned to a digest, never another alias."""
 
     name: str
     alias: str

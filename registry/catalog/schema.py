@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from sqlalchemy import JSON, Column, DateTime, Dialect, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import JSON, Boolean, Column, DateTime, Dialect, Index, Integer, MetaData, String, Table, Text
 from sqlalchemy.types import TypeDecorator
 
 from registry.names import MAX_NAME_LENGTH
@@ -50,6 +50,19 @@ models = Table(
     Column("source", Text),
     Column("chat_template", Text),
     Column("max_model_len", Integer),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
+)
+
+variants = Table(
+    "variants",
+    metadata,
+    Column("name", String(MAX_NAME_LENGTH), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("parent", String(MAX_NAME_LENGTH), nullable=False),
+    Column("path", Text, nullable=False),
+    Column("digest", String(71)),
+    Column("pinned", Boolean, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
 )

@@ -214,4 +214,4 @@ def test_many_threads_write_at_once(catalog: Catalog) -> None:
 
 def test_every_table_of_the_schema_is_there(catalog: Catalog) -> None:
     names = inspect(catalog._engine).get_table_names()
-    assert set(names) == {"models", "aliases", "api_keys", "audit_log", "alembic_version"}
+    assert set(names) == {"models", "variants", "aliases", "api_keys", "audit_log", "alembic_version"}

@@ -87,10 +87,14 @@ def test_a_life_of_a_catalog(url: str) -> None:
         catalog.upsert_model("smol", family="llama", digest=DIGEST, path="/m", actor="ann")
         record = catalog.upsert_model("smol", family="llama", digest=DIGEST, path="/n", actor="ann")
         catalog.set_alias("smol", "prod", ModelName("smol", digest=DIGEST), actor="ann")
+        variant = catalog.add_variant("sql", parent="smol", path="sql", pinned=True, actor="ann")
+        variant = catalog.set_variant_digest(variant, DIGEST, actor="worker:w")
         key, plaintext = catalog.create_api_key("laptop", role="admin", actor="ann")
     with Catalog.open(url) as catalog:
         assert catalog.resolve(parse_name("smol@prod")) == record
         assert record.created_at.utcoffset() is not None
+        assert catalog.resolve(parse_name(f"sql@{DIGEST}")) == variant
+        assert catalog.list_variants() == [variant]
         assert catalog.find_api_key(plaintext) == key
         assert catalog.revoke_api_key(key.id, actor="bob").revoked_at is not None
         assert catalog.find_api_key(plaintext) is None
