@@ -93,6 +93,11 @@ class WorkerService:
             RootgraftError: the request was refused (before the first events), or the engine died.
         """
         self._check_model(request.model)
+        if request.loras:
+            raise ModelNotFoundError(
+                f"This worker has no adapter {request.loras[0].name}; ask for the base model, or for one of GET /v1/models.",
+                param="model",
+            )
         prompt = await self._encoder.encode(request.prompt)
         sampling = self._sampling(request.sampling, prompt)
         builder = EventBuilder(self._names, prompt.token_ids, prompt_text=self._prompt_text(request, prompt))

@@ -12,6 +12,7 @@ from controller.protocol import (
     DetokenizeRequest,
     DoneEvent,
     GenerateRequest,
+    LoraWeight,
     Prompt,
     PromptEvent,
     Sampling,
@@ -167,6 +168,15 @@ async def test_prompt_text_for_echo(service: WorkerService) -> None:
         first = (await events_of(service, request(prompt, echo=True)))[0]
         assert isinstance(first, PromptEvent)
         assert first.prompt_text == "hé"
+
+
+async def test_an_adapter_that_the_worker_has_not_is_not_answered_by_the_base(
+    service: WorkerService, engine: FakeEngine
+) -> None:
+    wanted = request("a").model_copy(update={"loras": [LoraWeight(name="pirate")]})
+    with pytest.raises(ModelNotFoundError, match="pirate"):
+        await events_of(service, wanted)
+    assert not engine.requests
 
 
 async def test_another_models_name_is_refused(service: WorkerService) -> None:
