@@ -71,5 +71,7 @@ class CatalogTransactions:
 def changes(before: object, values: Mapping[str, Any]) -> dict[str, Any]:
     """The detail of an update's audit entry: what differs between a record and the new values of its fields."""
     return {
-        key: {"from": getattr(before, key), "to": value} for key, value in values.items() if getattr(before, key) != value
+        key: {"from": getattr(before, key), "to": value}
+        for key, value in values.items()
+        if getattr(before, key) != value
     }
