@@ -95,7 +95,7 @@ class WorkerService:
         self._check_model(request.model)
         if request.loras:
             raise ModelNotFoundError(
-                f"This worker has no adapter {request.loras[0].name}; ask for the base model, or for one of GET /v1/models.",
+                f"This worker has no adapter {request.loras[0].name}; GET /v1/models lists what is served.",
                 param="model",
             )
         prompt = await self._encoder.encode(request.prompt)
