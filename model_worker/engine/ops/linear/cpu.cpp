@@ -54,6 +54,7 @@ inline void fetch_ahead(const void* weights, int num_bytes) {
 using Sums = Floats[kVectors];
 
 // sums[r] += x[r, 0:K] * panel[0:K], for R rows. The widened weights are kept in `wide`, unless that is null.
+// Each sum is one chain in the order of K, for every R: a row's result does not depend on how many others there are.
 template <int R, typename W>
 inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums, float* wide) {
   Floats local[R][kVectors];
@@ -86,40 +87,13 @@ inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t n
     for (int v = 0; v < kVectors; ++v) sums[r][v] = local[r][v];
 }
 
-// The same for one row: four independent sums, so that additions need not wait for each other.
-template <typename W>
-inline void multiply_one(const W* panel, const float* x, int64_t num_inputs, Sums* sums, float* wide) {
-  constexpr int kUnroll = 4;
-  Floats local[kUnroll][kVectors] = {};
-  int64_t k = 0;
-  for (; k + kUnroll <= num_inputs; k += kUnroll) {
-    fetch_ahead(panel + k * kPanel, kUnroll * kPanel * sizeof(W));
-    for (int u = 0; u < kUnroll; ++u) {
-      const Floats value = broadcast(x[k + u]);
-      for (int v = 0; v < kVectors; ++v) local[u][v] += value * load(panel + (k + u) * kPanel + v * kLanes);
-    }
-  }
-  for (; k < num_inputs; ++k) {
-    for (int v = 0; v < kVectors; ++v) local[0][v] += broadcast(x[k]) * load(panel + k * kPanel + v * kLanes);
-  }
-  for (int v = 0; v < kVectors; ++v) sums[0][v] += (local[0][v] + local[1][v]) + (local[2][v] + local[3][v]);
-  if (wide != nullptr) {
-    for (int64_t i = 0; i < num_inputs * kPanel; i += kLanes) store(wide + i, load(panel + i));
-  }
-}
-
 template <typename W, int R = kMaxRows>
 void multiply_rows(int rows, const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums,
                    float* wide = nullptr) {
-  if constexpr (R == 1) {
-    multiply_one(panel, x, num_inputs, sums, wide);
-  } else {
-    if (rows == R) {
-      multiply<R>(panel, x, x_stride, num_inputs, sums, wide);
-    } else {
-      multiply_rows<W, R - 1>(rows, panel, x, x_stride, num_inputs, sums, wide);
-    }
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_rows<W, R - 1>(rows, panel, x, x_stride, num_inputs, sums, wide);
   }
+  multiply<R>(panel, x, x_stride, num_inputs, sums, wide);
 }
 
 // Cuts `rows` into blocks of nearly equal size, at most `most` each, and calls f(first row, number of rows).

@@ -202,3 +202,22 @@ def test_what_does_not_fit_is_refused() -> None:
         Linear("linear", x.half(), weight, out).arguments()
     with pytest.raises(AssertionError):
         Linear("linear", x, weight, out, bias=torch.zeros(32, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("format", list(WeightFormat), ids=lambda format: format.name)
+def test_a_row_has_the_same_bits_whatever_rows_are_beside_it(team: Team, format: WeightFormat) -> None:
+    """Also in another place of the batch, and with inputs beyond one piece of a widened panel."""
+    torch.manual_seed(0)
+    for num_inputs in (96, 1568):
+        weight = _random_weight(format, 64, num_inputs)
+        x = torch.randn(300, num_inputs)
+        alone: Tensor | None = None
+        for num_rows in _ROWS:
+            for place in {0, num_rows // 2, num_rows - 1}:
+                batch = x[:num_rows].clone()
+                batch[place] = x[-1]
+                out = torch.empty(num_rows, 64)
+                linear = Linear("linear", batch, weight, out, quantized_x=_quantized(team, weight, batch))
+                Program(team, [linear]).run(Step.of_rows(num_rows))
+                alone = out[place].clone() if alone is None else alone
+                assert torch.equal(out[place], alone), (num_inputs, num_rows, place)
