@@ -1,0 +1,181 @@
+"""The two files of an adapter: where they are, their digest, and their tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from delta.peft.adapter_config import CONFIG_FILE
+from registry.errors import CheckpointError
+
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""The first that exists is read, as by PEFT."""
+
+_PREFIX = "base_model.model."
+_CHUNK_BYTES = 2**20
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def config_file(directory: Path) -> Path:
+    """Raises CheckpointError: there is none, or a link that leads out of the directory."""
+    return _file_in(directory, CONFIG_FILE)
+
+
+def weights_file(directory: Path) -> Path:
+    """Raises CheckpointError: there is none, or a link that leads out of the directory."""
+    for name in WEIGHTS_FILES:
+        if os.path.lexists(directory / name):
+            return _file_in(directory, name)
+    raise CheckpointError(f"{directory} holds no {' or '.join(WEIGHTS_FILES)}; is this an adapter's directory?")
+
+
+def adapter_digest(directory: Path) -> str:
+    """Identity of an adapter: SHA-256 over name, size and bytes of its two files. -> "sha256:..."
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read.
+    """
+    hasher = hashlib.sha256()
+    for file in (config_file(directory), weights_file(directory)):
+        try:
+            with file.open("rb") as opened:
+                hasher.update(f"{file.name}\0{os.fstat(opened.fileno()).st_size}\0".encode())
+                while chunk := opened.read(_CHUNK_BYTES):
+                    hasher.update(chunk)
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    return f"sha256:{hasher.hexdigest()}"
+
+
+class AdapterTensors:
+    """The tensors of a weights file, each to be taken exactly once. Names are without "base_model.model.".
+
+    Attributes:
+        file: for messages, and
+        config_file: for messages.
+        metadata: of the safetensors header.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self.file = file
+        self.config_file = file.with_name(CONFIG_FILE)
+        self.metadata = metadata
+        self._shapes = shapes
+        self._read = read
+        self._rest = dict.fromkeys(shapes)
+        parts = [name.split(".") for name in shapes]
+        self._paths = {".".join(path[:length]) for path in parts for length in range(1, len(path))}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def any_below(self, path: str) -> bool:
+        """Some tensor belongs to the module `path` or to one inside it."""
+        return path in self._paths
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises CheckpointError: there is no such tensor."""
+        if name not in self._shapes:
+            raise CheckpointError(
+                f"{self.file}: the tensor {_PREFIX}{name} is missing, which adapter_config.json and the base call for"
+            )
+        return self._shapes[name]
+
+    def take(self, name: str, shape: tuple[int, ...], hint: str = "") -> Tensor:
+        """A copy of a tensor: contiguous, finite, in the file's dtype (float64 becomes float32).
+
+        Raises:
+            CheckpointError: it is missing, of another shape or type, not finite, or cannot be read.
+        """
+        if (found := self.shape(name)) != shape:
+            raise CheckpointError(
+                f"{self.file}: {_PREFIX}{name} is {list(found)}, but this base and adapter_config.json need "
+                f"{list(shape)}{hint or '; was it trained on another base?'}"
+            )
+        assert name in self._rest, f"{name} is taken twice"
+        del self._rest[name]
+        try:
+            tensor = self._read(_PREFIX + name)
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.file}: {_PREFIX}{name} cannot be read ({error}); copy the file again"
+            ) from error
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(
+                f"{self.file}: {_PREFIX}{name} is of type {tensor.dtype}; save the adapter in float32"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{self.file}: {_PREFIX}{name} holds values that are not finite; train it again")
+        dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
+        return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def check_all_taken(self) -> None:
+        """Raises CheckpointError: a tensor has no place in the adapter that the configuration describes."""
+        if self._rest:
+            names = [_PREFIX + name for name in list(self._rest)[:3]]
+            more = f" and {len(self._rest) - 3} more" if len(self._rest) > 3 else ""
+            raise CheckpointError(
+                f"{self.file}: {', '.join(names)}{more} have no place: the base has no such module, or "
+                "adapter_config.json does not name it. Save the adapter again, for this base"
+            )
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[AdapterTensors]:
+    """Open a weights file. Raises CheckpointError: it is truncated, damaged or not an adapter's."""
+    if file.suffix == ".bin":
+        yield _load_pickle(file)
+        return
+    try:
+        opened = safe_open(file, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); copy it again") from error
+    with opened as tensors:
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        yield AdapterTensors(file, _without_prefix(file, shapes), tensors.get_tensor, tensors.metadata() or {})
+
+
+def _load_pickle(file: Path) -> AdapterTensors:
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); save the adapter as safetensors") from error
+    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise CheckpointError(f"{file} does not hold named tensors; save the adapter as safetensors")
+    shapes = {str(name): tuple(tensor.shape) for name, tensor in loaded.items()}
+    return AdapterTensors(file, _without_prefix(file, shapes), loaded.__getitem__, {})
+
+
+def _without_prefix(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    for name in shapes:
+        if not name.startswith(_PREFIX):
+            raise CheckpointError(
+                f"{file}: the tensor {name} does not start with {_PREFIX!r}; save the adapter with PEFT"
+            )
+    return {name.removeprefix(_PREFIX): shape for name, shape in shapes.items()}
+
+
+def _file_in(directory: Path, name: str) -> Path:
+    file = directory / name
+    try:
+        resolved = file.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file} is missing; is this an adapter's directory?") from error
+    if not resolved.is_relative_to(directory.resolve()) or not resolved.is_file():
+        raise CheckpointError(f"{file} is no plain file of its directory (a link out of it?); copy the file there")
+    return file

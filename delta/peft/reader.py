@@ -1,0 +1,61 @@
+"""Read an adapter in PEFT's format into terms. Layout and rules: docs/formats/peft.md."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from delta.peft.adapter_config import LoraConfig, read_adapter_config
+from delta.peft.adapter_files import AdapterTensors, adapter_digest, config_file, open_tensors, weights_file
+from delta.peft.base_model import BaseModel
+from delta.peft.ia3 import read_ia3
+from delta.peft.lora import read_lora
+from delta.peft.terms_builder import TermsBuilder
+from delta.peft.whole_modules import read_whole_modules
+from delta.variant_terms import VariantTerms
+from registry.errors import CheckpointError
+
+
+def read_peft_adapter(directory: Path, base: BaseModel) -> VariantTerms:
+    """Read an adapter that was trained on `base`. The tensors own their memory; any thread may call this.
+
+    Every tensor of the file is used exactly once, and every one that the configuration calls for must be there.
+
+    Raises:
+        CheckpointError: missing, damaged or contradictory files, values that are not finite, or another base.
+        UnsupportedModelError: an adapter that we cannot compute exactly; the message says what to do.
+    """
+    config_path, weights_path = config_file(directory), weights_file(directory)
+    before = _states(config_path, weights_path)
+    digest = adapter_digest(directory)
+    config = read_adapter_config(config_path)
+    builder = TermsBuilder()
+    with open_tensors(weights_path) as tensors:
+        _check_base_digest(tensors, base)
+        if isinstance(config, LoraConfig):
+            read_lora(config, tensors, base, builder)
+        else:
+            read_ia3(config, tensors, base, builder)
+        tied = isinstance(config, LoraConfig) and config.tied
+        read_whole_modules(config.targets, tensors, base, builder, tied=tied)
+        tensors.check_all_taken()
+    if _states(config_path, weights_path) != before:
+        raise CheckpointError(f"{directory} was written to while it was read; load it again")
+    terms = builder.build(digest)
+    if terms.num_modules == 0:
+        raise CheckpointError(f"{directory} changes no module of this base; was it trained on another one?")
+    return terms
+
+
+def _states(*files: Path) -> list[tuple[int, int, int]]:
+    found = [os.stat(file) for file in files]
+    return [(at.st_ino, at.st_size, at.st_mtime_ns) for at in found]
+
+
+def _check_base_digest(tensors: AdapterTensors, base: BaseModel) -> None:
+    wanted = tensors.metadata.get("base_digest")
+    if wanted is not None and base.digest is not None and wanted != base.digest:
+        raise CheckpointError(
+            f"{tensors.file} was trained on the base {wanted}, but this one is {base.digest}; "
+            "serve it with its own base"
+        )
