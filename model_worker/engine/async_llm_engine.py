@@ -6,10 +6,12 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.lora.async_loras import AsyncLoras, LoraCall
+from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.outputs import EngineStats, RequestOutput
 from model_worker.engine.request_tracker import News, RequestTracker
 from model_worker.engine.sampling_params import SamplingParams
@@ -17,12 +19,15 @@ from registry.errors import InternalError, RootgraftError
 
 logger = logging.getLogger(__name__)
 
+_STALLED_S = 0.5  # between signs of life while all requests wait for adapters
+
 
 @dataclass(frozen=True, slots=True)
 class _Add:
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    loras: tuple[LoraWeight, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +35,15 @@ class _Abort:
     request_id: str
 
 
+class _Loaded:
+    """An adapter was."""
+
+
 class _Stop:
     pass
+
+
+_Command = _Add | _Abort | LoraCall | _Loaded | _Stop
 
 
 class AsyncLLMEngine:
@@ -42,7 +54,9 @@ class AsyncLLMEngine:
     Attributes:
         failed: what ended the engine thread, if anything did; every request then gets an InternalError, and the
             process should end.
-        num_steps: computed so far; while it grows, a request that gets nothing is only waiting for its turn.
+        num_steps: computed so far; while it grows, a request that gets nothing is only waiting for its turn. Grows too
+            while adapters are loaded.
+        loras: the LoRA adapters.
     """
 
     def __init__(self, engine: LLMEngine, *, on_failure: Callable[[], None] | None = None) -> None:
@@ -53,7 +67,9 @@ class AsyncLLMEngine:
         self._engine = engine
         self._on_failure = on_failure
         self._tracker = RequestTracker()
-        self._commands: queue.SimpleQueue[_Add | _Abort | _Stop] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self.loras = AsyncLoras(self._commands.put)
+        engine.on_adapter_loaded(lambda: self._commands.put(_Loaded()))
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._stats = engine.stats()
@@ -73,13 +89,23 @@ class AsyncLLMEngine:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
         self._tracker.fail_all(_shutting_down())
+        self.loras.fail_all(_shutting_down())
+        self._engine.close()
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        loras: Sequence[LoraWeight] = (),
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the news of one request until it is finished. Closing the generator cancels the request.
 
         News that came while the caller was busy come as one output.
+
+        Args:
+            loras: adapters that are added to the base, all at once.
 
         Raises:
             ClientError: the request was not accepted (before anything was yielded).
@@ -90,7 +116,7 @@ class AsyncLLMEngine:
         if self.failed is not None:
             raise InternalError("The engine of this model worker has failed; see its log.")
         mailbox = self._tracker.open(request_id)
-        self._commands.put(_Add(request_id, prompt_token_ids, sampling))
+        self._commands.put(_Add(request_id, prompt_token_ids, sampling, tuple(loras)))
         finished = False
         try:
             while not finished:
@@ -119,6 +145,8 @@ class AsyncLLMEngine:
                 if self._engine.has_unfinished_requests:
                     self._deliver(loop, [(output.request_id, output) for output in self._engine.step()])
                     self.num_steps += 1
+                else:
+                    self._engine.advance_loras()
                 if not self._engine.has_unfinished_requests:
                     self._engine.check_idle()
                 self._stats = self._engine.stats()
@@ -127,6 +155,7 @@ class AsyncLLMEngine:
             self.failed = error
             failure = InternalError("The engine of this model worker has failed; see its log.")
             loop.call_soon_threadsafe(self._tracker.fail_all, failure)
+            loop.call_soon_threadsafe(self.loras.fail_all, failure)
             if self._on_failure is not None:
                 loop.call_soon_threadsafe(self._on_failure)
         finally:
@@ -136,20 +165,34 @@ class AsyncLLMEngine:
         """Carry out what is queued, waiting for it only when there is nothing to compute; False: stop."""
         idle = not self._engine.has_unfinished_requests
         refused: list[tuple[str, News]] = []
-        while idle or not self._commands.empty():
-            command = self._commands.get()
+        while idle or self._engine.stalled or not self._commands.empty():
+            try:
+                command = self._commands.get(timeout=None if idle else _STALLED_S)
+            except queue.Empty:
+                break
             idle = False
             if isinstance(command, _Stop):
                 return False
+            if isinstance(command, _Loaded):
+                break
             if isinstance(command, _Abort):
                 self._engine.abort_request(command.request_id)
-                continue
-            try:
-                self._engine.add_request(command.request_id, command.prompt_token_ids, command.sampling)
-            except RootgraftError as error:
-                refused.append((command.request_id, error))
+            elif isinstance(command, LoraCall):
+                command.carry_out(self._engine)
+            elif (refusal := self._add(command)) is not None:
+                refused.append(refusal)
         self._deliver(loop, refused)
         return True
+
+    def _add(self, command: _Add) -> tuple[str, News] | None:
+        """None, or why a request is refused."""
+        try:
+            self._engine.add_request(
+                command.request_id, command.prompt_token_ids, command.sampling, loras=command.loras
+            )
+        except RootgraftError as error:
+            return command.request_id, error
+        return None
 
     def _deliver(self, loop: asyncio.AbstractEventLoop, news: list[tuple[str, News]]) -> None:
         if news:

@@ -16,10 +16,10 @@ Blocks may be held by several sequences (a common prefix, or forks of one prompt
     free           ref_count = 0, in `_free`, least recently released first; a free block that the prefix cache still
                    knows can be taken back by its name until it is handed out for other content
 
-Prefix cache: a full block is named by the chain  h_i = SHA-256(h_{i-1} || tokens of block i),  h_{-1} = SHA-256(variant
-digest), so equal names mean equal tokens *and* equal weights all the way from the start. Reloading other weights under
-an old name can therefore never serve stale blocks. A prefix is found when each group has those of its blocks that the
-next position can see. Source of the idea: vLLM's automatic prefix caching.
+Prefix cache: a full block is named by the chain  h_i = SHA-256(h_{i-1} || tokens of block i),  h_{-1} = SHA-256(digests
+of base and variant), so equal names mean equal tokens *and* equal weights all the way from the start. Reloading other
+weights under an old name can therefore never serve stale blocks. A prefix is found when each group has those of its
+blocks that the next position can see. Source of the idea: vLLM's automatic prefix caching.
 
 Host pool: the blocks of a swapped sequence are copied to host blocks, which are never shared, and let go.
 """
@@ -405,7 +405,7 @@ class BlockManager:
         hashes = sequence.block_hashes
         while len(hashes) < num_blocks:
             start = len(hashes) * self.block_size
-            parent = hashes[-1] if hashes else hashlib.sha256(sequence.variant_digest.encode()).digest()
+            parent = hashes[-1] if hashes else hashlib.sha256(sequence.weights_digest.encode()).digest()
             token_ids = sequence.token_ids[start : start + self.block_size]
             hashes.append(hashlib.sha256(parent + self._pack(*token_ids)).digest())
 

@@ -115,6 +115,52 @@ class SpeculationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """LoRA adapters; see `engine/lora`.
+
+    Raises:
+        InvalidRequestError: a value that cannot work.
+    """
+
+    max_loras: int = flag(32, "most LoRA adapters that are active, so that requests can run with them")
+    max_cpu_loras: int | None = flag(
+        None,
+        "most LoRA adapters in host memory, the active ones included; default: 256, or --max-loras if that is more",
+    )
+    lora_memory_gib: float | None = flag(
+        None, "memory for LoRA adapters in GiB, active or not; default: a quarter of what is free after loading"
+    )
+    lora_patience_s: float = flag(
+        1.0,
+        "seconds that a request waits for its LoRA adapter before a place is emptied for it; with less, adapters take "
+        "turns more often and batches are smaller, with more, rare adapters wait longer",
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_loras < 1:
+            raise InvalidRequestError(f"--max-loras must be at least 1, got {self.max_loras}.", param="max_loras")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise InvalidRequestError(
+                f"--max-cpu-loras ({self.max_cpu_loras}) must be at least --max-loras ({self.max_loras}), because "
+                "active adapters are in host memory too.",
+                param="max_cpu_loras",
+            )
+        if self.lora_memory_gib is not None and not (math.isfinite(self.lora_memory_gib) and self.lora_memory_gib > 0):
+            raise InvalidRequestError(
+                f"--lora-memory-gib must be a positive number, got {self.lora_memory_gib}.", param="lora_memory_gib"
+            )
+        if not (math.isfinite(self.lora_patience_s) and self.lora_patience_s >= 0):
+            raise InvalidRequestError(
+                f"--lora-patience must be 0 or a positive number of seconds, got {self.lora_patience_s}.",
+                param="lora_patience_s",
+            )
+
+    @property
+    def most_in_host_memory(self) -> int:
+        return max(256, self.max_loras) if self.max_cpu_loras is None else self.max_cpu_loras
+
+
+@dataclass(frozen=True, slots=True)
 class ProfileConfig:
     """What is recorded of the first steps; see `engine/step_profiler.py`.
 
@@ -153,6 +199,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     model_impl: str = flag(
         "auto",
         "what computes the model: native: our own decoder; transformers: its code over our paged attention; auto: "

@@ -15,6 +15,9 @@ from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.detokenizer import IncrementalDetokenizer
 from model_worker.engine.executor import Executor
+from model_worker.engine.lora.engine_loras import make_lora_manager
+from model_worker.engine.lora.lora_manager import LoraManager
+from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.outputs import (
@@ -36,6 +39,7 @@ from registry.errors import (
     InternalError,
     InvalidRequestError,
     RootgraftError,
+    UnsupportedModelError,
 )
 
 logger = logging.getLogger(__name__)
@@ -62,7 +66,8 @@ class LLMEngine:
         tokenizer: of the model; turns sampled ids into text.
         stop_token_ids: the model's end-of-sequence ids.
         max_model_len: most tokens of prompt and output; lowered to what the KV cache can hold for one sequence.
-        variant_digest: identity of the weights, part of the prefix cache's key.
+        variant_digest: identity of the base's weights, part of the prefix cache's key.
+        loras: LoRA adapters; None: there never are any.
         clock: seconds, monotonic.
         profiler: records where the time of the steps goes.
     """
@@ -76,6 +81,7 @@ class LLMEngine:
         stop_token_ids: tuple[int, ...],
         max_model_len: int,
         variant_digest: str = "",
+        loras: LoraManager | None = None,
         clock: Callable[[], float] = time.monotonic,
         profiler: Profiler | None = None,
     ) -> None:
@@ -99,12 +105,16 @@ class LLMEngine:
             )
         self._executor = executor
         self._stop_token_ids = frozenset(stop_token_ids)
-        self._variant_digest = variant_digest
+        self._base_digest = variant_digest
+        self._loras = loras
         self._clock = clock
         speculator = None if config.speculation.speculation == "off" else Speculator(config.speculation)
-        self._scheduler = Scheduler(config.scheduler, self._block_manager, clock=clock, speculator=speculator)
+        self._scheduler = Scheduler(
+            config.scheduler, self._block_manager, clock=clock, speculator=speculator, gate=loras
+        )
         self._states: dict[str, _RequestState] = {}
         self._next_seq_id = 0
+        self._stalled = False
         self._random = random.Random()
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -139,15 +149,28 @@ class LLMEngine:
             stop_token_ids=plan.stop_token_ids,
             max_model_len=plan.max_model_len,
             variant_digest=variant_digest,
+            loras=make_lora_manager(config.lora, runner.model),
             profiler=profiler,
         )
 
     # ------------------------------------------------------------------------------------------ requests
 
-    def add_request(self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        loras: SequenceOf[LoraWeight] = (),
+    ) -> None:
         """Accept a request; its news come from `step`.
 
+        Args:
+            loras: adapters that are added to the base, all at once.
+
         Raises:
+            ModelNotFoundError: there is no such adapter.
+            InsufficientMemoryError: there is no room for the adapter beside those that are pinned.
             InvalidRequestError: the prompt or a sampling field cannot be served.
             ContextLengthError: prompt and output do not fit the context.
             RateLimitError: too many requests are waiting.
@@ -155,6 +178,7 @@ class LLMEngine:
         if request_id in self._states:
             raise InvalidRequestError(f"Request id {request_id!r} is in use.")
         sampling = self._checked(prompt_token_ids, sampling)
+        variant = self.loras.resolve(loras) if loras else None
         seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(63)
         sequences = [
             Sequence(
@@ -163,12 +187,15 @@ class LLMEngine:
                 prompt_token_ids,
                 sampling,
                 seed=(seed + index * _SEED_STRIDE) % 2**64,
-                variant_digest=self._variant_digest,
+                base_digest=self._base_digest,
+                variant=variant,
             )
             for index in range(sampling.n)
         ]
         group = SequenceGroup(request_id, sequences, sampling, arrival_s=self._clock())
         self._scheduler.add(group)
+        if variant is not None:
+            self.loras.count_request(variant)
         self._next_seq_id += sampling.n
         self._states[request_id] = _RequestState(
             group,
@@ -195,11 +222,29 @@ class LLMEngine:
         )
         if manager.num_host_blocks:
             summary += f"; {manager.num_host_blocks} blocks of host memory to swap to"
+        if self._loras is not None:
+            summary += f"; {self._loras.summary()}"
         return summary
 
     @property
     def has_unfinished_requests(self) -> bool:
         return self._scheduler.has_unfinished
+
+    @property
+    def stalled(self) -> bool:
+        """All requests wait for LoRA adapters: a step does nothing until one is loaded."""
+        return self._stalled and self.has_unfinished_requests
+
+    @property
+    def loras(self) -> LoraManager:
+        """The LoRA adapters.
+
+        Raises:
+            UnsupportedModelError: this engine has none.
+        """
+        if self._loras is None:
+            raise UnsupportedModelError("This engine serves no LoRA adapters.")
+        return self._loras
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -210,9 +255,19 @@ class LLMEngine:
 
     def _step(self) -> list[RequestOutput]:
         with self.profiler.span("schedule"):
+            failed = self.advance_loras()
             output = self._scheduler.schedule()
-        if not output.scheduled:
+        self._stalled = not output.scheduled
+        return failed if self._stalled else failed + self._compute(output)
+
+    def advance_loras(self) -> list[RequestOutput]:
+        """Go on with loading adapters, which `step` does too; returns the end of requests that waited in vain."""
+        if self._loras is None:
             return []
+        doomed = {s.group.request_id: error for s, error in self._loras.advance() if s.group is not None}
+        return [self._fail(request_id, error) for request_id, error in doomed.items()]
+
+    def _compute(self, output: SchedulerOutput) -> list[RequestOutput]:
         start_s = self._clock()
         try:
             with self.profiler.span("execute", tokens=output.num_tokens, sequences=len(output.scheduled)):
@@ -224,6 +279,16 @@ class LLMEngine:
         with self.profiler.span("detokenize", rows=len(result.samples)):
             self._scheduler.complete(output)
             return self._process(output, result)
+
+    def on_adapter_loaded(self, call: Callable[[], None]) -> None:
+        """Have `call` called, on another thread, when `step` or `advance_loras` has something new to take."""
+        if self._loras is not None:
+            self._loras.loader.on_result = call
+
+    def close(self) -> None:
+        """Load no adapters any more."""
+        if self._loras is not None:
+            self._loras.close()
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
@@ -269,6 +334,8 @@ class LLMEngine:
         assert not self._states
         assert not self._scheduler.running
         assert not self._scheduler.waiting
+        if self._loras is not None:
+            self._loras.check_idle()
         assert self._block_manager.num_used_blocks == self._block_manager.num_used_host_blocks == 0
 
     # ------------------------------------------------------------------------------------------ internal
@@ -376,6 +443,8 @@ class LLMEngine:
         sampling = sequence.sampling
         sequence.append(token_id)
         self._generation_tokens += 1
+        if sequence.variant is not None:
+            sequence.variant.num_generation_tokens += 1
         if token_id in self._stop_token_ids and not sampling.ignore_eos:
             return "", FinishReason.STOP, None
         if token_id in sampling.stop_token_ids:

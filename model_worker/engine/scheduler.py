@@ -19,6 +19,10 @@ half-way. (Layers of limited sight take and give back blocks as it advances. Sho
 the step, and nobody is admitted before it goes on.) It may pass others that wait only while there would still be room
 for the first of them: nobody waits for ever.
 
+Sequences whose variant (LoRA adapter) is not active are passed over until it is; one that has waited for that too long
+is again one for whom there must be room. A step's sequences are in the order of their variants, the base's first, so
+that the rows of a variant lie together.
+
 When a decoding sequence needs a block and none is free, the last running sequence in order is preempted: it waits in
 its old place, and either its blocks are swapped to the host pool and back, or it loses them and is computed again from
 its tokens (whose full blocks the prefix cache may still hold); PreemptionCost chooses. Because the first in order is
@@ -30,11 +34,12 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
 
 from model_worker.engine.block_manager import BlockCopies, BlockManager
 from model_worker.engine.config import SchedulerConfig
+from model_worker.engine.lora.variant_gate import OpenGate, VariantGate
 from model_worker.engine.outputs import FinishReason
 from model_worker.engine.preemption_cost import PreemptionCost
 from model_worker.engine.prompt_share import PromptShare
@@ -51,6 +56,7 @@ class Scheduler:
 
     Args:
         speculator: guesses tokens of decoding sequences; None: nobody does.
+        gate: says whose variant is active; None: there are no variants.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Scheduler:
         *,
         clock: Callable[[], float] = time.monotonic,
         speculator: Speculator | None = None,
+        gate: VariantGate | None = None,
     ) -> None:
         self.config = config
         self.block_manager = block_manager
@@ -70,6 +77,7 @@ class Scheduler:
         self._prompt_lacks_blocks = False  # one was left out of the last step
         self._pace = QueuePace(clock)
         self._speculator = speculator
+        self._gate: VariantGate = OpenGate() if gate is None else gate
         self.preemption_cost = PreemptionCost()
         self.num_drafts = 0
         self.num_accepted_drafts = 0
@@ -129,7 +137,7 @@ class Scheduler:
     # ------------------------------------------------------------------------------------------ steps
 
     def schedule(self) -> SchedulerOutput:
-        """Choose the work of the next step; empty when there is none."""
+        """Choose the work of the next step; empty when there is none, or all that wait do so for their variants."""
         step = _Step()
         prompts = self._schedule_decodes(step)
         self._schedule_prompts(prompts, step)
@@ -137,7 +145,7 @@ class Scheduler:
             prompts.remove(self.running.last)
             self._preempt(self.running.last, step)
             self._schedule_prompts(prompts, step)
-        assert step.scheduled or not self.groups, "requests wait for ever"
+        assert step.scheduled or next(self._admissible(), None) is None, "requests wait for ever"
         if self._speculator is not None and not prompts:
             self._add_drafts(step, self._speculator)
         return step.output()
@@ -200,7 +208,7 @@ class Scheduler:
         sequence.may_have_drafts = False
 
     def check_integrity(self) -> None:
-        """Recount blocks and queues.
+        """Recount blocks, queues and the variants that are held.
 
         Raises:
             AssertionError: something leaked or is held twice.
@@ -215,6 +223,7 @@ class Scheduler:
         unheld = [s for s in self.waiting if s.status is SequenceStatus.WAITING]
         assert len(unheld) + len(swapped) == len(self.waiting)
         assert all(not any(s.block_tables) and s.num_computed_tokens == 0 for s in unheld)
+        self._gate.check_integrity(self.running, self.waiting)
 
     # ------------------------------------------------------------------------------------------ internal
 
@@ -244,21 +253,28 @@ class Scheduler:
         num_decodes = len(step.scheduled)
         budget = self.config.max_num_batched_tokens - num_decodes
         if num_decodes:
-            num_prompts = len(prompts) + min(len(self.waiting), self.config.max_num_seqs - self._num_used_slots)
+            num_free_slots = self.config.max_num_seqs - self._num_used_slots
+            num_prompts = len(prompts) + sum(1 for _ in islice(self._admissible(), num_free_slots))
             most = self.config.max_mixed_prefill_tokens
             budget = min(budget, max(most, most * num_prompts // num_decodes))
         share = PromptShare(budget)
         may_admit = not step.preempted and not (self._prompt_lacks_blocks and prompts)
-        if may_admit and self.waiting and budget and not (prompts and prompts[0].rank < self.waiting.first.rank):
-            may_admit = self._admit(self.waiting.first, prompts, step)
+        first = next(self._admissible(), None)
+        if may_admit and first is not None and budget and not (prompts and prompts[0].rank < first.rank):
+            may_admit = self._admit(first, prompts, step)
         if prompts:
             share.give(prompts[0], -(-budget // 2))
         while share.budget:
             shortest = min((p for p in prompts if share.num_left(p)), key=share.urgency, default=None)
-            newcomer = self._shortest_waiting() if may_admit and self.waiting else None
-            if newcomer is not None and (shortest is None or share.urgency(newcomer) < share.urgency(shortest)):
+            first = next(self._admissible(), None) if may_admit else None
+            newcomer = None if first is None else self._shortest_waiting(first)
+            if (
+                first is not None
+                and newcomer is not None
+                and (shortest is None or share.urgency(newcomer) < share.urgency(shortest))
+            ):
                 may_admit = self._admit(newcomer, prompts, step) or (
-                    newcomer is not self.waiting.first and self._admit(self.waiting.first, prompts, step)
+                    newcomer is not first and self._admit(first, prompts, step)
                 )
             elif shortest is not None:
                 share.give(shortest, share.budget)
@@ -293,20 +309,33 @@ class Scheduler:
                 assert not copies  # the next position is writable already
                 step.scheduled[place] = ScheduledSequence(sequence, start, 1 + len(guesses), sampled, tuple(guesses))
 
-    def _shortest_waiting(self) -> Sequence:
-        """Of those of the best priority that wait; the oldest of them where several are equally short."""
-        first = self.waiting.first
-        best = takewhile(lambda s: s.priority == first.priority, islice(self.waiting, self.config.max_num_seqs))
+    def _admissible(self) -> Iterator[Sequence]:
+        """Those that wait, in order, without those whose variant is not active."""
+        return filter(self._gate.admits, self.waiting)
+
+    def _shortest_waiting(self, first: Sequence) -> Sequence:
+        """Of the admissible ones of the first one's priority; the oldest where several are equally short."""
+        best = takewhile(lambda s: s.priority == first.priority, islice(self._admissible(), self.config.max_num_seqs))
         return min(best, key=lambda s: s.num_tokens - s.num_computed_tokens)
 
+    def _first_in_turn(self) -> Sequence | None:
+        """The first that waits, without those that others may pass; None: there is no such one."""
+        for sequence in self.waiting:
+            if self._gate.admits(sequence):
+                return sequence
+            if self.running and self._gate.holds_up(sequence):
+                return sequence
+        return None
+
     def _admit(self, sequence: Sequence, prompts: list[Sequence], step: _Step) -> bool:
-        """Let a waiting sequence run, if there is room for it and for the first one that waits."""
+        """Let an admissible sequence run, if there is room for it and for the first one that waits in turn."""
         num_slots = num_slots_wanted = self._num_slots(sequence)
         # A block for each running sequence stays free, so that admission does not cause the next preemption.
         reserve = len(self.running)
-        if sequence is not self.waiting.first:
-            num_slots_wanted += self._num_slots(self.waiting.first)
-            reserve += self.block_manager.num_blocks_for(self.waiting.first.num_tokens) + 1
+        first = self._first_in_turn()
+        if first is not None and first is not sequence:
+            num_slots_wanted += self._num_slots(first)
+            reserve += self.block_manager.num_blocks_for(first.num_tokens) + 1
         if self._num_used_slots + num_slots_wanted > self.config.max_num_seqs:
             return False
         if sequence.status is SequenceStatus.SWAPPED:
@@ -318,6 +347,7 @@ class Scheduler:
             step.swapped.append(sequence)
         elif not self._admit_anew(sequence, reserve):
             return False
+        self._gate.enter(sequence)
         self._num_used_slots += num_slots
         self.waiting.remove(sequence)
         self._pace.one_starts()
@@ -369,6 +399,7 @@ class Scheduler:
             self.block_manager.fork(sequence, sibling)
             sibling.num_cached_tokens = sequence.num_cached_tokens
             sibling.status = SequenceStatus.RUNNING
+            self._gate.enter(sibling)
             self.running.add(sibling)
         return tuple(group.sequences)
 
@@ -385,6 +416,7 @@ class Scheduler:
         if not self.waiting:
             self._pace.queue_begins()
         self.waiting.add(sequence)
+        self._gate.wait(sequence)
 
     def _leave_running(self, sequence: Sequence) -> None:
         self._num_used_slots -= self._num_slots(sequence)
@@ -397,6 +429,7 @@ class Scheduler:
             self._leave_running(sequence)
         elif not sequence.finished and (group.forked or sequence is group.sequences[0]):
             self.waiting.remove(sequence)  # the other choices of a prompt are not queued before it is forked
+        self._gate.leave(sequence)
         self.block_manager.release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
@@ -417,6 +450,7 @@ class _Step:
     def output(self) -> SchedulerOutput:
         assert self.scheduled or not self.swapped
         assert not (self.swap_out and self.swap_in)
+        self.scheduled.sort(key=_variant_number)
         return SchedulerOutput(
             tuple(self.scheduled),
             swap_out=tuple(self.swap_out),
@@ -424,3 +458,8 @@ class _Step:
             block_copies=tuple(self.block_copies),
             swapped=tuple(self.swapped),
         )
+
+
+def _variant_number(item: ScheduledSequence) -> int:
+    variant = item.sequence.variant
+    return 0 if variant is None else variant.number

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from model_worker.engine.lora.variant import Variant
 from model_worker.engine.outputs import FinishReason
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.speculation.sequence_drafter import SequenceDrafter
@@ -32,7 +33,8 @@ class Sequence:
         seq_id: unique in the engine's life; also the order of arrival.
         index: number of the choice in its request.
         rank: place in the order of service: (priority, seq_id).
-        variant_digest: identity of the weights that compute it; part of the prefix cache's key.
+        variant: what computes it beside the base; None: the base alone.
+        weights_digest: identity of all weights that compute it; part of the prefix cache's key.
         seed: of the sequence's own random stream; the draw for position p depends on (seed, p) only.
         block_tables: for each layer group the physical block numbers, one per block_size tokens (see BlockManager).
         num_released_blocks: for each layer group, leading entries of its table that are not held any more.
@@ -67,7 +69,8 @@ class Sequence:
         "status",
         "stop_reason",
         "token_ids",
-        "variant_digest",
+        "variant",
+        "weights_digest",
     )
 
     def __init__(
@@ -78,7 +81,8 @@ class Sequence:
         sampling: SamplingParams,
         *,
         seed: int,
-        variant_digest: str = "",
+        base_digest: str = "",
+        variant: Variant | None = None,
     ) -> None:
         self.seq_id = seq_id
         self.index = index
@@ -88,7 +92,8 @@ class Sequence:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.sampling = sampling
         self.seed = seed
-        self.variant_digest = variant_digest
+        self.variant = variant
+        self.weights_digest = base_digest if variant is None else f"{base_digest} + {variant.digest}"
         self.status = SequenceStatus.WAITING
         self.preempted = False  # at least once
         self.num_computed_tokens = 0

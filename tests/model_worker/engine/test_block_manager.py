@@ -10,8 +10,8 @@ from model_worker.engine.visibility import Visibility
 BLOCK_SIZE = 4
 
 
-def make_sequence(seq_id: int, token_ids: list[int], variant_digest: str = "") -> Sequence:
-    return Sequence(seq_id, 0, token_ids, SamplingParams(), seed=0, variant_digest=variant_digest)
+def make_sequence(seq_id: int, token_ids: list[int], base_digest: str = "") -> Sequence:
+    return Sequence(seq_id, 0, token_ids, SamplingParams(), seed=0, base_digest=base_digest)
 
 
 def compute_all(manager: BlockManager, sequence: Sequence) -> None:

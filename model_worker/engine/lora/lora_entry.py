@@ -1,0 +1,173 @@
+"""What the manager keeps of an adapter or of a combination of some. Pure Python; no torch."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Protocol
+
+from model_worker.engine.lora.residency import RequestRate, Resident, value_of_keeping
+from model_worker.engine.lora.variant import Variant
+from model_worker.engine.lora.variant_status import VariantState, VariantStatus
+from model_worker.engine.sequence import Sequence
+from model_worker.engine.sequence_queue import SequenceQueue
+from registry.errors import RootgraftError
+
+_FIRST = (-math.inf,)
+
+
+class Terms(Protocol):
+    """What the manager has to know of `delta.variant_terms.VariantTerms`."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def max_rank(self) -> int: ...
+
+    @property
+    def adds_only(self) -> bool: ...
+
+
+class LoraEntry:
+    """An adapter, or a combination of some, from its registration until its last request has ended.
+
+    A name that is given other files gets another entry; sequences keep the variant of theirs.
+
+        on disk ──read──► terms, in host memory ──bind──► bound, active
+
+    What is active is in host memory too. Bytes are those of the last time that it was there.
+
+    Attributes:
+        variant: what sequences know of it.
+        name: public name; a combination has none that anybody could ask for.
+        parts: of a combination, with their scales.
+        adds_only: it can be a part of a combination.
+        terms: what is in host memory.
+        in_flight: the loader works on it.
+        removed: no new request gets it.
+        error: why it cannot be loaded.
+        waiting, running: the sequences that hold it.
+        closing_for: the entry that is to get its place: only sequences that go before it may still begin to run.
+        activations: answers that are due when it is active.
+        read_s, bind_s: what each took when it was done last; 0: never done.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        path: Path,
+        *,
+        parent: str,
+        pinned: bool = False,
+        from_command_line: bool = False,
+        parts: tuple[tuple[LoraEntry, float], ...] = (),
+    ) -> None:
+        self.variant = Variant(number)
+        self.name = name
+        self.path = path
+        self.parent = parent
+        self.pinned = pinned
+        self.from_command_line = from_command_line
+        self.parts = parts
+        self.rank = 0
+        self.adds_only = False
+        self.host_bytes = 0
+        self.active_bytes = 0
+        self.terms: Terms | None = None
+        self.in_flight = False
+        self.removed = False
+        self.error: RootgraftError | None = None
+        self.waiting = SequenceQueue()
+        self.waiting_since_s: dict[Sequence, float] = {}
+        self.running: set[Sequence] = set()
+        self.closing_for: LoraEntry | None = None
+        self.activations: list[Future[VariantStatus]] = []
+        self.request_rate = RequestRate()
+        self.read_s = 0.0
+        self.bind_s = 0.0
+        self.num_loads = 0
+        self.load_s = 0.0
+        self.num_activations = 0
+        self.num_evictions = 0
+        self.num_hits = 0
+        self.num_requests = 0
+
+    @property
+    def used(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def claim_rank(self) -> tuple[float, ...]:
+        """Its place in the order in which entries become active: that of its first request; operators go before."""
+        return _FIRST if self.pinned or self.activations or not self.waiting else self.waiting.first.rank
+
+    @property
+    def likely_active_bytes(self) -> int:
+        return self.active_bytes or self.host_bytes
+
+    @property
+    def footprint_bytes(self) -> int:
+        """What it takes to have it active."""
+        return self.host_bytes + self.likely_active_bytes
+
+    @property
+    def state(self) -> VariantState:
+        if self.error is not None:
+            return "failed"
+        if self.removed:
+            return "draining"
+        if not self.variant.digest:
+            return "registered"
+        if self.variant.bound is not None:
+            return "active"
+        return "on_disk" if self.terms is None else "in_host_memory"
+
+    def as_active(self, now_s: float) -> Resident[LoraEntry]:
+        """What keeping it active is worth, rather than only in host memory."""
+        return self._resident(now_s, self.bind_s, self.footprint_bytes)
+
+    def as_in_host_memory(self, now_s: float) -> Resident[LoraEntry]:
+        """What keeping it in host memory is worth, rather than only on disk."""
+        return self._resident(now_s, self.read_s, self.host_bytes)
+
+    def status(self) -> VariantStatus:
+        return VariantStatus(
+            name=self.name,
+            parent=self.parent,
+            digest=self.variant.digest or None,
+            path=str(self.path),
+            state=self.state,
+            pinned=self.pinned,
+            from_command_line=self.from_command_line,
+            rank=self.rank,
+            host_bytes=0 if self.terms is None else self.host_bytes,
+            active_bytes=0 if self.variant.bound is None else self.active_bytes,
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            loads_total=self.num_loads,
+            load_s_total=self.load_s,
+            activations_total=self.num_activations,
+            evictions_total=self.num_evictions,
+            hits_total=self.num_hits,
+            requests_total=self.num_requests,
+            generation_tokens_total=self.variant.num_generation_tokens,
+            error=None if self.error is None else self.error.message,
+        )
+
+    def _resident(self, now_s: float, reload_s: float, num_bytes: int) -> Resident[LoraEntry]:
+        value = value_of_keeping(
+            rate=self.request_rate.at(now_s),
+            num_waiting=len(self.waiting),
+            reload_s=reload_s,
+            num_bytes=num_bytes,
+        )
+        return Resident(self, value, self.variant.number, num_bytes)
+
+    def __repr__(self) -> str:
+        return f"LoraEntry({self.name!r}, {self.state}, {len(self.running)} running, {len(self.waiting)} waiting)"
