@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 
-from controller import admin, internal, openai
+from controller import admin, admin_variants, internal, lora_adapters, openai
 from controller.auth import Authenticator, AuthMiddleware, keys_required
 from controller.catalog_access import find_principal, name_resolver
 from controller.config import ControllerConfig
@@ -24,8 +24,13 @@ from controller.limits import ConcurrencyLimits, LimitsMiddleware
 from controller.metrics import Metrics
 from controller.routing import create_policy
 from controller.scrape import WorkerCollector, fetch_stats
+from controller.served_names import ServedNames
 from controller.state import ControllerState
 from controller.trusted_networks import TrustedNetworks, is_loopback
+from controller.variants.directory import VariantDirectory
+from controller.variants.failures import Failures
+from controller.variants.operations import VariantOperations
+from controller.variants.reconciler import VariantReconciler
 from controller.worker_client import WorkerClient
 from controller.workers import WorkerTable
 from registry.catalog import Catalog
@@ -68,6 +73,7 @@ def create_app(
             with contextlib.suppress(asyncio.CancelledError):
                 await expiry
             state.gateway.stop_streams()
+            await state.reconciler.stop()
             await client.stop()
 
     app = FastAPI(
@@ -91,6 +97,8 @@ def create_app(
     install_error_handlers(app)
     app.include_router(openai.create_router(state))
     app.include_router(admin.create_router(state))
+    app.include_router(admin_variants.create_router(state))
+    app.include_router(lora_adapters.create_router(state))
     app.include_router(internal.create_router(state, trusted))
 
     @app.get("/health", tags=["operations"])
@@ -116,15 +124,22 @@ def _create_state(
 ) -> ControllerState:
     interval_s = config.workers.heartbeat_interval_s
     workers = WorkerTable(clock=clock, expiry_s=interval_s * config.workers.missed_heartbeats)
+    failures = Failures(clock)
+    directory = VariantDirectory(workers, failures)
+    reconciler = VariantReconciler(catalog, workers, directory, failures, client, clock=clock)
     return ControllerState(
         config=config,
         catalog=catalog,
         workers=workers,
+        directory=directory,
+        reconciler=reconciler,
+        variants=VariantOperations(catalog, workers, directory, failures, reconciler, client),
         gateway=Gateway(
             workers,
             client,
             create_policy(config.workers.routing, rng),
-            name_resolver(catalog, clock=clock),
+            ServedNames(workers, directory, name_resolver(catalog, clock=clock)),
+            directory,
             max_attempts=config.workers.max_attempts,
             retry_after_s=2 * interval_s,
         ),

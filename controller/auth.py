@@ -3,6 +3,8 @@
     /health                      open
     /internal/*                  workers, see controller.internal
     /admin/*                     admin keys
+    /v1/load_lora_adapter and /v1/unload_lora_adapter
+                                 admin keys
     /metrics                     admin keys; open where the controller listens on a loopback address
     everything else              any key
 
@@ -31,6 +33,7 @@ Access = Literal["open", "key", "admin"]
 
 CACHE_S = 2.0  # how long a revoked key may still pass
 _CACHE_ENTRIES = 4096
+_ADMIN_PATHS = frozenset({"/admin", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,12 @@ def principal_of(scope: Scope) -> Principal | None:
     """The caller of a request that AuthMiddleware let through; None when no key was asked for."""
     principal: Principal | None = scope.get("rootgraft.principal")
     return principal
+
+
+def actor_of(scope: Scope) -> str:
+    """Who asks for a change, for the catalog's audit log."""
+    principal = principal_of(scope)
+    return "api" if principal is None else principal.key_id
 
 
 class Authenticator:
@@ -84,7 +93,7 @@ class Authenticator:
             return "open"
         if path == "/metrics":
             return "open" if self._metrics_open else "admin"
-        return "admin" if path == "/admin" or path.startswith("/admin/") else "key"
+        return "admin" if path in _ADMIN_PATHS or path.startswith("/admin/") else "key"
 
     async def authenticate(self, path: str, authorization: str | None) -> Principal | None:
         """The caller of `path` by its Authorization header; None where no key is needed.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 from controller.auth import Principal
 from controller.protocol import ServedModel
+from controller.served_names import ResolveName, ServedName
 from controller.ttl_cache import TTLCache
-from registry.catalog import Catalog
+from registry.catalog import Catalog, VariantRecord
 from registry.errors import InvalidRequestError, ModelNotFoundError
 from registry.names import parse_name
 
@@ -30,17 +31,18 @@ def find_principal(catalog: Catalog) -> Callable[[str], Principal | None]:
     return find
 
 
-def name_resolver(catalog: Catalog, *, clock: Callable[[], float]) -> Callable[[str], Awaitable[str | None]]:
-    """A function from a public name (alias, digest) to the name that workers serve; None where there is none."""
-    cache: TTLCache[str, str | None] = TTLCache(ttl_s=NAME_CACHE_S, max_entries=_NAME_CACHE_ENTRIES, clock=clock)
+def name_resolver(catalog: Catalog, *, clock: Callable[[], float]) -> ResolveName:
+    """A function from a public name (alias, digest) to what workers serve; None where there is none."""
+    cache: TTLCache[str, ServedName | None] = TTLCache(ttl_s=NAME_CACHE_S, max_entries=_NAME_CACHE_ENTRIES, clock=clock)
 
-    def look_up(name: str) -> str | None:
+    def look_up(name: str) -> ServedName | None:
         try:
-            return catalog.resolve(parse_name(name)).name
+            record = catalog.resolve(parse_name(name))
         except (InvalidRequestError, ModelNotFoundError):
             return None  # the gateway's error lists the models that there are
+        return ServedName(record.name, record.parent if isinstance(record, VariantRecord) else None)
 
-    async def resolve(name: str) -> str | None:
+    async def resolve(name: str) -> ServedName | None:
         return await cache.get(name, lambda: asyncio.to_thread(look_up, name))
 
     return resolve

@@ -1,6 +1,6 @@
 """The way of a request to a worker and of its events back.
 
-    Gateway.stream ──► resolve the name ──► policy picks a replica ──► WorkerStream.open ──► first event ──► yield …
+    Gateway.stream ──► resolve the names ──► policy picks a replica ──► WorkerStream.open ──► first event ──► yield …
                                                ▲                            │ refused, broken, overloaded
                                                └── another replica, each once, at most max_attempts
 
@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from controller.protocol import (
@@ -22,16 +20,16 @@ from controller.protocol import (
     DetokenizeRequest,
     ErrorEvent,
     GenerateRequest,
-    ServedModel,
     TokenizeReply,
     TokenizeRequest,
 )
-from controller.routing import RoutingPolicy
+from controller.routing import RoutingPolicy, VariantRouting
+from controller.served_names import ServedModelInfo, ServedNames
+from controller.variants.directory import VariantDirectory
 from controller.worker_client import GenerateEvents, WorkerClient, WorkerConnectionError, WorkerStream
 from controller.workers import Worker, WorkerTable
 from registry.errors import (
     InvalidRequestError,
-    ModelNotFoundError,
     OverloadedError,
     RateLimitError,
     RequestTooLargeError,
@@ -43,35 +41,14 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R", TokenizeReply, DetokenizeReply)
-ResolveName = Callable[[str], Awaitable[str | None]]
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModelInfo:
-    """A model that live workers serve, merged over its replicas.
-
-    Attributes:
-        created: Unix time, seconds, at which this name was first served.
-        max_model_len: tokens; the least of the replicas'.
-        chat: whether every replica has a chat template.
-    """
-
-    name: str
-    family: str
-    max_model_len: int
-    chat: bool
-    dtype: str
-    digest: str | None
-    created: int
-    num_workers: int
 
 
 class Gateway:
     """Args:
-    resolve: the served name that a public name stands for (an alias, a version); None when the catalog has none.
+    names: what public names stand for.
+    variants: which worker can be asked for which variant.
     max_attempts: replicas that are tried for one request before its first event.
     retry_after_s: what clients are told to wait when nobody can take a request: the time for a heartbeat or two.
-    wall_clock: Unix time, seconds.
     """
 
     def __init__(
@@ -79,21 +56,21 @@ class Gateway:
         workers: WorkerTable,
         client: WorkerClient,
         policy: RoutingPolicy,
-        resolve: ResolveName,
+        names: ServedNames,
+        variants: VariantDirectory,
         *,
         max_attempts: int,
         retry_after_s: float,
-        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._workers = workers
         self._client = client
         self._policy = policy
-        self._resolve = resolve
+        self._variant_routing = VariantRouting(policy)
+        self._names = names
+        self._variants = variants
         self._max_attempts = max_attempts
         self._retry_after_s = retry_after_s
-        self._wall_clock = wall_clock
         self._open_streams: set[WorkerStream] = set()
-        self._created: dict[str, int] = {}
         self._stopping = False
 
     async def stream(
@@ -102,7 +79,8 @@ class Gateway:
         """Generate on one of the model's workers.
 
         Args:
-            request: `request.model` is a public name; the worker gets the served name that it resolves to.
+            request: `request.model` and the names in `request.loras` are public names; the worker gets what they
+                resolve to. A model that is a variant stands for its base model with that variant.
             affinity: equal for requests that are likely to share a prefix; they go to the same replica where its load
                 allows.
 
@@ -111,15 +89,13 @@ class Gateway:
             Closing the generator early closes the connection to the worker, which cancels the request in the engine.
 
         Raises:
-            ModelNotFoundError: no such model.
+            ModelNotFoundError: no such model or variant.
             OverloadedError: no worker can take the request now; `retry_after_s` is set.
             RateLimitError: all replicas that were tried are full.
-            InvalidRequestError: the worker refused the request.
+            InvalidRequestError: `loras` are not variants of the model, or the worker refused the request.
             UpstreamError: all replicas that were tried failed.
         """
-        model = await self._served_name(request.model)
-        if model != request.model:
-            request = request.model_copy(update={"model": model})
+        request = await self._names.resolve_request(request)
 
         async def open_stream(worker: Worker) -> tuple[WorkerStream, list[GenerateEvents]]:
             stream = WorkerStream(self._client, worker)
@@ -131,7 +107,8 @@ class Gateway:
                 raise
 
         with contextlib.ExitStack() as in_flight:
-            stream, events = await self._try_replicas(model, affinity, open_stream, in_flight)
+            names = [lora.name for lora in request.loras]
+            stream, events = await self._try_replicas(request.model, names, affinity, open_stream, in_flight)
             try:
                 while True:
                     yield events
@@ -154,15 +131,12 @@ class Gateway:
         return await self._call("/internal/detokenize", request, DetokenizeReply)
 
     def models(self) -> list[ServedModelInfo]:
-        """The models that live workers serve now, by name."""
-        return [self._info(name, replicas) for name, replicas in sorted(self._workers.models().items())]
+        """The models and variants that live workers serve now; each model before its variants."""
+        return self._names.models()
 
     def note_created(self, name: str, created: int | None) -> None:
         """Remember that `name` is a model that is served, and since when (Unix time, seconds; None: since now)."""
-        if created is not None:
-            self._created[name] = created
-        else:
-            self._created.setdefault(name, int(self._wall_clock()))
+        self._names.note_created(name, created)
 
     def worker_gone(self, worker: Worker, reason: str) -> None:
         """End the open streams of a worker that is lost; those without an event yet go to another replica."""
@@ -185,16 +159,18 @@ class Gateway:
 
     async def _call(self, path: str, request: TokenizeRequest | DetokenizeRequest, reply: type[R]) -> R:
         """One request and one reply, from any replica."""
-        model = await self._served_name(request.model)
+        served = await self._names.resolve(request.model)
+        model = served.parent or served.name  # a variant has its base model's tokenizer
         body = request.model_copy(update={"model": model})
         with contextlib.ExitStack() as in_flight:
             return await self._try_replicas(
-                model, None, lambda worker: self._client.call(worker, path, body, reply), in_flight
+                model, [], None, lambda worker: self._client.call(worker, path, body, reply), in_flight
             )
 
     async def _try_replicas(
         self,
         model: str,
+        variants: Sequence[str],
         affinity: str | None,
         attempt: Callable[[Worker], Awaitable[T]],
         in_flight: contextlib.ExitStack,
@@ -203,10 +179,17 @@ class Gateway:
         tried: set[str] = set()
         errors: list[RootgraftError] = []
         while len(tried) < self._max_attempts and not self._stopping:
-            candidates = [worker for worker in self._workers.serving(model) if worker.worker_id not in tried]
+            serving = self._workers.serving(model)
+            able = [worker for worker in serving if self._variants.can_serve(worker, variants)]
+            if serving and not able:
+                errors = errors or [self._not_loaded(serving, variants)]
+            candidates = [worker for worker in able if worker.worker_id not in tried]
             if not candidates:
                 break
-            worker = self._policy(candidates, affinity)
+            if variants:
+                worker = self._variant_routing(candidates, variants, affinity)
+            else:
+                worker = self._policy(candidates, affinity)
             tried.add(worker.worker_id)
             with contextlib.ExitStack() as attempted:
                 attempted.enter_context(self._workers.acquire(worker))
@@ -241,32 +224,17 @@ class Gateway:
             retry_after_s=self._retry_after_s,
         )
 
-    # ----------------------------------------------------------------------------------------------- names
-
-    async def _served_name(self, name: str) -> str:
-        if self._workers.knows(name) or name in self._created:
-            return name
-        resolved = await self._resolve(name)
-        if resolved is None:
-            known = ", ".join(sorted(self._workers.models())) or "none"
-            # The name comes from a client: escaped and cut, so that it cannot forge a log line.
-            raise ModelNotFoundError(
-                f"the model {name[:80]!a} does not exist; models served now: {known}", param="model"
-            )
-        return resolved
-
-    def _info(self, name: str, replicas: Sequence[tuple[Worker, ServedModel]]) -> ServedModelInfo:
-        models = [model for _, model in replicas]
-        return ServedModelInfo(
-            name=name,
-            family=models[0].family,
-            max_model_len=min(model.max_model_len for model in models),
-            chat=all(model.chat for model in models),
-            dtype=models[0].dtype,
-            digest=models[0].digest,
-            created=self._created.setdefault(name, int(self._wall_clock())),
-            num_workers=len(models),
-        )
+    def _not_loaded(self, serving: Sequence[Worker], variants: Sequence[str]) -> OverloadedError:
+        """Why none of the workers that serve the model has all `variants`."""
+        for name in variants:
+            on = [self._variants.on(worker, name) for worker in serving]
+            if not any(variant.usable for variant in on):
+                error = next((variant.error for variant in on if variant.error is not None), None)
+                reason = "its workers have not read it yet" if error is None else error.message
+                break
+        else:
+            name, reason = ", ".join(variants), "no worker has all of them"
+        return OverloadedError(f"{name} is registered but not loaded: {reason}", retry_after_s=self._retry_after_s)
 
     # --------------------------------------------------------------------------------------------- streams
 

@@ -77,13 +77,17 @@ def create_router(state: ControllerState, trusted: TrustedNetworks) -> APIRouter
             if old.worker_id != worker.worker_id:
                 state.gateway.worker_gone(old, f"was replaced by {worker.worker_id}")
         models = ", ".join(model.name for model in worker.models)
+        state.reconciler.nudge(worker)
         logger.info("worker %s at %s registered with %s", worker.worker_id, worker.url, models)
         return _json(RegisterReply(heartbeat_interval_s=state.config.workers.heartbeat_interval_s))
 
     @router.post("/{worker_id}/heartbeat")
     async def heartbeat(worker_id: str, request: Request) -> Response:
-        if not state.workers.heartbeat(worker_id, _parse(HeartbeatRequest, await request.body()).stats):
+        message = _parse(HeartbeatRequest, await request.body())
+        worker = state.workers.heartbeat(worker_id, message.stats, message.variants)
+        if worker is None:
             raise UnknownWorkerError(f"this controller does not know the worker {worker_id!r}; register again")
+        state.reconciler.nudge(worker)
         return Response(status_code=204)
 
     @router.post("/{worker_id}/leave")

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from controller.protocol import VariantState
 from controller.workers import Worker
 
 
@@ -77,6 +78,50 @@ class RoundRobin:
         self._chosen[chosen.worker_id] = self._turn
         self._turn += 1
         return chosen
+
+
+TIERS: dict[VariantState, int] = {"active": 0, "in_host_memory": 1, "on_disk": 2, "registered": 2}
+"""How far a variant is from being used on a worker; less is nearer. States that are not here cannot be used."""
+
+_ON_DISK = TIERS["on_disk"]
+RESIDENCY_SLACK = 4.0  # requests
+
+
+class VariantRouting:
+    """Which replica gets a request for variants. With
+
+        tier(w) = the largest of TIERS[state on w] over the variants asked for
+        near    = {w : load(w) ≤ min load + RESIDENCY_SLACK}
+        pool    = {w ∈ near : tier(w) = min over near of tier}
+
+    it is the one of `pool` that the policy for the plain model chooses. So a worker where the variant is ready gets its
+    requests as long as it is not much busier than another one; when it is, the variant becomes ready on a second one
+    too, and from then on both share its requests. What is in no memory of a near worker is brought to the one that its
+    name hashes to (that is the affinity then), so that the rare variants are dealt out among the replicas' memories;
+    elsewhere variant and prompt make the affinity, because a cached prefix belongs to both.
+    """
+
+    def __init__(self, policy: RoutingPolicy) -> None:
+        self._policy = policy
+
+    def __call__(self, candidates: Sequence[Worker], variants: Sequence[str], affinity: str | None) -> Worker:
+        """Args:
+        candidates: workers that have all `variants` in a state of TIERS.
+        """
+        load = loads(candidates)
+        bound = min(load) + RESIDENCY_SLACK
+        near = [worker for worker, value in zip(candidates, load, strict=True) if value <= bound]
+        tiers = [tier(worker, variants) for worker in near]
+        best = min(tiers)
+        pool = [worker for worker, value in zip(near, tiers, strict=True) if value == best]
+        named = "\0".join(sorted(variants))
+        if best == _ON_DISK:
+            return self._policy(pool, named)
+        return self._policy(pool, None if affinity is None else f"{named}\0{affinity}")
+
+
+def tier(worker: Worker, variants: Iterable[str]) -> int:
+    return max(TIERS[worker.variants[name].state] for name in variants)
 
 
 POLICIES: dict[str, Callable[[random.Random], RoutingPolicy]] = {

@@ -9,6 +9,9 @@ from controller.config import ControllerConfig
 from controller.gateway import Gateway
 from controller.limits import ConcurrencyLimits
 from controller.metrics import Metrics
+from controller.variants.directory import VariantDirectory
+from controller.variants.operations import VariantOperations
+from controller.variants.reconciler import VariantReconciler
 from controller.workers import WorkerTable
 from registry.catalog import Catalog
 
@@ -20,11 +23,15 @@ class ControllerState:
     metrics: `metrics.start_request(route)` gives the RequestObserver of one request.
     auth, limits: applied by middleware to every route (see controller.app); a router need not call them.
     catalog: blocking; call it through asyncio.to_thread.
+    directory, reconciler, variants: what is known of variants, what mends them, and what operators do with them.
     """
 
     config: ControllerConfig
     catalog: Catalog
     workers: WorkerTable
+    directory: VariantDirectory
+    reconciler: VariantReconciler
+    variants: VariantOperations
     gateway: Gateway
     metrics: Metrics
     auth: Authenticator

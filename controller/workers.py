@@ -11,18 +11,18 @@ restarted controller needs nothing but the next heartbeats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from controller.protocol import PROTOCOL_VERSION, RegisterRequest, ServedModel, WorkerStats
+from controller.protocol import PROTOCOL_VERSION, RegisterRequest, ServedModel, VariantStatus, WorkerStats
 from registry.errors import InvalidRequestError
 
 WorkerState = Literal["ready", "draining", "suspect"]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Worker:
     """One registered worker. Identity is the object: a worker that registers again gets a new one.
 
@@ -32,6 +32,8 @@ class Worker:
         suspect: a request to it failed at the connection since `last_heartbeat`.
         num_in_flight: requests that this controller has open on it now.
         num_in_flight_at_heartbeat: the same when `stats` arrived; those are already counted in `stats`.
+        variants: by name, as of `last_heartbeat` or of the worker's answer to a change since then. Of two with one
+            name, one was replaced and drains; the other is here.
     """
 
     worker_id: str
@@ -42,6 +44,7 @@ class Worker:
     suspect: bool = False
     num_in_flight: int = 0
     num_in_flight_at_heartbeat: int = 0
+    variants: dict[str, VariantStatus] = field(default_factory=dict)
 
     @property
     def state(self) -> WorkerState:
@@ -101,6 +104,7 @@ class WorkerTable:
         for worker in replaced:
             del self._workers[worker.worker_id]
         added = Worker(request.worker_id, request.url, tuple(request.models), request.stats, self._clock())
+        added.variants = _by_name(request.variants)
         self._workers[added.worker_id] = added
         return added, replaced
 
@@ -108,9 +112,11 @@ class WorkerTable:
         """Whether a worker may register. Replicas of a name are interchangeable, so their weights must be the same.
 
         Raises:
-            InvalidRequestError: another protocol version, or a name that live workers serve with other weights.
+            InvalidRequestError: another protocol version, a name that live workers serve with other weights, or one
+                that would be a model's and a variant's.
         """
         check_protocol_version(request.protocol_version)
+        self._check_variant_names(request)
         digests = {model.name: model.digest for model in request.models}
         for worker in self._workers.values():
             for model in worker.models:
@@ -121,16 +127,30 @@ class WorkerTable:
                         param="models",
                     )
 
-    def heartbeat(self, worker_id: str, stats: WorkerStats) -> bool:
-        """Take a worker's sign of life; False when it is unknown and must register again."""
+    def _check_variant_names(self, request: RegisterRequest) -> None:
+        others = [worker for worker in self._workers.values() if not _is_same(worker, request)]
+        models = {model.name for model in request.models}
+        variants = {status.name for status in request.variants}
+        clash = models & variants
+        for worker in others:
+            clash |= models & worker.variants.keys() | variants & {model.name for model in worker.models}
+        if clash:
+            raise InvalidRequestError(
+                f"{min(clash)} would be the name of a model and of a variant; give one of them another name",
+                param="variants",
+            )
+
+    def heartbeat(self, worker_id: str, stats: WorkerStats, variants: Iterable[VariantStatus] = ()) -> Worker | None:
+        """Take a worker's sign of life; None when it is unknown and must register again."""
         worker = self._workers.get(worker_id)
         if worker is None:
-            return False
+            return None
         worker.stats = stats
+        worker.variants = _by_name(variants)
         worker.last_heartbeat = self._clock()
         worker.suspect = False
         worker.num_in_flight_at_heartbeat = worker.num_in_flight
-        return True
+        return worker
 
     def leave(self, worker_id: str) -> Worker | None:
         """Remove a worker; None when it was not there."""
@@ -194,6 +214,11 @@ def check_protocol_version(version: int) -> None:
             "install the same release of rootgraft on both",
             param="protocol_version",
         )
+
+
+def _by_name(variants: Iterable[VariantStatus]) -> dict[str, VariantStatus]:
+    ordered = sorted(variants, key=lambda status: status.state != "draining")
+    return {status.name: status for status in ordered}
 
 
 def _is_same(worker: Worker, request: RegisterRequest) -> bool:

@@ -22,10 +22,14 @@ Event = PromptEvent | DeltaEvent | DoneEvent | ErrorEvent
 
 
 class LiveModel(Protocol):
-    """A model that can be asked now; `created` is Unix time in seconds."""
+    """A model or variant that can be asked now; `created` is Unix time in seconds, `parent` a variant's base model."""
 
     @property
     def name(self) -> str: ...
+    @property
+    def root(self) -> str: ...
+    @property
+    def parent(self) -> str | None: ...
     @property
     def max_model_len(self) -> int: ...
     @property

@@ -18,7 +18,7 @@ from registry.errors import InvalidRequestError
 MAX_SHOWN_CHARS = 60  # of a wrong value, in the message about it
 
 # Fields whose parts have names of their own, so that `param` names the part ("messages[0].role").
-_FIELDS_WITH_PARTS = frozenset({"messages", "stream_options"})
+_FIELDS_WITH_PARTS = frozenset({"messages", "stream_options", "loras"})
 
 _Model = TypeVar("_Model", bound="RequestModel")
 

@@ -42,6 +42,7 @@ def create_chat_router(backend: Backend) -> APIRouter:
                 Identity.new("chatcmpl", body.model),
                 [body.to_prompt()],
                 body.sampling(),
+                loras=body.lora_weights(),
                 affinity_key=body.prompt_cache_key,
             )
             if body.stream:

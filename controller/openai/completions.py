@@ -42,6 +42,7 @@ def create_completions_router(backend: Backend) -> APIRouter:
                 Identity.new("cmpl", body.model),
                 body.to_prompts(),
                 body.sampling(),
+                loras=body.lora_weights(),
                 return_prompt_text=body.echo,
             )
             if body.stream:

@@ -17,6 +17,7 @@ from controller.protocol import (
     ChatPrompt,
     FinishReason,
     GenerateRequest,
+    LoraWeight,
     Prompt,
     PromptEvent,
     Sampling,
@@ -79,6 +80,7 @@ class Generation:
 
     Args:
         prompts: each is generated for `sampling.n` times; choice `i` of prompt `p` has the index `p * n + i`.
+        loras: the adapters of the model that are asked for beside it.
         affinity_key: what the client says its requests have in common; by default it is guessed from the prompt.
     """
 
@@ -90,6 +92,7 @@ class Generation:
         prompts: Sequence[Prompt],
         sampling: Sampling,
         *,
+        loras: Sequence[LoraWeight] = (),
         return_prompt_text: bool = False,
         affinity_key: str | None = None,
     ) -> None:
@@ -101,6 +104,7 @@ class Generation:
         self._observer = observer
         self._prompts = prompts
         self._sampling = sampling
+        self._loras = list(loras)
         self._return_prompt_text = return_prompt_text
         self._affinity_key = affinity_key
 
@@ -114,6 +118,7 @@ class Generation:
                 GenerateRequest(
                     request_id=f"{self.identity.id}-{index}",
                     model=self.identity.model,
+                    loras=self._loras,
                     prompt=prompt,
                     sampling=self._sampling,
                     return_prompt_text=self._return_prompt_text,

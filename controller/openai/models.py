@@ -50,5 +50,7 @@ def _model(model: LiveModel) -> ModelObject:
         "object": "model",
         "created": model.created,
         "owned_by": "rootgraft",
+        "root": model.root,
+        "parent": model.parent,
         "max_model_len": model.max_model_len,
     }

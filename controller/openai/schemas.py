@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from controller.openai.body import RequestModel
-from controller.protocol import Sampling
+from controller.protocol import LoraWeight, Sampling
 from registry.errors import InvalidRequestError
 
 MAX_N = 16
@@ -22,6 +22,7 @@ MAX_STOP_STRINGS = 16
 MAX_PRIORITY = 1000
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
+MAX_LORAS = 8
 MAX_INT = 2**31 - 1
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
@@ -42,6 +43,11 @@ Stop = Annotated[
     Field(max_length=MAX_STOP_STRINGS),
     BeforeValidator(_list_of_stops, json_schema_input_type=str | list[str]),
 ]
+
+
+class LoraParam(RequestModel):
+    name: ModelName
+    scale: float = 1.0
 
 
 class StreamOptions(RequestModel):
@@ -78,6 +84,11 @@ class GenerationRequest(RequestModel):
         le=MAX_PRIORITY,
         description="Requests with a lower number are served earlier by the model worker; strictly so.",
     )
+    loras: list[LoraParam] = Field(
+        default_factory=list,
+        max_length=MAX_LORAS,
+        description="LoRA adapters of `model`, which is a base model then; their updates, times their scales, add up.",
+    )
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -89,6 +100,9 @@ class GenerationRequest(RequestModel):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage is True
+
+    def lora_weights(self) -> list[LoraWeight]:
+        return [LoraWeight(name=lora.name, scale=lora.scale) for lora in self.loras]
 
     def check_stream_fields(self) -> None:
         """Raises: InvalidRequestError, for fields that contradict `stream`."""

@@ -107,6 +107,8 @@ class ModelObject(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str  # a variant's path; a model's own name
+    parent: str | None  # a variant's base model
     max_model_len: int
 
 

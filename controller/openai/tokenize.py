@@ -66,7 +66,7 @@ def _model_or_only_one(backend: Backend, model: str | None) -> str:
     """Raises: InvalidRequestError, when no model is named and not exactly one is served."""
     if model is not None:
         return model
-    names = [live.name for live in backend.gateway.models()]
+    names = [live.name for live in backend.gateway.models() if live.parent is None]
     if len(names) != 1:
         raise InvalidRequestError(
             f"model is required, as {len(names)} models are served; GET /v1/models lists them.", param="model"

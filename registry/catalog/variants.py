@@ -55,8 +55,12 @@ class VariantOperations(CatalogTransactions):
                 raise InvalidRequestError(f"there is a variant {name} already; ask for it to be replaced", param="name")
             return self._require_variant(connection, name)
 
-    def restore_variant(self, record: VariantRecord, *, actor: str) -> None:
-        """Want a variant again as it was before it was replaced, because what replaced it cannot be had."""
+    def restore_variant(self, record: VariantRecord, *, actor: str) -> VariantRecord:
+        """Want a variant again as it was before it was replaced, because what replaced it cannot be had.
+
+        Raises:
+            ModelNotFoundError: it was removed meanwhile.
+        """
         values = {"kind": record.kind, "parent": record.parent, "path": record.path, "digest": record.digest,
                   "pinned": record.pinned}  # fmt: skip
         with self._write() as connection:
@@ -64,9 +68,15 @@ class VariantOperations(CatalogTransactions):
             statement = update(_TABLE).where(_TABLE.c.name == record.name)
             connection.execute(statement.values(updated_at=self._clock(), **values))
             self._audit(connection, actor, "variants.restore", record.name, changes(before, values))
+            return self._require_variant(connection, record.name)
 
-    def set_variant_digest(self, record: VariantRecord, digest: str, *, actor: str) -> VariantRecord:
+    def set_variant_digest(
+        self, record: VariantRecord, digest: str, *, actor: str, overrule: bool = False
+    ) -> VariantRecord:
         """Note the identity of a variant's files, unless it is known or the variant has changed since `record`.
+
+        Args:
+            overrule: for who asked for the files to be read: also if another controller has noted another digest.
 
         Raises:
             InvalidRequestError: the digest does not fit the grammar.
@@ -75,7 +85,8 @@ class VariantOperations(CatalogTransactions):
         digest = ModelName(record.name, digest=digest).digest or digest
         with self._write() as connection:
             found = self._require_variant(connection, record.name)
-            if found.digest is None and (found.path, found.updated_at) == (record.path, record.updated_at):
+            unchanged = (found.path, found.updated_at) == (record.path, record.updated_at)
+            if unchanged and found.digest != digest and (overrule or found.digest is None):
                 connection.execute(update(_TABLE).where(_TABLE.c.name == record.name).values(digest=digest))
                 self._audit(connection, actor, "variants.identify", record.name, {"digest": digest})
             return self._require_variant(connection, record.name)

@@ -24,7 +24,10 @@ from controller.protocol import (
     WorkerStats,
 )
 from controller.routing import RoundRobin
+from controller.served_names import ServedName, ServedNames
 from controller.trusted_networks import TrustedNetworks
+from controller.variants.directory import VariantDirectory
+from controller.variants.failures import Failures
 from controller.worker_client import GenerateEvents, WorkerClient
 from controller.workers import WorkerTable
 from registry.errors import (
@@ -46,19 +49,20 @@ class Fleet:
     def __init__(self, config: WorkerConfig) -> None:
         self.table = WorkerTable(clock=lambda: 0.0, expiry_s=1.0)
         self.client = WorkerClient(config, TrustedNetworks.parse(config.trusted_workers))
-        self.aliases = {"m@prod": "m", "away": "away"}
+        self.aliases = {"m@prod": ServedName("m"), "away": ServedName("away"), "sql@prod": ServedName("sql", "m")}
+        self.directory = VariantDirectory(self.table, Failures(lambda: 0.0))
         self.gateway = Gateway(
             self.table,
             self.client,
             RoundRobin(random.Random(0)),  # tries the workers in the order in which they were added
-            self._resolve,
+            ServedNames(self.table, self.directory, self._resolve, wall_clock=lambda: 1700000000.9),
+            self.directory,
             max_attempts=config.max_attempts,
             retry_after_s=2.0,
-            wall_clock=lambda: 1700000000.9,
         )
         self._stack = contextlib.AsyncExitStack()
 
-    async def _resolve(self, name: str) -> str | None:
+    async def _resolve(self, name: str) -> ServedName | None:
         return self.aliases.get(name)
 
     async def add(self, *scripts: Script, **options: object) -> FakeWorker:

@@ -33,6 +33,11 @@ class FakeModel:
     name: str
     max_model_len: int = 2048
     created: int = 1_700_000_000
+    parent: str | None = None
+
+    @property
+    def root(self) -> str:
+        return f"/adapters/{self.name}" if self.parent else self.name
 
 
 def text_of(prompt: Prompt) -> str:

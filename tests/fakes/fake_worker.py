@@ -19,6 +19,7 @@ from aiohttp import web
 from controller.protocol import (
     PROTOCOL_VERSION,
     WORKER_TOKEN_HEADER,
+    AddVariantRequest,
     DeltaEvent,
     DetokenizeReply,
     DetokenizeRequest,
@@ -27,13 +28,16 @@ from controller.protocol import (
     GenerateRequest,
     HeartbeatRequest,
     Message,
+    NamedVariantRequest,
     PromptEvent,
     RegisterRequest,
     ServedModel,
     TokenizeReply,
     TokenizeRequest,
+    VariantsReply,
     WorkerStats,
 )
+from tests.fakes.fake_variants import FakeVariants, VariantRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class Script:
 @dataclass(slots=True)
 class FakeWorker:
     """Attributes:
+    variants: told of in registrations and heartbeats, and changed by the controller.
     requests: the generate requests that arrived, in order.
     cancelled: the ids of those whose connection was closed before their end.
     """
@@ -74,6 +79,7 @@ class FakeWorker:
     script: Script = field(default_factory=Script)
     models: Sequence[ServedModel] = (ServedModel(name="m", family="llama", max_model_len=128, chat=True, dtype="fp32"),)
     token: str | None = None
+    variants: FakeVariants = field(default_factory=FakeVariants)
     stats: WorkerStats = field(default_factory=lambda: WorkerStats(kv_blocks_total=16))
     scripts: list[Script] = field(default_factory=list)
     requests: list[GenerateRequest] = field(default_factory=list)
@@ -91,6 +97,8 @@ class FakeWorker:
                 web.post("/internal/tokenize", self._tokenize),
                 web.post("/internal/detokenize", self._detokenize),
                 web.get("/internal/stats", self._stats),
+                web.get("/internal/variants", self._list_variants),
+                web.post("/internal/variants/{verb}", self._change_variant),
             ]
         )
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
@@ -122,6 +130,7 @@ class FakeWorker:
             url=self.url,
             models=list(self.models),
             stats=self.stats,
+            variants=list(self.variants.statuses.values()),
         )
 
     async def register(self, controller_url: str) -> aiohttp.ClientResponse:
@@ -129,7 +138,8 @@ class FakeWorker:
 
     async def heartbeat(self, controller_url: str) -> aiohttp.ClientResponse:
         url = f"{controller_url}/internal/workers/{self.worker_id}/heartbeat"
-        return await self._call(url, HeartbeatRequest(stats=self.stats))
+        message = HeartbeatRequest(stats=self.stats, variants=list(self.variants.statuses.values()))
+        return await self._call(url, message)
 
     async def leave(self, controller_url: str) -> aiohttp.ClientResponse:
         return await self._call(f"{controller_url}/internal/workers/{self.worker_id}/leave", None)
@@ -221,6 +231,18 @@ class FakeWorker:
     async def _detokenize(self, request: web.Request) -> web.Response:
         message = DetokenizeRequest.model_validate_json(await request.read())
         return _reply(DetokenizeReply(text=bytes(message.token_ids).decode()))
+
+    async def _list_variants(self, request: web.Request) -> web.Response:
+        return _reply(VariantsReply(variants=list(self.variants.statuses.values())))
+
+    async def _change_variant(self, request: web.Request) -> web.Response:
+        verb, body = request.match_info["verb"], await request.read()
+        try:
+            if verb == "add":
+                return _reply(await self.variants.add(AddVariantRequest.model_validate_json(body)))
+            return _reply(self.variants.tell(verb, NamedVariantRequest.model_validate_json(body).name))
+        except VariantRefused as refused:
+            return _reply(refused.event, status=refused.status)
 
     async def _stats(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.stats_delay_s)

@@ -5,7 +5,11 @@ from tests.fakes.fake_gateway import FakeGateway, FakeModel
 
 
 async def test_models_are_listed_and_described(api: Api, gateway: FakeGateway) -> None:
-    gateway.models_ = [FakeModel("a/b/c"), FakeModel("plain", max_model_len=10, created=5)]
+    gateway.models_ = [
+        FakeModel("a/b/c"),
+        FakeModel("plain", max_model_len=10, created=5),
+        FakeModel("sql", parent="plain"),
+    ]
     listed = (await api.get("/v1/models")).json
     assert listed == {
         "object": "list",
@@ -15,9 +19,28 @@ async def test_models_are_listed_and_described(api: Api, gateway: FakeGateway) -
                 "object": "model",
                 "created": 1_700_000_000,
                 "owned_by": "rootgraft",
+                "root": "a/b/c",
+                "parent": None,
                 "max_model_len": 2048,
             },
-            {"id": "plain", "object": "model", "created": 5, "owned_by": "rootgraft", "max_model_len": 10},
+            {
+                "id": "plain",
+                "object": "model",
+                "created": 5,
+                "owned_by": "rootgraft",
+                "root": "plain",
+                "parent": None,
+                "max_model_len": 10,
+            },
+            {
+                "id": "sql",
+                "object": "model",
+                "created": 1_700_000_000,
+                "owned_by": "rootgraft",
+                "root": "/adapters/sql",
+                "parent": "plain",
+                "max_model_len": 2048,
+            },
         ],
     }
     for model in listed["data"]:

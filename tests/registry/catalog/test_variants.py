@@ -98,6 +98,8 @@ def test_a_digest_belongs_to_the_files_that_were_read(catalog: Catalog) -> None:
     assert catalog.set_variant_digest(first, D1, actor="late").digest is None
     assert catalog.set_variant_digest(second, D2, actor="worker").digest == D2
     assert catalog.set_variant_digest(second, D1, actor="other").digest == D2
+    assert catalog.set_variant_digest(first, D1, actor="late", overrule=True).digest == D2
+    assert catalog.set_variant_digest(second, D1, actor="who asked", overrule=True).digest == D1
     with pytest.raises(InvalidRequestError):
         catalog.set_variant_digest(second, "md5:1", actor="worker")
 
@@ -105,8 +107,8 @@ def test_a_digest_belongs_to_the_files_that_were_read(catalog: Catalog) -> None:
 def test_what_replaced_a_variant_in_vain_is_taken_back(catalog: Catalog) -> None:
     before = catalog.set_variant_digest(add_variant(catalog, "sql", pinned=True), D1, actor="ann")
     add_variant(catalog, "sql", path="broken", replace=True)
-    catalog.restore_variant(before, actor="ann")
-    restored = catalog.get_variant("sql")
+    restored = catalog.restore_variant(before, actor="ann")
+    assert restored == catalog.get_variant("sql")
     assert restored == replace(before, updated_at=restored.updated_at)
     assert catalog.audit_entries()[0].detail["path"] == {"from": "broken", "to": "sql"}
 

@@ -1,0 +1,128 @@
+"""What is known about variants now: which there are, and which worker can be asked for which. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from controller.protocol import VariantStatus
+from controller.variants.failures import Failures
+from controller.workers import Worker, WorkerTable
+from registry.catalog import VariantRecord
+from registry.errors import ModelNotFoundError, RootgraftError, UpstreamError
+
+_USABLE = frozenset({"registered", "on_disk", "in_host_memory", "active"})
+
+
+@dataclass(frozen=True, slots=True)
+class OnWorker:
+    """A variant on one worker.
+
+    Attributes:
+        status: None: the worker has none of that name.
+        usable: requests for it can be sent there.
+        error: why it is not usable, or what the last change of it came to.
+        retry_in_s: until the change that failed is tried again.
+    """
+
+    worker: Worker
+    status: VariantStatus | None
+    usable: bool
+    error: RootgraftError | None
+    retry_in_s: float | None
+
+
+class VariantDirectory:
+    """The catalog's variants as they were read last, beside what the workers report.
+
+    Attributes:
+        wanted: by name.
+        version: grows with every change of `wanted` that this controller made itself, so that what was read from the
+            catalog before it can be told from what was read after it.
+    """
+
+    def __init__(self, workers: WorkerTable, failures: Failures) -> None:
+        self._workers = workers
+        self._failures = failures
+        self.wanted: Mapping[str, VariantRecord] = {}
+        self.version = 0
+
+    def refresh(self, records: Iterable[VariantRecord], version: int) -> None:
+        """Take over what was read from the catalog while `version` was current, unless it is outdated."""
+        if version == self.version:
+            self.wanted = {record.name: record for record in records}
+
+    def put(self, record: VariantRecord) -> None:
+        self.version += 1
+        self.wanted = {**self.wanted, record.name: record}
+
+    def drop(self, name: str) -> None:
+        self.version += 1
+        self.wanted = {known: record for known, record in self.wanted.items() if known != name}
+
+    def wanted_of(self, worker: Worker) -> dict[str, VariantRecord]:
+        """What `worker` should have, by name."""
+        models = {model.name for model in worker.models}
+        return {name: record for name, record in self.wanted.items() if record.parent in models}
+
+    def parent_of(self, name: str) -> str | None:
+        """The base model of a variant; None when there is none of that name."""
+        if (record := self.wanted.get(name)) is not None:
+            return record.parent
+        return next((status.parent for _, status in self._reported(name)), None)
+
+    def names(self) -> set[str]:
+        """All variants that are wanted or that workers have."""
+        reported = {
+            name for worker in self._workers for name, status in worker.variants.items() if status.state != "draining"
+        }
+        return reported | self.wanted.keys()
+
+    def on(self, worker: Worker, name: str) -> OnWorker:
+        status = worker.variants.get(name)
+        failure = self._failures.of(worker, name)
+        error = self._conflict(worker, name)
+        usable = status is not None and status.state in _USABLE and error is None
+        if error is None and failure is not None:
+            error = failure.error
+        if error is None and status is not None and status.error is not None:
+            error = UpstreamError(status.error)
+        return OnWorker(worker, status, usable, error, self._failures.retry_in_s(failure) if failure else None)
+
+    def on_workers(self, name: str) -> list[OnWorker]:
+        """The variant on every worker that serves its base model."""
+        parent = self.parent_of(name)
+        return [self.on(worker, name) for worker in self._workers if parent is not None and worker.serves(parent)]
+
+    def can_serve(self, worker: Worker, names: Iterable[str]) -> bool:
+        return all(self.on(worker, name).usable for name in names)
+
+    def _conflict(self, worker: Worker, name: str) -> RootgraftError | None:
+        """Replicas must answer alike: files other than the catalog's, or than the first worker's, are not used."""
+        status = worker.variants.get(name)
+        expected = self._expected_digest(name)
+        if status is None or None in (status.digest, expected) or status.digest == expected:
+            return None
+        return UpstreamError(
+            f"worker {worker.worker_id} has other files under {status.path} ({status.digest}) than the other replicas "
+            f"({expected}); make them the same, or add {name} again with replace"
+        )
+
+    def _expected_digest(self, name: str) -> str | None:
+        record = self.wanted.get(name)
+        if record is not None and record.digest is not None:
+            return record.digest
+        return next((status.digest for _, status in self._reported(name) if status.digest is not None), None)
+
+    def _reported(self, name: str) -> Iterator[tuple[Worker, VariantStatus]]:
+        for worker in self._workers:
+            status = worker.variants.get(name)
+            if status is not None and status.state != "draining":
+                yield worker, status
+
+
+def unknown_variant(name: str) -> ModelNotFoundError:
+    # The name comes from a client: escaped and cut, so that it cannot forge a log line.
+    return ModelNotFoundError(
+        f"the variant {name[:200]!a} does not exist; GET /admin/variants lists those that do", param="name"
+    )
