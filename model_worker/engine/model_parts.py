@@ -38,6 +38,7 @@ class OpKind(StrEnum):
     LINEAR = "linear"  # any other
     BETWEEN = "between modules"  # what a module computes itself, around those that it calls
     HEAD = "head"
+    LORA = "lora"  # what variants add beside the products that they change
     SAMPLE = "sample"
 
 

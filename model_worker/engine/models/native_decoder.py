@@ -21,13 +21,17 @@ import torch
 from torch import Tensor
 
 from compression.grouped_weight import GroupedWeight
+from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.attention import ForwardContext, KVShape
+from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
 from model_worker.engine.models.decoder_spec import DecoderSpec, Mixture, read_spec
 from model_worker.engine.models.native_attention import KV_FORMATS, NativeAttention
 from model_worker.engine.models.native_trace import Runner, TracedRun, run_plainly
+from model_worker.engine.models.native_variants import NativeVariants
 from model_worker.engine.models.native_weights import Fusion, NativeWeights
 from model_worker.engine.ops.cpu.program import Operation, Program, Step, Team, new_buffer
+from model_worker.engine.ops.cpu.step_variants import PackedVariant, StepVariants
 from model_worker.engine.ops.embedding import Embedding
 from model_worker.engine.ops.experts import (
     CombineExperts,
@@ -91,8 +95,9 @@ class NativeDecoder:
         }
         self._max_rows = max_rows
         self._team = team
+        fusions = self._fusions()
         self._weights = NativeWeights(
-            self._fusions(),
+            fusions,
             dtype=dtype,
             quantization=quantization,
             wide_keys=frozenset({"embedding", "head"}),
@@ -100,6 +105,8 @@ class NativeDecoder:
             team=team,
         )
         self.fused: Mapping[str, str] = self._weights.fused
+        shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
+        self._variants = NativeVariants(fusions, shapes, dtype=dtype, embedding=EMBEDDING, head=HEAD)
         self.attentions = [
             NativeAttention(layer.attention, KVShape(self.spec.num_kv_heads, self.spec.head_dim, self.spec.head_dim))
             for layer in self.spec.layers
@@ -117,15 +124,19 @@ class NativeDecoder:
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm, until the next call."""
         assert len(input_ids) <= self._max_rows, "the step is larger than the buffers"
-        self._run(self._decoder, self._step(input_ids))
+        variants = self._variants.plan(
+            self.context.variants, first_row=0, num_rows=len(input_ids), rows_per_token=self._rows_per_token
+        )
+        self._run(self._decoder if variants is None else self._variant_decoder, self._step(input_ids, variants))
         return self._hidden[: len(input_ids)]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, variants: VariantSegments = ()) -> Tensor:
         """hidden [R, hidden] -> [R, vocab_size] float32; up to 64 rows are valid until the next call."""
-        pieces = []
-        for rows in torch.split(hidden, _MAX_LOGIT_ROWS):
+        pieces: list[Tensor] = []
+        for i, rows in enumerate(torch.split(hidden, _MAX_LOGIT_ROWS)):
             self._head_rows[: len(rows)] = rows
-            self._run(self._head, Step.of_rows(len(rows)))
+            plan = self._variants.plan(variants, first_row=i * _MAX_LOGIT_ROWS, num_rows=len(rows))
+            self._run(self._head if plan is None else self._variant_head, Step.of_rows(len(rows), plan))
             logits = self._logits[: len(rows)]
             if (cap := self.spec.logits_softcap) is not None:
                 logits.div_(cap).tanh_().mul_(cap)
@@ -141,6 +152,20 @@ class NativeDecoder:
             yield traced.rows
         finally:
             self._run = run_plainly
+
+    # ------------------------------------------------------------------------------------------ variants
+
+    def base_weight(self, module: str) -> Tensor:
+        """See `VariantHost.base_weight`."""
+        name = f"{module}.weight"
+        name = self.ties.get(name, name)
+        if self._parameters[name].ndim != 2:
+            raise KeyError(module)
+        return self._weights.unpack(name, {part: len(tensor) for part, tensor in self._parameters.items()})
+
+    def bind(self, terms: VariantTerms) -> PackedVariant:
+        """See `VariantHost.bind`."""
+        return self._variants.bind(terms)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -217,6 +242,20 @@ class NativeDecoder:
     def _head(self) -> Program:
         """Hidden states to logits."""
         return Program(self._team, list(self._head_operations()))
+
+    @cached_property
+    def _variant_decoder(self) -> Program:
+        """The same, for steps in which rows have variants."""
+        return Program(self._team, list(self._variants.with_variants(self._decoder.operations)))
+
+    @cached_property
+    def _variant_head(self) -> Program:
+        return Program(self._team, list(self._variants.with_variants(self._head.operations)))
+
+    @property
+    def _rows_per_token(self) -> int:
+        """Most rows that an operation has for each token: among experts, one for each that was chosen."""
+        return max((layer.mixture.num_chosen for layer in self.spec.layers if layer.mixture is not None), default=1)
 
     def _decoder_operations(self) -> Iterator[Operation]:
         spec, rows = self.spec, self._max_rows
@@ -335,7 +374,7 @@ class NativeDecoder:
             yield from self._linear(f"{path}.{name}", x, scratch)
             yield from self._norm(path, norm, scratch, residual, accumulate=True, alpha=multiplier)
 
-    def _step(self, input_ids: Tensor) -> Step:
+    def _step(self, input_ids: Tensor, variants: StepVariants | None) -> Step:
         """The step under way, with the block tables and slots of all layer groups."""
         groups = [self.context.of_group(group) for group in range(1 + len(self.context.further_groups))]
         metadata, _ = groups[0]
@@ -346,6 +385,7 @@ class NativeDecoder:
             block_tables=torch.stack([metadata.block_tables for metadata, _ in groups]),
             query_start=torch.tensor(metadata.query_start),
             seq_lens=torch.tensor(metadata.seq_lens),
+            variants=variants,
         )
 
 

@@ -12,6 +12,7 @@ from model_worker.engine.ops.cpu.program import Operation, Program, Step
 from model_worker.engine.ops.embedding import Embedding
 from model_worker.engine.ops.experts import CombineExperts, ExpertLinear, GatherRows, GroupByExpert, SelectExperts
 from model_worker.engine.ops.linear import Linear, QuantizeRows
+from model_worker.engine.ops.lora import AddEmbedding, Shrink
 from model_worker.engine.ops.paged_attention.operation import PagedAttention
 from model_worker.engine.ops.rms_norm import RMSNorm
 from model_worker.engine.ops.rotary import RotaryKV
@@ -78,6 +79,8 @@ def _kind(operation: Operation) -> OpKind:
         return _LINEAR_KINDS[operation.name.rpartition(".")[2]]
     if isinstance(operation, QuantizeRows):
         return OpKind.QUANTIZE
+    if isinstance(operation, Shrink | AddEmbedding):
+        return OpKind.LORA
     if isinstance(operation, SelectExperts | GroupByExpert):
         return OpKind.ROUTER
     if isinstance(operation, ExpertLinear | GatherRows | CombineExperts):
@@ -104,13 +107,15 @@ def _shapes(operation: Operation, num_rows: int) -> tuple[tuple[Shape, ...], tup
         if isinstance(operation, GatherRows):
             return (rows(operation.x.shape[1]),), ((pairs, operation.out.shape[1]),)
         return ((pairs, operation.y.shape[1]),), (rows(operation.out.shape[1]),)
+    if isinstance(operation, Shrink):
+        return (rows(operation.x.shape[1]),), ()
     if isinstance(operation, SelectExperts):
         return (rows(operation.plan.num_experts),), (rows(operation.plan.num_chosen),)
     if isinstance(operation, GroupByExpert):
         return (rows(operation.plan.num_chosen),), (rows(operation.plan.num_chosen),)
     if isinstance(operation, QuantizeRows):
         return (rows(operation.x.shape[1]),), (rows(operation.out.values.shape[1]), rows(operation.out.scales.shape[1]))
-    if isinstance(operation, Embedding):
+    if isinstance(operation, Embedding | AddEmbedding):
         return ((num_rows,),), (rows(operation.out.shape[1]),)
     if isinstance(operation, PagedAttention):
         return (rows(operation.query.shape[1]),), (rows(operation.out.shape[1]),)

@@ -13,7 +13,7 @@ matrix in another form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +26,7 @@ from compression.int8 import quantize_int8
 from model_worker.engine.ops.cpu.huge_pages import HugePageArena
 from model_worker.engine.ops.cpu.program import Team
 from model_worker.engine.ops.int4_grid import quantize_int4_natively
-from model_worker.engine.ops.linear import PackedWeight, interleave_gated, pack
+from model_worker.engine.ops.linear import PackedWeight, interleave_gated, pack, separate_gated
 from registry.errors import ClientError
 
 Quantizer = Callable[[Tensor], GroupedWeight]
@@ -139,6 +139,19 @@ class NativeWeights:
         fusion = self._fusions[name]
         assert fusion.names == (name,)
         return torch.equal(self.matrices[fusion.key].data, self._matrix(fusion, [tensor]).data)
+
+    def unpack(self, name: str, sizes: Mapping[str, int]) -> Tensor:
+        """What the kernels compute with in place of a matrix of the checkpoint. -> [N, K] float32
+
+        Args:
+            sizes: N of each parameter.
+        """
+        fusion = self._fusions[name]
+        whole = self.matrices[fusion.key].unpack()
+        if fusion.gated:
+            whole = torch.cat(separate_gated(whole, sum(sizes[part] for part in fusion.names) // 2))
+        start = sum(sizes[part] for part in fusion.names[: fusion.names.index(name)])
+        return whole[start : start + sizes[name]]
 
     def _vector(self, fusion: Fusion, parts: list[Tensor | GroupedWeight]) -> Tensor:
         vectors = [part.float() for part in parts if isinstance(part, Tensor)]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model_worker.engine.ops.cpu.machine_level import MachineLevel
+from model_worker.engine.ops.cpu.step_variants import StepVariants
 from registry.errors import InternalError
 
 
@@ -35,6 +36,7 @@ class Step:
         block_tables: [G, S, max_blocks] int32.
         query_start: [S + 1] int64; tokens [query_start[s], query_start[s + 1]) belong to sequence s.
         seq_lens: [S] int64; tokens of the sequence up to and with those of this batch.
+        variants: of the rows; None: all are the base's, and no operation looks at variants.
     """
 
     input_ids: Tensor
@@ -43,13 +45,14 @@ class Step:
     block_tables: Tensor
     query_start: Tensor
     seq_lens: Tensor
+    variants: StepVariants | None = None
 
     @classmethod
-    def of_rows(cls, num_rows: int) -> Step:
+    def of_rows(cls, num_rows: int, variants: StepVariants | None = None) -> Step:
         """A step of operations that look at rows only."""
         empty = torch.empty(num_rows, dtype=torch.int64)
         none = torch.empty(0, dtype=torch.int64)
-        return cls(empty, empty, empty[None], torch.empty(1, 0, 0, dtype=torch.int32), none, none)
+        return cls(empty, empty, empty[None], torch.empty(1, 0, 0, dtype=torch.int32), none, none, variants)
 
     @property
     def num_rows(self) -> int:
@@ -102,6 +105,7 @@ class _Step(ctypes.Structure):
         ("block_table_stride", ctypes.c_int64),
         ("query_start", ctypes.c_void_p),
         ("seq_lens", ctypes.c_void_p),
+        ("variants", ctypes.c_void_p),
     )
 
     @classmethod
@@ -129,6 +133,7 @@ class _Step(ctypes.Structure):
             step.block_tables.shape[2],
             step.query_start.data_ptr(),
             step.seq_lens.data_ptr(),
+            None if step.variants is None else step.variants.address,
         )
 
 

@@ -16,6 +16,8 @@
 
 namespace rootgraft {
 
+struct VariantPlan;  // variants.h
+
 // The batch of one step; mirrored by `Step` in program.py.
 struct Step {
   int64_t num_rows;              // T: rows of all activations
@@ -27,6 +29,7 @@ struct Step {
   int64_t block_table_stride;
   const int64_t* query_start;    // [S + 1]
   const int64_t* seq_lens;       // [S]
+  const VariantPlan* variants;   // of the rows; null where no operation looks at variants
 };
 
 constexpr size_t kScratchBytes = 256 * 1024;

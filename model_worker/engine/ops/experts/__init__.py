@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model_worker.engine.ops.cpu.program import Step, address, row_stride
 from model_worker.engine.ops.linear import Activation, Linear, LinearArgs, PackedWeight, QuantizedRows
+from model_worker.engine.ops.lora.reference import VariantRows
 
 __all__ = ["CombineExperts", "ExpertLinear", "ExpertPlan", "GatherRows", "GroupByExpert", "SelectExperts"]
 
@@ -212,6 +213,7 @@ class _ExpertLinearArgs(ctypes.Structure):
         ("starts", ctypes.c_void_p),
         ("num_experts", ctypes.c_int64),
         ("expert_bytes", ctypes.c_int64),
+        ("tokens", ctypes.c_void_p),
     )
 
 
@@ -224,6 +226,7 @@ class ExpertLinear:
         weight: [num_experts * N, K]: one expert's packed weight after the other; N is a multiple of 32.
         out: [T * k, N]; gated: [T * k, N / 2].
         quantized_x: as in `Linear`.
+        terms: index of the first expert in a variant's table, where the others follow; None: no row has a variant.
     """
 
     name: str
@@ -233,6 +236,7 @@ class ExpertLinear:
     plan: ExpertPlan
     activation: Activation = Activation.NONE
     quantized_x: QuantizedRows | None = None
+    terms: int | None = None
     kernel: str = "rootgraft_expert_linear"
 
     def _of_expert(self, expert: int) -> Linear:
@@ -244,7 +248,15 @@ class ExpertLinear:
             self.weight.num_outputs // self.plan.num_experts,
             self.weight.num_inputs,
         )
-        return Linear(self.name, self.x, weight, self.out, activation=self.activation, quantized_x=self.quantized_x)
+        return Linear(
+            self.name,
+            self.x,
+            weight,
+            self.out,
+            activation=self.activation,
+            quantized_x=self.quantized_x,
+            terms=None if self.terms is None else self.terms + expert,
+        )
 
     def arguments(self) -> ctypes.Structure:
         return _ExpertLinearArgs(
@@ -252,6 +264,7 @@ class ExpertLinear:
             address(self.plan.starts),
             self.plan.num_experts,
             self.weight.num_bytes // self.plan.num_experts,
+            address(self.plan.tokens),
         )
 
     def reference(self, step: Step) -> None:
@@ -270,8 +283,9 @@ class ExpertLinear:
                 self.out[rows],
                 activation=self.activation,
                 quantized_x=quantized,
+                terms=linear.terms,
             )
-            part.reference(Step.of_rows(rows.stop - rows.start))
+            part.compute(rows.stop - rows.start, VariantRows.of(step, self.plan.tokens, rows))
 
     def read_bytes(self, step: Step) -> int:
         """Bytes of weights, of as many experts as can have been chosen at most."""

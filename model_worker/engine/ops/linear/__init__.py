@@ -9,6 +9,8 @@
         bias  [N] float32, in the order of the packed outputs
         out   [T, N] float32; gated: [T, N / 2]
 
+    In rows of a variant, the terms that it has for this layer (ops/lora) change x W^T before all the rest.
+
     QuantizeRows    for each row and group of 32 inputs:  scale = max|x| / 127,  value = round(x / scale)
                     max|x| below 2^-120: value = 0; a group with NaN or an infinity has a scale that is NaN or infinite
 
@@ -38,7 +40,9 @@ from model_worker.engine.ops.linear.packed_weight import (
     WeightFormat,
     interleave_gated,
     pack,
+    separate_gated,
 )
+from model_worker.engine.ops.lora.reference import VariantRows, add_terms
 
 __all__ = [
     "Activation",
@@ -50,6 +54,7 @@ __all__ = [
     "WeightFormat",
     "interleave_gated",
     "pack",
+    "separate_gated",
 ]
 
 
@@ -172,6 +177,7 @@ class LinearArgs(ctypes.Structure):
         ("quantized_x", ctypes.c_void_p),
         ("x_scales", ctypes.c_void_p),
         ("x_sums", ctypes.c_void_p),
+        ("terms", ctypes.c_int64),
     )
 
 
@@ -186,6 +192,7 @@ class Linear:
         bias: [N] float32 in the order of the packed outputs, or None.
         quantized_x: the rows of x quantized, for machines with integer products; None: x itself is used.
         accumulate: add to `out`.
+        terms: index of this layer in a variant's table; None: no row has a variant.
     """
 
     name: str
@@ -197,6 +204,7 @@ class Linear:
     accumulate: bool = False
     alpha: float = 1.0
     quantized_x: QuantizedRows | None = None
+    terms: int | None = None
     kernel: str = "rootgraft_linear"
 
     def __post_init__(self) -> None:
@@ -226,15 +234,22 @@ class Linear:
             None if quantized is None else address(quantized.values),
             None if quantized is None else address(quantized.scales),
             None if quantized is None else address(quantized.sums),
+            -1 if self.terms is None else self.terms,
         )
 
     def reference(self, step: Step) -> None:
-        num_rows = step.num_rows
+        self.compute(step.num_rows, None if self.terms is None else VariantRows.of(step))
+
+    def compute(self, num_rows: int, variants: VariantRows | None) -> None:
+        """The definition, for the first rows; variants: of these rows, None where they have none."""
         x = self.x[:num_rows]
         if self.quantized_x is not None and self.weight.format.is_quantized:
             values = self.quantized_x.values[:num_rows].view(num_rows, self.quantized_x.num_groups, GROUP)
             x = (values * self.quantized_x.scales[:num_rows, :, None]).flatten(1)[:, : x.shape[1]]
-        y = F.linear(x, self.weight.unpack(), self.bias) * self.alpha
+        y = F.linear(x, self.weight.unpack())
+        if self.terms is not None and variants is not None:
+            add_terms(y, self.x[:num_rows], variants, self.terms)
+        y = (y if self.bias is None else y + self.bias) * self.alpha
         if self.activation is not Activation.NONE:
             pairs = y.view(num_rows, y.shape[1] // PANEL, 2, PANEL // 2)
             gate, up = pairs[:, :, 0].flatten(1), pairs[:, :, 1].flatten(1)

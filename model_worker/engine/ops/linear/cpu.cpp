@@ -8,6 +8,8 @@
 
 #include "../cpu/runtime.h"
 #include "../cpu/simd.h"
+#include "../cpu/variants.h"
+#include "../lora/expand.h"
 #include "packed_weight.h"
 
 #if defined(__AVX512VNNI__)
@@ -41,6 +43,16 @@ struct LinearArgs {
   const int8_t* quantized_x;   // [T, padded K], or null: K is padded to a multiple of kGroup with zeros
   const float* x_scales;       // [T, K groups]
   const int32_t* x_sums;       // [T, K groups] sums of quantized_x
+  int64_t terms;               // index of its terms in a variant's table; -1: rows have none
+};
+
+// A linear layer and the variants of its rows.
+struct Product : LinearArgs {
+  const VariantPlan* variants;  // or null
+  const int32_t* tokens;        // the step's row of each row; null: they are the same
+
+  Product(const LinearArgs& args, const VariantPlan* step_variants, const int32_t* row_tokens = nullptr)
+      : LinearArgs(args), variants(args.terms < 0 ? nullptr : step_variants), tokens(row_tokens) {}
 };
 
 // Asks for weights that are used some microseconds later: the machine's own prefetching ends at each page. They go to
@@ -51,7 +63,7 @@ inline void fetch_ahead(const void* weights, int num_bytes) {
   for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kSecondLevel);
 }
 
-using Sums = Floats[kVectors];
+using Sums = PanelSums;
 
 // sums[r] += x[r, 0:K] * panel[0:K], for R rows. The widened weights are kept in `wide`, unless that is null.
 // Each sum is one chain in the order of K, for every R: a row's result does not depend on how many others there are.
@@ -182,13 +194,40 @@ void finish(const LinearArgs& a, int64_t panel, int64_t row, const Sums& sums) {
 }
 
 template <typename W>
-void dense_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+void add_dense(const Product& a, const LinearTerms& terms, int64_t panel, int64_t row, int rows, Sums* sums) {
+  const W* const weights = static_cast<const W*>(terms.dense) + panel * a.num_inputs * kPanel;
+  for_blocks(rows, kMaxRows, [&](int first, int count) {
+    multiply_rows(count, weights, a.x + (row + first) * a.x_stride, a.x_stride, a.num_inputs, sums + first);
+  });
+}
+
+// Rows from the sums of their products with the base's weight.
+void finish_rows(const Product& a, int64_t panel, int64_t first_row, int rows, Sums* sums) {
+  if (a.variants != nullptr) {
+    const VariantPlan& plan = *a.variants;
+    for_segments(plan, a.tokens, first_row, rows, [&](const Variant& variant, int64_t row, int64_t count) {
+      const LinearTerms& terms = variant.linears[a.terms];
+      Sums* const of_variant = sums + (row - first_row);
+      add_terms(terms, panel, plan.t + row * plan.t_stride, plan.t_stride, static_cast<int>(count), of_variant);
+      if (terms.dense == nullptr) return;
+      if (terms.is_float32) {
+        add_dense<float>(a, terms, panel, row, static_cast<int>(count), of_variant);
+      } else {
+        add_dense<BFloat16>(a, terms, panel, row, static_cast<int>(count), of_variant);
+      }
+    });
+  }
+  for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
+}
+
+template <typename W>
+void dense_tile(const Product& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
   const W* const weights = static_cast<const W*>(a.weight) + panel * a.num_inputs * kPanel;
   const float* const x = a.x + first_row * a.x_stride;
   if (rows <= kMaxRows) {
     Sums sums[kMaxRows] = {};
     multiply_rows(rows, weights, x, a.x_stride, a.num_inputs, sums);
-    for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
+    finish_rows(a, panel, first_row, rows, sums);
     return;
   }
   Sums* const sums = reinterpret_cast<Sums*>(scratch + kChunk * kPanel);
@@ -207,12 +246,12 @@ void dense_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows,
       }
     });
   }
-  for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
+  finish_rows(a, panel, first_row, rows, sums);
 }
 
 // Quantized weights, float activations: for machines without integer dot products.
 template <typename Group>
-void widened_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+void widened_tile(const Product& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
   const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
   const Group* const groups = static_cast<const Group*>(a.weight) + panel * num_groups;
   const float* const x = a.x + first_row * a.x_stride;
@@ -225,7 +264,7 @@ void widened_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int row
       multiply_rows<float>(count, scratch, x + first * a.x_stride + k, a.x_stride, length, sums + first);
     });
   }
-  for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
+  finish_rows(a, panel, first_row, rows, sums);
 }
 
 #if ROOTGRAFT_VNNI
@@ -297,7 +336,7 @@ void multiply_integer_rows(int rows, const Group* groups, int64_t num_groups, co
 }
 
 template <typename Group>
-void integer_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows) {
+void integer_tile(const Product& a, int64_t panel, int64_t first_row, int rows) {
   const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
   const Group* const groups = static_cast<const Group*>(a.weight) + panel * num_groups;
   for_blocks(rows, kMaxIntegerRows, [&](int first, int count) {
@@ -305,13 +344,13 @@ void integer_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int row
     Sums sums[kMaxIntegerRows];
     multiply_integer_rows(count, groups, num_groups, a.quantized_x + row * num_groups * kGroup,
                           a.x_scales + row * num_groups, a.x_sums + row * num_groups, sums);
-    for (int r = 0; r < count; ++r) finish(a, panel, row + r, sums[r]);
+    finish_rows(a, panel, row, count, sums);
   });
 }
 #endif
 
 template <typename Group>
-void quantized_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+void quantized_tile(const Product& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
 #if ROOTGRAFT_VNNI
   if (a.quantized_x != nullptr) return integer_tile<Group>(a, panel, first_row, rows);
 #endif
@@ -325,7 +364,7 @@ using namespace rootgraft;
 
 namespace {
 
-void compute_tile(const LinearArgs& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+void compute_tile(const Product& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
   switch (a.format) {
     case kFloat32: dense_tile<float>(a, panel, first_row, rows, scratch); break;
     case kBFloat16: dense_tile<BFloat16>(a, panel, first_row, rows, scratch); break;
@@ -341,12 +380,13 @@ struct ExpertLinearArgs {
   const int64_t* starts;  // [num_experts + 1] rows [starts[e], starts[e + 1]) are those of expert e
   int64_t num_experts;
   int64_t expert_bytes;   // from one expert's weight to the next
+  const int32_t* tokens;  // the step's row of each row
 };
 
 }  // namespace
 
 extern "C" void rootgraft_linear(const void* args, const Step& step, Worker& worker) {
-  const LinearArgs& a = *static_cast<const LinearArgs*>(args);
+  const Product a(*static_cast<const LinearArgs*>(args), step.variants);
   const int64_t num_panels = (a.num_outputs + kPanel - 1) / kPanel;
   const int64_t num_blocks = (step.num_rows + kTileRows - 1) / kTileRows;
   for (int64_t tile; (tile = worker.take(num_panels * num_blocks)) >= 0;) {
@@ -357,7 +397,7 @@ extern "C" void rootgraft_linear(const void* args, const Step& step, Worker& wor
   }
 }
 
-extern "C" void rootgraft_expert_linear(const void* args, const Step&, Worker& worker) {
+extern "C" void rootgraft_expert_linear(const void* args, const Step& step, Worker& worker) {
   const ExpertLinearArgs& a = *static_cast<const ExpertLinearArgs*>(args);
   const int64_t num_panels = (a.linear.num_outputs + kPanel - 1) / kPanel;
   int64_t num_tiles = 0;
@@ -373,8 +413,9 @@ extern "C" void rootgraft_expert_linear(const void* args, const Step&, Worker& w
       num_blocks = (num_rows + kTileRows - 1) / kTileRows;
       if (tile < first_tile + num_blocks * num_panels) break;
     }
-    LinearArgs linear = a.linear;
+    Product linear(a.linear, step.variants, a.tokens);
     linear.weight = static_cast<const std::byte*>(a.linear.weight) + expert * a.expert_bytes;
+    linear.terms += expert;
     const int64_t panel = (tile - first_tile) % num_panels, block = (tile - first_tile) / num_panels;
     const int64_t first = num_rows * block / num_blocks;
     const int rows = static_cast<int>(num_rows * (block + 1) / num_blocks - first);

@@ -111,6 +111,13 @@ def interleave_gated(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack([rows.view(-1, half, *rows.shape[1:]) for rows in padded], dim=1).flatten(0, 2)
 
 
+def separate_gated(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The gate and the up projection [size, ...] of rows in the order of a gated weight."""
+    half = PANEL // 2
+    pairs = rows.view(-1, 2, half, *rows.shape[1:])
+    return pairs[:, 0].flatten(0, 1)[:size], pairs[:, 1].flatten(0, 1)[:size]
+
+
 def _pack_groups(weight: GroupedWeight) -> PackedWeight:
     num_outputs, num_inputs = weight.shape
     assert num_inputs % GROUP == 0

@@ -3,7 +3,7 @@
     y[t, h] = alpha * x[t, h] / sqrt(mean(x[t, h]^2) + epsilon) * weight[h]          out = y,  or  out += y
 
     x, out   [T, heads * size] float32, rows contiguous; out may be x
-    weight   [size], the same for all heads, or [heads * size] where heads have their own
+    weight   [size], the same for all heads, or [heads * size] where heads have their own; a variant may have another
 
 Norms over a whole row have one head of its size. A norm whose weight is stored as w with 1 + w meant (gemma) is given
 1 + w. Source: Zhang and Sennrich, arXiv 1910.07467.
@@ -35,12 +35,13 @@ class _RMSNormArgs(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("accumulate", ctypes.c_int64),
         ("alpha", ctypes.c_float),
+        ("index", ctypes.c_int64),
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RMSNorm:
-    """See the package's docstring."""
+    """See the package's docstring. index: of this norm in a variant's table; None: no row has a variant."""
 
     name: str
     x: Tensor
@@ -50,6 +51,7 @@ class RMSNorm:
     num_heads: int = 1
     accumulate: bool = False
     alpha: float = 1.0
+    index: int | None = None
     kernel: str = "rootgraft_rms_norm"
 
     def __post_init__(self) -> None:
@@ -75,12 +77,18 @@ class RMSNorm:
             self.epsilon,
             self.accumulate,
             self.alpha,
+            -1 if self.index is None else self.index,
         )
 
     def reference(self, step: Step) -> None:
         x = self.x[: step.num_rows].view(step.num_rows, self.num_heads, self._size)
         factor = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon)
-        y = (x * factor * self.weight.view(-1, self._size)).flatten(1) * self.alpha
+        weights = self.weight.view(1, -1, self._size).repeat(step.num_rows, 1, 1)
+        if self.index is not None and step.variants is not None:
+            for start, end, variant in step.variants.segments:
+                if self.index in variant.norms:
+                    weights[start:end] = variant.norms[self.index].view(-1, self._size)
+        y = (x * factor * weights).flatten(1) * self.alpha
         if self.accumulate:
             self.out[: step.num_rows] += y
         else:

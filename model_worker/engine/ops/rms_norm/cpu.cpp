@@ -1,5 +1,6 @@
 #include "../cpu/runtime.h"
 #include "../cpu/simd.h"
+#include "../cpu/variants.h"
 
 #include <cmath>
 
@@ -18,15 +19,22 @@ struct RMSNormArgs {
   float epsilon;
   int64_t accumulate;   // add to `out`
   float alpha;
+  int64_t index;        // of the norm in a variant's table; -1: rows have no variants
 };
 
 extern "C" void rootgraft_rms_norm(const void* args, const Step& step, Worker& worker) {
   const RMSNormArgs& a = *static_cast<const RMSNormArgs*>(args);
   for (int64_t row; (row = worker.take(step.num_rows)) >= 0;) {
+    const float* row_weight = a.weight;
+    if (a.index >= 0) {
+      for_segments(*step.variants, nullptr, row, 1, [&](const Variant& variant, int64_t, int64_t) {
+        if (variant.norms[a.index] != nullptr) row_weight = variant.norms[a.index];
+      });
+    }
     for (int64_t head = 0; head < a.num_heads; ++head) {
       const float* const x = a.x + row * a.x_stride + head * a.size;
       float* const out = a.out + row * a.out_stride + head * a.size;
-      const float* const weight = a.weight + head * a.weight_stride;
+      const float* const weight = row_weight + head * a.weight_stride;
       Floats squares{};
       int64_t i = 0;
       for (; i + kLanes <= a.size; i += kLanes) squares += load(x + i) * load(x + i);

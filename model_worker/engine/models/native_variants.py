@@ -1,0 +1,166 @@
+"""Variants in the native decoder: where their terms go, and the operations that apply them.
+
+terms by module name ──bind──► terms of each fused layer, by its index ──► PackedVariant
+operations of the plain program ──with_variants──► the same over the same buffers, with a Shrink before each product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from delta.variant_terms import LinearTerms, VariantTerms
+from model_worker.engine.lora.bound_variant import VariantSegments
+from model_worker.engine.models.native_weights import Fusion
+from model_worker.engine.ops.cpu.program import Operation
+from model_worker.engine.ops.cpu.step_variants import PackedLinear, PackedSegment, PackedVariant, StepVariants
+from model_worker.engine.ops.embedding import Embedding
+from model_worker.engine.ops.experts import ExpertLinear
+from model_worker.engine.ops.linear import Linear, QuantizeRows
+from model_worker.engine.ops.lora import AddEmbedding, ExpertRows, Shrink
+from model_worker.engine.ops.lora.packing import LinearPart, pack_embedding, pack_linear
+from model_worker.engine.ops.rms_norm import RMSNorm
+from registry.errors import UnsupportedModelError
+
+_OTHERWISE = "serve the model with --model-impl transformers."
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Of a parameter of the checkpoint in the decoder.
+
+    Attributes:
+        fusion: that it is a part of.
+        part: which one.
+    """
+
+    fusion: Fusion
+    part: int
+
+
+class NativeVariants:
+    """The places of a decoder where variants can change something.
+
+    Args:
+        fusions: all that the decoder consists of, in order.
+        shapes: of the checkpoint's parameters.
+        dtype: of weights that are not quantized.
+        embedding, head: names of these parameters; the head may be the embedding.
+    """
+
+    def __init__(
+        self,
+        fusions: Sequence[Fusion],
+        shapes: Mapping[str, torch.Size],
+        *,
+        dtype: torch.dtype,
+        embedding: str,
+        head: str,
+    ) -> None:
+        self._shapes = dict(shapes)
+        # Float32 weights are served for exactness; others are rounded themselves, to no more digits than these.
+        self._dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self._embedding = embedding
+        self._places = {name: _Place(fusion, part) for fusion in fusions for part, name in enumerate(fusion.names)}
+        if head not in self._places:
+            self._places[head] = _Place(Fusion("head", (head,)), 0)
+            self._shapes[head] = shapes[embedding]
+        self._fusions = {place.fusion.key: place.fusion for place in self._places.values()}
+        self._linears: dict[str, int] = {}  # index of each fused layer; of experts, of the first
+        self._norms: dict[str, int] = {}
+        self._num_linears = 0
+        for key, fusion in self._fusions.items():
+            if len(self._shapes[fusion.names[0]]) == 1:
+                if not key.endswith(".bias"):
+                    self._norms[key] = len(self._norms)
+            elif embedding not in fusion.names:
+                self._linears[key] = self._num_linears
+                self._num_linears += fusion.num_experts or 1
+
+    def bind(self, terms: VariantTerms) -> PackedVariant:
+        """See `VariantHost.bind`."""
+        parts: dict[str, dict[int, LinearTerms]] = {}  # by the fused layer and the part
+        for module, linear in terms.linears.items():
+            place = self._place(f"{module}.weight", self._linears)
+            parts.setdefault(place.fusion.key, {})[place.part] = linear
+        linears = {self._linears[key]: self._pack(self._fusions[key], of_layer) for key, of_layer in parts.items()}
+        for name, experts in terms.experts.items():
+            fusion = self._place(name, self._linears).fusion
+            assert fusion.num_experts is not None
+            for expert, linear in experts.items():
+                linears[self._linears[fusion.key] + expert] = self._pack(fusion, {0: linear})
+        norms = {}
+        for name, vector in terms.vectors.items():
+            fusion = self._place(name, self._norms).fusion
+            norms[self._norms[fusion.key]] = vector.float() + fusion.offset
+        embedding = None
+        for module, of_embedding in terms.embeddings.items():
+            if f"{module}.weight" != self._embedding:
+                raise UnsupportedModelError(f"The native decoder has no embedding {module!r}; {_OTHERWISE}")
+            embedding = pack_embedding(of_embedding, dtype=self._dtype)
+        return PackedVariant(linears, norms, embedding, num_linears=self._num_linears, num_norms=len(self._norms))
+
+    def plan(
+        self, segments: VariantSegments, *, first_row: int, num_rows: int, rows_per_token: int = 1
+    ) -> StepVariants | None:
+        """The plan of a step of rows [first_row, first_row + num_rows); None: all of them are the base's.
+
+        Args:
+            segments: of all rows, whose variants this decoder has bound.
+            rows_per_token: most rows that an operation has for each row of the step.
+        """
+        end_row = first_row + num_rows
+        packed = []
+        for start, end, variant in segments:
+            if start < end_row and end > first_row:
+                assert isinstance(variant, PackedVariant)
+                packed.append(PackedSegment(max(start, first_row) - first_row, min(end, end_row) - first_row, variant))
+        return StepVariants(packed, num_rows * rows_per_token) if packed else None
+
+    def with_variants(self, operations: Iterable[Operation]) -> Iterator[Operation]:
+        """A program's operations with those of variants among them, over the same buffers."""
+        quantize: QuantizeRows | None = None  # comes right before the product that it is for, and after its Shrink
+        for operation in operations:
+            if isinstance(operation, QuantizeRows):
+                quantize = operation
+                continue
+            if isinstance(operation, Linear | ExpertLinear):
+                index = self._linears[operation.name]
+                experts = None
+                if isinstance(operation, ExpertLinear):
+                    experts = ExpertRows(operation.plan.starts, operation.plan.tokens)
+                yield Shrink(f"{operation.name}.shrink", operation.x, index, experts)
+                if quantize is not None:
+                    yield quantize
+                    quantize = None
+                yield replace(operation, terms=index)
+            elif isinstance(operation, RMSNorm):
+                yield replace(operation, index=self._norms[operation.name])
+            else:
+                yield operation
+                if isinstance(operation, Embedding):
+                    yield AddEmbedding(f"{operation.name}.add", operation.out, operation.multiplier)
+
+    def _pack(self, fusion: Fusion, terms: Mapping[int, LinearTerms]) -> PackedLinear:
+        """Terms of a fused layer, or of one expert, from those of its parts."""
+        for linear in terms.values():
+            if linear.input_scale is None:
+                continue
+            if linear.a is not None or linear.dense is not None:
+                raise UnsupportedModelError(f"{fusion.key} has an input scale beside other products; {_OTHERWISE}")
+            if fusion.num_experts is None and not fusion.key.endswith((".output", ".down")):
+                raise UnsupportedModelError(
+                    f"The input of {fusion.key}, to be scaled, is others' input too; {_OTHERWISE}"
+                )
+        parts = [
+            LinearPart(self._shapes[name][-2], terms.get(part, LinearTerms())) for part, name in enumerate(fusion.names)
+        ]
+        return pack_linear(parts, gated=fusion.gated, dtype=self._dtype)
+
+    def _place(self, name: str, known: Mapping[str, int]) -> _Place:
+        place = self._places.get(name)
+        if place is None or place.fusion.key not in known:
+            raise UnsupportedModelError(f"The native decoder has no place for changes of {name}; {_OTHERWISE}")
+        return place

@@ -1,0 +1,239 @@
+"""The variants that rows of a step use, as the kernels see them; mirrored in variants.h.
+
+    StepVariants ──► segments ──► PackedVariant ──► terms of linear i, weight of norm j, terms of the embedding
+
+What the terms mean is in ops/lora, which also packs them. A variant's tables are made once, so that a step only lists
+whose rows are where.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+UNIT = 16  # outputs that have the same ranks
+_ALIGNMENT = 64  # a cache line
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedLinear:
+    """Terms of one linear layer with padded outputs N in the order of its packed weight. A, B and Z have one dtype.
+
+    Attributes:
+        a: [r, K] float32 or bfloat16
+        b: of each unit [ranks of the unit, UNIT], one unit after the other.
+        units: [N / UNIT, 3] int64: where its part of b begins, its first rank, its ranks.
+        output_scale: [N] float32
+        input_scale: [K] float32
+        dense: [N / 32, K, 32]
+        bias: [N] float32
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    units: Tensor | None = None
+    output_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+    dense: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else len(self.a)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedEmbedding:
+    """Terms of an embedding [V, H]. rows, a and b have one dtype.
+
+    Attributes:
+        token_ids: [n] int64, ascending.
+        rows: [n, H]
+        a: [V, r]
+        b: [r, H]
+    """
+
+    token_ids: Tensor | None = None
+    rows: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+_Part = TypeVar("_Part", PackedLinear, PackedEmbedding)
+
+
+class _LinearTerms(ctypes.Structure):
+    _fields_ = (
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("units", ctypes.c_void_p),
+        ("output_scale", ctypes.c_void_p),
+        ("input_scale", ctypes.c_void_p),
+        ("dense", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("is_float32", ctypes.c_int64),
+    )
+
+
+class _EmbeddingTerms(ctypes.Structure):
+    _fields_ = (
+        ("token_ids", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("a", ctypes.c_void_p),
+        ("b", ctypes.c_void_p),
+        ("num_replaced", ctypes.c_int64),
+        ("rank", ctypes.c_int64),
+        ("is_float32", ctypes.c_int64),
+    )
+
+
+class _Variant(ctypes.Structure):
+    _fields_ = (("linears", ctypes.c_void_p), ("norms", ctypes.c_void_p), ("embedding", ctypes.c_void_p))
+
+
+class PackedVariant:
+    """A variant's terms in one piece of memory, with the tables by which kernels find them. A `BoundVariant`.
+
+    Args:
+        linears: by the layer's index.
+        norms: weights [size] float32 by the norm's index.
+        embedding: None: it has no terms.
+        num_linears, num_norms: of the model.
+
+    Attributes:
+        linears, norms, embedding: the same, as views of that memory.
+        num_bytes: of that memory and the tables.
+        max_rank: of a linear layer.
+        address: of the tables.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[int, PackedLinear],
+        norms: Mapping[int, Tensor],
+        embedding: PackedEmbedding | None,
+        *,
+        num_linears: int,
+        num_norms: int,
+    ) -> None:
+        linears = {index: linears[index] for index in sorted(linears)}  # in the order in which a step reads them
+        parts: list[PackedLinear | PackedEmbedding] = [*linears.values()]
+        if embedding is not None:
+            parts.append(embedding)
+        tensors = [tensor for part in parts for tensor in _tensors(part).values()]
+        memory, views = _put_together([*tensors, *norms.values()])
+        view = iter(views)
+        self.linears = {index: _replaced(part, view) for index, part in linears.items()}
+        self.embedding = None if embedding is None else _replaced(embedding, view)
+        self.norms = dict(zip(norms, view, strict=True))
+        self.max_rank = max((part.rank for part in self.linears.values()), default=0)
+        self._linears = (_LinearTerms * num_linears)()
+        for index, linear in self.linears.items():
+            self._linears[index] = _linear_terms(linear)
+        self._norms = (ctypes.c_void_p * num_norms)()
+        for index, weight in self.norms.items():
+            self._norms[index] = weight.data_ptr()
+        self._embedding = None if self.embedding is None else _embedding_terms(self.embedding)
+        self._variant = _Variant(
+            ctypes.addressof(self._linears),
+            ctypes.addressof(self._norms),
+            None if self._embedding is None else ctypes.addressof(self._embedding),
+        )
+        self.num_bytes = memory.numel() + ctypes.sizeof(self._linears) + ctypes.sizeof(self._norms)
+        self.address = ctypes.addressof(self._variant)
+
+
+class PackedSegment(NamedTuple):
+    """Rows [start, end) of a step use one variant."""
+
+    start: int
+    end: int
+    variant: PackedVariant
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_int64), ("end", ctypes.c_int64), ("variant", ctypes.c_void_p))
+
+
+class _VariantPlan(ctypes.Structure):
+    _fields_ = (
+        ("segments", ctypes.c_void_p),
+        ("num_segments", ctypes.c_int64),
+        ("t", ctypes.c_void_p),
+        ("t_stride", ctypes.c_int64),
+    )
+
+
+class StepVariants:
+    """The plan of one step; all layers use it.
+
+    Args:
+        segments: in ascending order, without overlap.
+        num_rows: most rows that an operation of the step has.
+
+    Attributes:
+        segments: as given.
+        t: [num_rows, largest rank] float32; from each `Shrink` to the linear layer after it.
+        address: of what the kernels see.
+    """
+
+    def __init__(self, segments: Sequence[PackedSegment], num_rows: int) -> None:
+        self.segments = segments
+        self.t = torch.empty(num_rows, max((segment.variant.max_rank for segment in segments), default=0))
+        self._segments = (_Segment * len(segments))(
+            *(_Segment(start, end, variant.address) for start, end, variant in segments)
+        )
+        self._plan = _VariantPlan(ctypes.addressof(self._segments), len(segments), self.t.data_ptr(), self.t.shape[1])
+        self.address = ctypes.addressof(self._plan)
+
+
+def _tensors(part: PackedLinear | PackedEmbedding) -> dict[str, Tensor]:
+    return {field.name: tensor for field in fields(part) if (tensor := getattr(part, field.name)) is not None}
+
+
+def _replaced(part: _Part, views: Iterator[Tensor]) -> _Part:
+    return replace(part, **{name: next(views) for name in _tensors(part)})
+
+
+def _put_together(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copies of the tensors one after the other: their memory [n] uint8, and each of them in it."""
+    starts, end = [], 0
+    for tensor in tensors:
+        starts.append(end)
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    memory = torch.empty(end + _ALIGNMENT, dtype=torch.uint8)
+    offset = -memory.data_ptr() % _ALIGNMENT
+    views = []
+    for start, tensor in zip(starts, tensors, strict=True):
+        piece = memory[offset + start : offset + start + tensor.nbytes]
+        views.append(piece.view(tensor.dtype).view(tensor.shape).copy_(tensor))
+    return memory, views
+
+
+def _linear_terms(part: PackedLinear) -> _LinearTerms:
+    typed = part.a if part.a is not None else part.dense
+    return _LinearTerms(
+        *(_address(getattr(part, name)) for name, _ in _LinearTerms._fields_[:7]),
+        part.rank,
+        typed is not None and typed.dtype == torch.float32,
+    )
+
+
+def _embedding_terms(part: PackedEmbedding) -> _EmbeddingTerms:
+    typed = part.rows if part.rows is not None else part.a
+    return _EmbeddingTerms(
+        *(_address(getattr(part, name)) for name, _ in _EmbeddingTerms._fields_[:4]),
+        0 if part.token_ids is None else len(part.token_ids),
+        0 if part.b is None else len(part.b),
+        typed is not None and typed.dtype == torch.float32,
+    )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

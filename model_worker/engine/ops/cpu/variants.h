@@ -1,0 +1,82 @@
+// What the kernels see of the variants that rows of a step use; mirrored in step_variants.py. What the terms mean is in
+// ../lora/__init__.py.
+//
+//     plan ──► segments ──► one variant's tables ──► terms of linear i, weight of norm j, terms of the embedding
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace rootgraft {
+
+constexpr int kUnit = 16;  // outputs that have the same ranks
+
+struct Unit {
+  int64_t offset;  // of its part of B, in numbers
+  int64_t first_rank;
+  int64_t num_ranks;
+};
+
+// Of one linear layer; null pointers: it has no such term.
+struct LinearTerms {
+  const void* a;              // [rank, K]
+  const void* b;              // of each unit [num_ranks][kUnit]
+  const Unit* units;          // [N padded / kUnit]
+  const float* output_scale;  // [N padded]
+  const float* input_scale;   // [K]; then there is no other term
+  const void* dense;          // of each panel [K][32]
+  const float* bias;          // [N padded]
+  int64_t rank;
+  int64_t is_float32;         // a, b and dense are; otherwise they are bfloat16
+};
+
+// Of the embedding.
+struct EmbeddingTerms {
+  const int64_t* token_ids;  // [num_replaced], ascending
+  const void* rows;          // [num_replaced, size]
+  const void* a;             // [vocab, rank]
+  const void* b;             // [rank, size]
+  int64_t num_replaced;
+  int64_t rank;
+  int64_t is_float32;        // rows, a and b are; otherwise they are bfloat16
+};
+
+struct Variant {
+  const LinearTerms* linears;       // by the layer's index
+  const float* const* norms;        // by the norm's index: a weight, or null where it is the base's
+  const EmbeddingTerms* embedding;  // or null
+};
+
+struct Segment {
+  int64_t start;  // rows [start, end) of the step
+  int64_t end;
+  const Variant* variant;
+};
+
+struct VariantPlan {
+  const Segment* segments;  // ascending, without overlap
+  int64_t num_segments;
+  float* t;                 // what Shrink leaves for the linear layer after it; rows t_stride apart
+  int64_t t_stride;
+};
+
+// Calls f(variant, row, count) for each run of rows [row, row + count) of [first, first + count) that use a variant.
+// tokens: the step's row of each row, not descending; null: they are the step's rows themselves.
+template <typename F>
+inline void for_segments(const VariantPlan& plan, const int32_t* tokens, int64_t first, int64_t count, F&& f) {
+  const int64_t end = first + count;
+  const auto token_of = [&](int64_t row) { return tokens == nullptr ? row : tokens[row]; };
+  const Segment* const last = plan.segments + plan.num_segments;
+  const Segment* segment = std::partition_point(
+      plan.segments, last, [&](const Segment& candidate) { return candidate.end <= token_of(first); });
+  for (int64_t row = first; segment != last; ++segment) {
+    while (row < end && token_of(row) < segment->start) ++row;
+    int64_t stop = row;
+    while (stop < end && token_of(stop) < segment->end) ++stop;
+    if (stop > row) f(*segment->variant, row, stop - row);
+    if (stop == end) return;
+    row = stop;
+  }
+}
+
+}  // namespace rootgraft

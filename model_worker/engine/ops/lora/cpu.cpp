@@ -1,0 +1,184 @@
+// What is computed for the rows of variants beside the linear layers themselves; the formulas are in __init__.py.
+
+#include <algorithm>
+
+#include "../cpu/runtime.h"
+#include "../cpu/simd.h"
+#include "../cpu/variants.h"
+
+namespace rootgraft {
+namespace {
+
+constexpr int kMaxRanks = kLanes == 4 ? 4 : 8;                          // of a block of dot products whose sums
+constexpr int kMaxRows = kLanes == 16 ? 3 : (kLanes == 8 ? 1 : 2);      // fit the registers
+constexpr int kRankTile = 16;
+constexpr int kRowTile = 48;
+
+// Mirrored by `_ShrinkArgs` in __init__.py.
+struct ShrinkArgs {
+  float* x;              // [T, K], rows x_stride apart
+  int64_t x_stride;
+  int64_t num_inputs;    // K
+  int64_t index;         // of the linear layer's terms; of experts, that of the first one's
+  const int64_t* starts; // [num_experts + 1] rows [starts[e], starts[e + 1]) are those of expert e; null: no experts
+  const int32_t* tokens; // [T * num_chosen] the step's row of each row; null: no experts
+  int64_t num_experts;
+};
+
+inline void fetch_ahead(const void* numbers) {
+  constexpr int kAhead = 8192, kForRead = 0, kSecondLevel = 2;
+  __builtin_prefetch(static_cast<const char*>(numbers) + kAhead, kForRead, kSecondLevel);
+}
+
+// t[r, q] = x[r] . a[q] for R rows and Q ranks. Each has its own sums, so that its bits depend on nothing else.
+template <typename W, int Q, int R>
+inline void dot(const W* a, const float* x, int64_t x_stride, int64_t num_inputs, float* t, int64_t t_stride) {
+  Floats sums[Q][R] = {};
+  int64_t k = 0;
+  for (; k + kLanes <= num_inputs; k += kLanes) {
+    Floats value[R];
+    for (int r = 0; r < R; ++r) value[r] = load(x + r * x_stride + k);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const Floats w = load(a + q * num_inputs + k);
+      if (k % (64 / sizeof(W)) == 0) fetch_ahead(a + q * num_inputs + k);
+      for (int r = 0; r < R; ++r) sums[q][r] += w * value[r];
+    }
+  }
+  for (int q = 0; q < Q; ++q) {
+    for (int r = 0; r < R; ++r) {
+      float total = sum(sums[q][r]);
+      for (int64_t i = k; i < num_inputs; ++i) total += widen(a[q * num_inputs + i]) * x[r * x_stride + i];
+      t[r * t_stride + q] = total;
+    }
+  }
+}
+
+template <typename W, int Q = kMaxRanks, int R = kMaxRows>
+void dot_block(int ranks, int rows, const W* a, const float* x, int64_t x_stride, int64_t num_inputs, float* t,
+               int64_t t_stride) {
+  if constexpr (R > 1) {
+    if (rows < R) return dot_block<W, Q, R - 1>(ranks, rows, a, x, x_stride, num_inputs, t, t_stride);
+  }
+  if constexpr (Q > 1) {
+    if (ranks < Q) return dot_block<W, Q - 1, R>(ranks, rows, a, x, x_stride, num_inputs, t, t_stride);
+  }
+  dot<W, Q, R>(a, x, x_stride, num_inputs, t, t_stride);
+}
+
+// Ranks [first_rank, first_rank + ranks) of some rows; x and t are those of the first row.
+template <typename W>
+void shrink_tile(const LinearTerms& terms, int first_rank, int ranks, int rows, const float* x, int64_t x_stride,
+                 int64_t num_inputs, float* t, int64_t t_stride) {
+  const W* const a = static_cast<const W*>(terms.a) + first_rank * num_inputs;
+  for (int q = 0; q < ranks; q += kMaxRanks) {
+    for (int r = 0; r < rows; r += kMaxRows) {
+      dot_block<W>(std::min(ranks - q, kMaxRanks), std::min(rows - r, kMaxRows), a + q * num_inputs, x + r * x_stride,
+                   x_stride, num_inputs, t + r * t_stride + first_rank + q, t_stride);
+    }
+  }
+}
+
+void scale_inputs(const float* scale, float* x, int64_t x_stride, int64_t num_inputs, int rows) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < num_inputs; ++k) x[r * x_stride + k] *= scale[k];
+}
+
+// Rows [row, row + rows), all of one variant; of the ranks those of one tile.
+void shrink(const ShrinkArgs& a, const VariantPlan& plan, const LinearTerms& terms, int64_t row, int rows,
+            int rank_tile) {
+  float* const x = a.x + row * a.x_stride;
+  if (terms.input_scale != nullptr) return scale_inputs(terms.input_scale, x, a.x_stride, a.num_inputs, rows);
+  float* const t = plan.t + row * plan.t_stride;
+  const int first = rank_tile * kRankTile, ranks = std::min(static_cast<int>(terms.rank) - first, kRankTile);
+  if (terms.is_float32) {
+    shrink_tile<float>(terms, first, ranks, rows, x, a.x_stride, a.num_inputs, t, plan.t_stride);
+  } else {
+    shrink_tile<BFloat16>(terms, first, ranks, rows, x, a.x_stride, a.num_inputs, t, plan.t_stride);
+  }
+}
+
+int64_t num_rank_tiles(const LinearTerms& terms) {
+  return terms.input_scale != nullptr ? 1 : (terms.rank + kRankTile - 1) / kRankTile;
+}
+
+// Mirrored by `_AddEmbeddingArgs` in __init__.py.
+struct AddEmbeddingArgs {
+  float* out;  // [T, size], rows out_stride apart
+  int64_t out_stride;
+  int64_t size;
+  float multiplier;
+};
+
+template <typename W>
+void embedding_row(const AddEmbeddingArgs& a, const EmbeddingTerms& terms, int64_t token, float* out) {
+  const int64_t* const end = terms.token_ids + terms.num_replaced;
+  const int64_t* const found = std::lower_bound(terms.token_ids, end, token);
+  if (found != end && *found == token) {
+    const W* const row = static_cast<const W*>(terms.rows) + (found - terms.token_ids) * a.size;
+    for (int64_t k = 0; k < a.size; ++k) out[k] = widen(row[k]) * a.multiplier;
+  }
+  for (int64_t i = 0; i < terms.rank; ++i) {
+    const float factor = widen(static_cast<const W*>(terms.a)[token * terms.rank + i]) * a.multiplier;
+    const W* const b = static_cast<const W*>(terms.b) + i * a.size;
+    int64_t k = 0;
+    for (; k + kLanes <= a.size; k += kLanes) store(out + k, load(out + k) + load(b + k) * factor);
+    for (; k < a.size; ++k) out[k] += widen(b[k]) * factor;
+  }
+}
+
+}  // namespace
+}  // namespace rootgraft
+
+using namespace rootgraft;
+
+// A tile is some rows of one segment times some ranks.
+extern "C" void rootgraft_shrink(const void* args, const Step& step, Worker& worker) {
+  const ShrinkArgs& a = *static_cast<const ShrinkArgs*>(args);
+  const VariantPlan& plan = *step.variants;
+  const auto num_tiles_of = [&](const Segment& segment) {
+    return (segment.end - segment.start + kRowTile - 1) / kRowTile * num_rank_tiles(segment.variant->linears[a.index]);
+  };
+  int64_t num_tiles = 0;
+  for (int64_t s = 0; s < plan.num_segments; ++s) num_tiles += num_tiles_of(plan.segments[s]);
+  int64_t s = 0, first_tile = 0;  // tiles of earlier segments come first
+  for (int64_t tile; (tile = worker.take(num_tiles)) >= 0;) {
+    if (tile < first_tile) s = first_tile = 0;
+    for (int64_t count; tile >= first_tile + (count = num_tiles_of(plan.segments[s])); ++s) first_tile += count;
+    const Segment& segment = plan.segments[s];
+    const LinearTerms& terms = segment.variant->linears[a.index];
+    const int64_t rank_tiles = num_rank_tiles(terms), place = tile - first_tile;
+    const int64_t row = segment.start + place / rank_tiles * kRowTile;
+    const int rows = static_cast<int>(std::min<int64_t>(segment.end - row, kRowTile));
+    shrink(a, plan, terms, row, rows, static_cast<int>(place % rank_tiles));
+  }
+}
+
+// A tile is one expert.
+extern "C" void rootgraft_expert_shrink(const void* args, const Step& step, Worker& worker) {
+  const ShrinkArgs& a = *static_cast<const ShrinkArgs*>(args);
+  for (int64_t expert; (expert = worker.take(a.num_experts)) >= 0;) {
+    const int64_t start = a.starts[expert], num_rows = a.starts[expert + 1] - start;
+    if (num_rows == 0) continue;
+    for_segments(*step.variants, a.tokens, start, num_rows, [&](const Variant& variant, int64_t row, int64_t count) {
+      const LinearTerms& terms = variant.linears[a.index + expert];
+      for (int i = 0; i < num_rank_tiles(terms); ++i) {
+        shrink(a, *step.variants, terms, row, static_cast<int>(count), i);
+      }
+    });
+  }
+}
+
+extern "C" void rootgraft_add_embedding(const void* args, const Step& step, Worker& worker) {
+  const AddEmbeddingArgs& a = *static_cast<const AddEmbeddingArgs*>(args);
+  for (int64_t first; (first = worker.take(step.num_rows)) >= 0;) {
+    for_segments(*step.variants, nullptr, first, 1, [&](const Variant& variant, int64_t row, int64_t) {
+      if (variant.embedding == nullptr) return;
+      if (variant.embedding->is_float32) {
+        embedding_row<float>(a, *variant.embedding, step.input_ids[row], a.out + row * a.out_stride);
+      } else {
+        embedding_row<BFloat16>(a, *variant.embedding, step.input_ids[row], a.out + row * a.out_stride);
+      }
+    });
+  }
+}

@@ -1,0 +1,79 @@
+// What a variant's terms make of the sums of a linear layer's tile: sums = e sums + t B^T + c.
+#pragma once
+
+#include "../cpu/simd.h"
+#include "../cpu/variants.h"
+#include "../linear/packed_weight.h"
+
+namespace rootgraft {
+
+using PanelSums = Floats[kPanel / kLanes];
+
+constexpr int kUnitVectors = kUnit / kLanes;
+constexpr int kExpandRows = kLanes == 16 ? 8 : (kLanes == 8 ? 4 : 2);  // rows whose sums fit the registers
+
+// Asks for what the panel after the next one will read.
+inline void fetch_unit(const void* b, int64_t num_bytes) {
+  constexpr int kPanelsAhead = 2, kForRead = 0, kFirstLevel = 3;
+  const char* const start = static_cast<const char*>(b) + kPanelsAhead * num_bytes;
+  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kFirstLevel);
+}
+
+// Ranks are added one after the other, so that the bits of a row do not depend on how many rows there are.
+template <typename W, int R = kExpandRows>
+inline void expand(int rows, const W* b, int64_t num_ranks, const float* t, int64_t t_stride, PanelSums* sums, int unit) {
+  if constexpr (R > 1) {
+    if (rows < R) return expand<W, R - 1>(rows, b, num_ranks, t, t_stride, sums, unit);
+  }
+  Floats local[R][kUnitVectors];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kUnitVectors; ++v) local[r][v] = sums[r][unit * kUnitVectors + v];
+  for (int64_t i = 0; i < num_ranks; ++i) {
+    for (int v = 0; v < kUnitVectors; ++v) {
+      const Floats w = load(b + i * kUnit + v * kLanes);
+      for (int r = 0; r < R; ++r) local[r][v] += broadcast(t[r * t_stride + i]) * w;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < kUnitVectors; ++v) sums[r][unit * kUnitVectors + v] = local[r][v];
+}
+
+template <typename W>
+void add_low_rank(const LinearTerms& terms, int64_t panel, const float* t, int64_t t_stride, int rows,
+                  PanelSums* sums) {
+  constexpr int kUnits = kPanel / kUnit;
+  for (int u = 0; u < kUnits; ++u) {
+    const Unit& unit = terms.units[panel * kUnits + u];
+    const W* const b = static_cast<const W*>(terms.b) + unit.offset;
+    fetch_unit(b, unit.num_ranks * kUnit * sizeof(W));
+    for (int first = 0; first < rows; first += kExpandRows) {
+      expand(std::min(rows - first, kExpandRows), b, unit.num_ranks, t + first * t_stride + unit.first_rank, t_stride,
+             sums + first, u);
+    }
+  }
+}
+
+// All terms but the dense one; sums and t are those of the first row.
+inline void add_terms(const LinearTerms& terms, int64_t panel, const float* t, int64_t t_stride, int rows,
+                      PanelSums* sums) {
+  constexpr int kVectors = kPanel / kLanes;
+  if (terms.output_scale != nullptr) {
+    const float* const scale = terms.output_scale + panel * kPanel;
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < kVectors; ++v) sums[r][v] *= load(scale + v * kLanes);
+  }
+  if (terms.b != nullptr) {
+    if (terms.is_float32) {
+      add_low_rank<float>(terms, panel, t, t_stride, rows, sums);
+    } else {
+      add_low_rank<BFloat16>(terms, panel, t, t_stride, rows, sums);
+    }
+  }
+  if (terms.bias != nullptr) {
+    const float* const bias = terms.bias + panel * kPanel;
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += load(bias + v * kLanes);
+  }
+}
+
+}  // namespace rootgraft

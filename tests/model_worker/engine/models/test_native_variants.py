@@ -1,0 +1,301 @@
+"""Rows with variants in one batch are what decoders compute whose checkpoints the variants were merged into."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
+from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegment
+from model_worker.engine.model_parts import OpKind
+from model_worker.engine.models.native_decoder import NativeDecoder
+from model_worker.engine.ops.cpu.program import KernelLibrary, Team
+from model_worker.engine.ops.paged_attention import AttentionMetadata
+from registry.errors import UnsupportedModelError
+from tests.fakes.tiny_models import build_tiny_model
+
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+MAX_MODEL_LEN = 64
+BLOCK_SIZE = 16
+MAX_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE
+FAMILIES = ("llama", "llama-tied", "qwen3", "gemma2", "phi3", "olmo2", "granite", "mixtral", "qwen3_moe")
+
+Weights = dict[str, Tensor]
+
+
+class Sequences:
+    """Sequences that one decoder computes, each in blocks of its own.
+
+    Args:
+        variants: of each sequence; None: the base.
+    """
+
+    def __init__(self, decoder: NativeDecoder, variants: Sequence[BoundVariant | None]) -> None:
+        self._decoder = decoder
+        self._variants = variants
+        self._lengths = [0] * len(variants)
+        dtype = decoder.kv_dtypes[0]
+        for attention in decoder.attentions:
+            tensors = attention.allocate(len(variants) * MAX_BLOCKS, BLOCK_SIZE, dtype, torch.device("cpu"))
+            attention.use_cache(tensors, BLOCK_SIZE, dtype)
+
+    def step(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits after each of the new tokens of every sequence. -> for each [len(tokens), vocab]"""
+        context = self._decoder.context
+        starts = self._lengths
+        self._lengths = [start + len(new) for start, new in zip(starts, tokens, strict=True)]
+        tables = torch.arange(len(tokens) * MAX_BLOCKS, dtype=torch.int32).view(-1, MAX_BLOCKS)
+        positions = [torch.arange(*limits) for limits in zip(starts, self._lengths, strict=True)]
+        slots = [i * MAX_MODEL_LEN + each for i, each in enumerate(positions)]
+        query_start = torch.tensor([0, *map(len, tokens)]).cumsum(0).tolist()
+        context.metadata = AttentionMetadata(tables, tuple(query_start), tuple(self._lengths), torch.cat(positions))
+        context.slot_mapping = torch.cat(slots)
+        context.variants = tuple(
+            VariantSegment(query_start[i], query_start[i + 1], variant)
+            for i, variant in enumerate(self._variants)
+            if variant is not None
+        )
+        ids = torch.tensor([token for new in tokens for token in new])
+        hidden = self._decoder(ids, context.metadata.positions)
+        logits = self._decoder.logits(hidden, context.variants).clone()
+        return list(torch.split(logits, [len(new) for new in tokens]))
+
+
+def _model(family: str) -> tuple[dict[str, Any], Weights]:
+    model = build_tiny_model(family)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return model.config.to_dict(), weights
+
+
+def _decoder(
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    team: Team,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+) -> NativeDecoder:
+    decoder = NativeDecoder(
+        config, dtype=dtype, quantization=quantization, max_model_len=MAX_MODEL_LEN, max_rows=256, team=team
+    )
+    for name, _ in decoder.weights():
+        decoder.fill(name, weights[name])
+    decoder.finish()
+    return decoder
+
+
+def _linear_terms(weight: Tensor, kind: str) -> LinearTerms:
+    num_outputs, num_inputs = weight.shape
+    rank = random.choice((1, 2, 3, 8, 17))
+    a, b = torch.randn(rank, num_inputs) * 0.2, torch.randn(num_outputs, rank) * 0.2
+    if kind == "low rank":
+        return LinearTerms(a=a, b=b)
+    if kind == "scaled":
+        return LinearTerms(a=a, b=b, output_scale=torch.rand(num_outputs) + 0.5)
+    if kind == "dense":
+        return LinearTerms(output_scale=torch.zeros(num_outputs), dense=torch.randn(num_outputs, num_inputs) * 0.3)
+    assert kind == "input"
+    return LinearTerms(input_scale=torch.rand(num_inputs) + 0.5)
+
+
+def _terms(weights: Weights, *, seed: int, share: float = 0.8) -> VariantTerms:
+    """Random terms of all kinds, for about a share of the modules."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    linears, experts, vectors = {}, {}, {}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if random.random() > share or module == EMBEDDING or name.endswith(".bias"):
+            continue
+        if weight.ndim == 3:
+            chosen = [expert for expert in range(len(weight)) if random.random() < 0.7]
+            experts[name] = {expert: _linear_terms(weight[expert], "low rank") for expert in chosen}
+        elif weight.ndim == 2:
+            kinds = ["low rank", "low rank", "scaled", "dense"]
+            if module.endswith(("o_proj", "down_proj")):
+                kinds.append("input")
+            linears[module] = _linear_terms(weight, random.choice(kinds))
+        else:
+            vectors[name] = torch.randn_like(weight) * 0.3 + 1.0
+    vocab_size, hidden_size = weights[f"{EMBEDDING}.weight"].shape
+    embedding = EmbeddingTerms(
+        token_ids=torch.tensor([3, 40, 77]),
+        rows=torch.randn(3, hidden_size) * 0.02,
+        a=torch.randn(4, vocab_size) * 0.1,
+        b=torch.randn(hidden_size, 4) * 0.1,
+    )
+    return VariantTerms(f"sha256:{seed}", linears, experts, {EMBEDDING: embedding}, vectors)
+
+
+def _merged_linear(weight: Tensor, terms: LinearTerms) -> Tensor:
+    merged = weight if terms.input_scale is None else weight * terms.input_scale
+    merged = merged if terms.output_scale is None else merged * terms.output_scale[:, None]
+    merged = merged if terms.a is None or terms.b is None else merged + terms.b @ terms.a
+    return merged if terms.dense is None else merged + terms.dense
+
+
+def _merged(weights: Weights, terms: VariantTerms) -> Weights:
+    """A checkpoint whose head is a matrix of its own."""
+    merged = dict(weights)
+    merged.setdefault(f"{HEAD}.weight", weights[f"{EMBEDDING}.weight"])
+    for module, linear in terms.linears.items():
+        merged[f"{module}.weight"] = _merged_linear(merged[f"{module}.weight"], linear)
+    for name, of_expert in terms.experts.items():
+        matrices = [_merged_linear(matrix, of_expert.get(i, LinearTerms())) for i, matrix in enumerate(weights[name])]
+        merged[name] = torch.stack(matrices)
+    for embedding in terms.embeddings.values():
+        matrix = weights[f"{EMBEDDING}.weight"].clone()
+        if embedding.token_ids is not None and embedding.rows is not None:
+            matrix[embedding.token_ids] = embedding.rows
+        if embedding.a is not None and embedding.b is not None:
+            matrix += (embedding.b @ embedding.a).T
+        merged[f"{EMBEDDING}.weight"] = matrix
+    return merged | dict(terms.vectors)
+
+
+def _tokens(lengths: Sequence[int]) -> list[list[int]]:
+    generator = random.Random(5)
+    return [[generator.choice((3, 40, generator.randrange(128))) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_batch_equals_merged_checkpoints(family: str, team: Team) -> None:
+    """Prefills of several lengths, then single tokens beside a second chunk."""
+    config, weights = _model(family)
+    base = _decoder(config, weights, team)
+    terms = [None, *(_terms(weights, seed=seed) for seed in range(3)), None]
+    bound = [None if each is None else base.bind(each) for each in terms]
+    batch = Sequences(base, bound)
+    steps = [_tokens((3, 20, 1, 7, 5)), _tokens((1, 1, 9, 1, 1)), _tokens((1, 1, 1, 1, 1))]
+    found = [batch.step(step) for step in steps]
+    for i, each in enumerate(terms):
+        merged = _merged(weights, VariantTerms("sha256:base") if each is None else each)
+        alone = Sequences(_decoder(config | {"tie_word_embeddings": False}, merged, team), [None])
+        for step, results in zip(steps, found, strict=True):
+            torch.testing.assert_close(results[i], *alone.step([step[i]]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")])
+def test_a_row_has_the_same_bits_in_any_company(dtype: str, quantization: str | None, team: Team) -> None:
+    config, weights = _model("llama")
+    base = _decoder(config, weights, team, dtype=getattr(torch, dtype), quantization=quantization)
+    variants = [None, *(base.bind(_terms(weights, seed=seed)) for seed in range(3))]
+    steps = [_tokens((3, 20, 1, 7)), _tokens((1, 1, 9, 1))]
+    batch = Sequences(base, variants)
+    found = [batch.step(step) for step in steps]
+    for i, variant in enumerate(variants):
+        # The second decoder has a KV cache of its own; the variant is bound there too.
+        other = _decoder(config, weights, team, dtype=getattr(torch, dtype), quantization=quantization)
+        alone = Sequences(other, [None if variant is None else other.bind(_terms(weights, seed=i - 1))])
+        for step, results in zip(steps, found, strict=True):
+            assert torch.equal(results[i], *alone.step([step[i]]))
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", None), ("bfloat16", "int8")])
+def test_rounded_weights_take_the_same_terms(dtype: str, quantization: str | None, team: Team) -> None:
+    """The terms, rounded themselves, against the merged checkpoint of what the base's weights were rounded to."""
+    config, weights = _model("llama")
+    base = _decoder(config, weights, team, dtype=getattr(torch, dtype), quantization=quantization)
+    rounded = weights | {
+        name: base.base_weight(name.removesuffix(".weight")) for name, weight in weights.items() if weight.ndim == 2
+    }
+    terms = _terms(weights, seed=1)
+    terms = dataclasses.replace(terms, embeddings={})
+    tokens = _tokens((20,))
+    (found,) = Sequences(base, [base.bind(terms)]).step(tokens)
+    (expected,) = Sequences(_decoder(config, _merged(rounded, terms), team), [None]).step(tokens)
+    (without,) = Sequences(base, [None]).step(tokens)
+    assert (found - expected).abs().mean() < 0.05 * (without - expected).abs().mean()
+
+
+def test_biases_where_the_base_has_none(team: Team) -> None:
+    config, weights = _model("llama")
+    torch.manual_seed(0)
+    names = [
+        name.removesuffix(".weight") for name, weight in weights.items() if weight.ndim == 2 and ".layers." in name
+    ]
+    biases = {name: torch.randn(len(weights[f"{name}.weight"])) for name in names}
+    terms = VariantTerms("sha256:0", {name: LinearTerms(bias=bias) for name, bias in biases.items()})
+    base = _decoder(config, weights, team)
+    biased = weights | {f"{name}.bias": bias for name, bias in biases.items()}
+    expected = _decoder(config | {"attention_bias": True, "mlp_bias": True}, biased, team)
+    tokens = _tokens((9,))
+    (found,) = Sequences(base, [base.bind(terms)]).step(tokens)
+    torch.testing.assert_close(found, *Sequences(expected, [None]).step(tokens), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_weights(family: str, team: Team) -> None:
+    config, weights = _model(family)
+    base = _decoder(config, weights, team)
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if weight.ndim == 2:
+            assert torch.equal(base.base_weight(module), weight)
+        else:
+            with pytest.raises(KeyError):
+                base.base_weight(module)
+    assert torch.equal(base.base_weight(HEAD), weights.get(f"{HEAD}.weight", weights[f"{EMBEDDING}.weight"]))
+    with pytest.raises(KeyError):
+        base.base_weight("model.layers.0.self_attn.z_proj")
+
+
+def test_more_rows_of_logits_than_are_computed_at_once(team: Team) -> None:
+    config, weights = _model("llama")
+    base = _decoder(config, weights, team)
+    head = weights[f"{HEAD}.weight"]
+    terms = [VariantTerms("sha256:0", {HEAD: _linear_terms(head, "low rank")}) for _ in range(2)]
+    first, second = map(base.bind, terms)
+    hidden = torch.randn(150, head.shape[1])
+    found = base.logits(hidden, (VariantSegment(10, 70, first), VariantSegment(70, 140, second)))
+    expected = hidden @ head.T
+    for rows, each in ((slice(10, 70), terms[0]), (slice(70, 140), terms[1])):
+        expected[rows] = hidden[rows] @ _merged_linear(head, each.linears[HEAD]).T
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_variant_is_one_piece_of_memory(team: Team) -> None:
+    config, weights = _model("llama")
+    base = _decoder(config, weights, team)
+    terms = _terms(weights, seed=0)
+    bound = base.bind(terms)
+    assert bound.num_bytes < 2 * terms.num_bytes
+    tensors = [linear.a for linear in bound.linears.values() if linear.a is not None]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+
+
+@pytest.mark.parametrize(
+    "linears",
+    [
+        {"model.layers.0.self_attn.q_proj": LinearTerms(input_scale=torch.ones(32))},
+        {"model.layers.0.mlp.down_proj": LinearTerms(torch.ones(1, 48), torch.ones(32, 1), input_scale=torch.ones(48))},
+        {"model.layers.0.self_attn.z_proj": LinearTerms(bias=torch.ones(32))},
+        {EMBEDDING: LinearTerms(bias=torch.ones(32))},
+    ],
+)
+def test_what_has_no_place_is_refused(linears: dict[str, LinearTerms], team: Team) -> None:
+    config, weights = _model("llama")
+    base = _decoder(config, weights, team)
+    with pytest.raises(UnsupportedModelError, match="--model-impl transformers"):
+        base.bind(VariantTerms("sha256:0", linears))
+    with pytest.raises(UnsupportedModelError, match="--model-impl transformers"):
+        base.bind(VariantTerms("sha256:0", vectors={"model.layers.0.self_attn.q_proj.weight": torch.ones(32)}))
+
+
+def test_a_trace_has_the_operations_of_variants(best_kernels: KernelLibrary) -> None:
+    config, weights = _model("mixtral")
+    base = _decoder(config, weights, Team(best_kernels, 1))
+    sequences = Sequences(base, [base.bind(_terms(weights, seed=0)), None])
+    with base.trace() as rows:
+        sequences.step([[1, 2], [3]])
+    kinds = [row.kind for row in rows]
+    num_layers = len(base.spec.layers)
+    # Before qkv, output, router, gate and up, down of each layer, and the head; after the embedding.
+    assert kinds.count(OpKind.LORA) == 5 * num_layers + 2
