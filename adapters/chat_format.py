@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,26 @@ def choose_chat_template(
     if checkpoint.format == "gguf":
         source = chat_template_from_gguf(checkpoint)
         return ChatTemplate("tokenizer.chat_template", source, special_tokens=tokens) if source else None
-    file = checkpoint.path / "chat_template.jinja"
+    return read_chat_template(checkpoint.path, tokens)
+
+
+def read_chat_template(directory: Path, tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """The template among the files of a directory; None: there is none.
+
+    Raises: CheckpointError when it is not valid.
+    """
+    file = directory / "chat_template.jinja"
     if file.exists():
         file_size(file)
         try:
             return ChatTemplate(file.name, file.read_text(encoding="utf-8"), special_tokens=tokens)
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{file} is not UTF-8 text; download it again") from error
-    file = checkpoint.path / "chat_template.json"
+    file = directory / "chat_template.json"
     value = read_json_file(file).get("chat_template") if file.exists() else None
     if value is None:
-        file = checkpoint.path / "tokenizer_config.json"
-        value = _tokenizer_config(checkpoint).get("chat_template")
+        file = directory / "tokenizer_config.json"
+        value = read_json_file(file).get("chat_template") if file.exists() else None
     source = _default_source(value, file)
     return ChatTemplate(file.name, source, special_tokens=tokens) if source else None
 
@@ -99,14 +107,15 @@ def stop_token_ids(
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if template is not None:
-        written = [text for text in _END_OF_TURN if text in template.source]
-        ids.update(_special_token_ids(tokenizer, (*written, *template.stop)))
+        ids.update(turn_end_ids(tokenizer, template))
     return tuple(sorted(ids))
 
 
-def _special_token_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
-    ids = (tokenizer.backend.token_to_id(text) for text in texts)
-    return [index for index in ids if index is not None and index in tokenizer.special_ids]
+def turn_end_ids(tokenizer: Tokenizer, template: ChatTemplate) -> set[int]:
+    """Ids of the ends of turn that the template writes, and of its stop strings that are single special tokens."""
+    written = (text for text in _END_OF_TURN if text in template.source)
+    ids = (tokenizer.backend.token_to_id(text) for text in (*written, *template.stop))
+    return {index for index in ids if index is not None and index in tokenizer.special_ids}
 
 
 def _ids(value: Any, where: str) -> list[int]:

@@ -92,7 +92,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     if kernels is None and config.engine.model_impl != "transformers":
         start_background_build(machine_levels()[0], cache_dir)
     worker = Worker(engine, plan, config, sock, model_name=source.name, digest=digest, engine_died=engine_died)
-    return asyncio.run(worker.run())
+    return asyncio.run(worker.run(_say))
 
 
 def _say(line: str) -> None:

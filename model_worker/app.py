@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import math
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -17,10 +18,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from controller.protocol import (
     WORKER_TOKEN_HEADER,
+    AddVariantRequest,
     DetokenizeRequest,
     ErrorEvent,
     GenerateRequest,
+    NamedVariantRequest,
     TokenizeRequest,
+    VariantsReply,
+    VariantStatus,
 )
 from model_worker.events import error_event
 from model_worker.generate_response import KEEP_ALIVE_S, GenerateResponse
@@ -59,6 +64,18 @@ def create_app(
     async def stats(request: Request) -> Response:
         return _reply(service.stats())
 
+    async def variants(request: Request) -> Response:
+        return _reply(VariantsReply(variants=await service.variants.statuses()))
+
+    async def add_variant(request: Request) -> Response:
+        return _reply(await service.variants.add(await read(request, AddVariantRequest)))
+
+    def named(change: Callable[[str], Awaitable[VariantStatus]]) -> Callable[[Request], Awaitable[Response]]:
+        async def endpoint(request: Request) -> Response:
+            return _reply(await change((await read(request, NamedVariantRequest)).name))
+
+        return endpoint
+
     async def health(request: Request) -> Response:
         if service.failed is not None:
             return _error(InternalError("The engine died; restart this worker."))
@@ -75,6 +92,13 @@ def create_app(
             Route("/internal/tokenize", tokenize, methods=["POST"]),
             Route("/internal/detokenize", detokenize, methods=["POST"]),
             Route("/internal/stats", stats, methods=["GET"]),
+            Route("/internal/variants", variants, methods=["GET"]),
+            Route("/internal/variants/add", add_variant, methods=["POST"]),
+            Route("/internal/variants/remove", named(service.variants.remove), methods=["POST"]),
+            Route("/internal/variants/pin", named(service.variants.pin), methods=["POST"]),
+            Route("/internal/variants/unpin", named(service.variants.unpin), methods=["POST"]),
+            Route("/internal/variants/activate", named(service.variants.activate), methods=["POST"]),
+            Route("/internal/variants/evict", named(service.variants.evict), methods=["POST"]),
             Route("/health", health, methods=["GET"]),
         ],
         middleware=[Middleware(WorkerTokenMiddleware, worker_token=worker_token)],

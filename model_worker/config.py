@@ -14,10 +14,20 @@ from adapters.quantization import QUANTIZATIONS
 from model_worker.engine.config import EngineConfig, ProfileConfig
 from registry.errors import InvalidRequestError
 from registry.flags import add_flags, config_from_args
+from registry.names import is_name
 
 DEFAULT_PORT = 21002
 DEFAULT_CONTROLLER = "http://127.0.0.1:8000"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class GivenAdapter:
+    """An adapter of the command line: NAME=PATH[,pin]."""
+
+    name: str
+    path: Path
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,8 @@ class WorkerConfig:
         advertise_url: where the controller reaches this worker; None: made from host and port.
         worker_token: the secret shared with the controller, checked in both directions; None: no check.
         dtype, quantization, chat_template, max_model_len, deltas: as in `adapters.plan_load`.
+        loras: adapters that are loaded before the worker registers.
+        adapter_root: directory below which adapters named over HTTP must be; None: there can be none.
         drain_timeout_s: how long running requests may go on after SIGTERM.
         log_level: of the worker's own log lines on stderr.
         engine: configuration of the engine.
@@ -51,6 +63,8 @@ class WorkerConfig:
     chat_template: str | None
     max_model_len: int | None
     deltas: tuple[Path, ...]
+    loras: tuple[GivenAdapter, ...]
+    adapter_root: Path | None
     drain_timeout_s: float
     log_level: str
     engine: EngineConfig
@@ -66,7 +80,24 @@ def build_parser() -> argparse.ArgumentParser:
     model = add_model_flags(parser)
     model.add_argument("--model-name", metavar="NAME", help="public name (default: that of the directory or file)")
     model.add_argument(
-        "--chat-template", metavar="NAME|FILE", help="instead of the model's own; `python -m adapters list` names them"
+        "--chat-template",
+        metavar="NAME|FILE",
+        help="instead of the model's own, and its adapters' own; `python -m adapters list` names them",
+    )
+    adapters = parser.add_argument_group("adapters")
+    adapters.add_argument(
+        "--lora",
+        type=_given_adapter,
+        action="append",
+        default=[],
+        metavar="NAME=PATH[,pin]",
+        help="PEFT directory to serve under this name; pin: always ready to run; may be repeated",
+    )
+    adapters.add_argument(
+        "--adapter-root",
+        type=Path,
+        metavar="DIR",
+        help="adapters named over HTTP are read below this directory only (default: none are)",
     )
     where = parser.add_argument_group("network")
     controller = where.add_mutually_exclusive_group()
@@ -145,9 +176,11 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
     """Read the command line; `worker_token` is what the environment says, and a flag wins over it.
 
     Raises:
-        InvalidRequestError: a token that no header can hold, or none for a worker that a network can reach.
+        InvalidRequestError: a token that no header can hold, or none for a worker that a network can reach; adapters
+            of one name; a directory that does not exist.
     """
     args = build_parser().parse_args(argv)
+    _check_adapters(args.lora, args.adapter_root)
     token = _token(args.worker_token if args.worker_token is not None else worker_token)
     if token is None and not _is_loopback(args.host):
         raise InvalidRequestError(
@@ -167,11 +200,24 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
         chat_template=args.chat_template,
         max_model_len=args.max_model_len,
         deltas=tuple(args.delta),
+        loras=tuple(args.lora),
+        adapter_root=args.adapter_root,
         drain_timeout_s=args.drain_timeout,
         log_level=args.log_level,
         engine=config_from_args(args, EngineConfig),
         profile=config_from_args(args, ProfileConfig),
     )
+
+
+def _check_adapters(loras: Sequence[GivenAdapter], adapter_root: Path | None) -> None:
+    names = [given.name for given in loras]
+    for given in loras:
+        if names.count(given.name) > 1:
+            raise InvalidRequestError(f"--lora {given.name} is given more than once; give each adapter its own name.")
+        if not given.path.is_dir():
+            raise InvalidRequestError(f"--lora {given.name}: {given.path} is no directory; check the path.")
+    if adapter_root is not None and not adapter_root.is_dir():
+        raise InvalidRequestError(f"--adapter-root {adapter_root} is no directory; make it or check the path.")
 
 
 def _is_loopback(host: str) -> bool:
@@ -187,6 +233,14 @@ def _token(text: str | None) -> str | None:
     if not text.isascii() or not text.isprintable() or text != text.strip():
         raise InvalidRequestError("The worker token must be printable ASCII without blanks around it.")
     return text
+
+
+def _given_adapter(text: str) -> GivenAdapter:
+    name, equals, path = text.partition("=")
+    without_pin = path.removesuffix(",pin")
+    if not (equals and without_pin and is_name(name)):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH or NAME=PATH,pin, got {text!r}")
+    return GivenAdapter(name, Path(without_pin), pinned=without_pin != path)
 
 
 def _url(text: str) -> str:

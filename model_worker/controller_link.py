@@ -19,6 +19,7 @@ from controller.protocol import (
     RegisterReply,
     RegisterRequest,
     ServedModel,
+    VariantStatus,
     WorkerStats,
 )
 from registry.errors import RootgraftError, UpstreamError, error_from_code
@@ -49,6 +50,7 @@ class ControllerLink:
         worker_token: str | None,
         models: Sequence[ServedModel],
         stats: Callable[[], WorkerStats],
+        variants: Callable[[], Awaitable[list[VariantStatus]]],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         jitter: random.Random | None = None,
     ) -> None:
@@ -61,6 +63,7 @@ class ControllerLink:
             self._headers[WORKER_TOKEN_HEADER] = worker_token
         self._models = list(models)
         self._stats = stats
+        self._variants = variants
         self._sleep = sleep
         self._jitter = jitter or random.Random()
         self._max_retry_s = MAX_RETRY_S
@@ -77,9 +80,10 @@ class ControllerLink:
             await self._heartbeat_until_lost(interval_s)
 
     async def heartbeat(self) -> bool:
-        """Report the stats now; False when the controller does not know this worker (any more) or cannot be asked."""
+        """Report stats and variants now; False: the controller does not know this worker (any more) or is not there."""
         try:
-            await self._post(f"/{self._worker_id}/heartbeat", HeartbeatRequest(stats=self._stats()))
+            message = HeartbeatRequest(stats=self._stats(), variants=await self._variants())
+            await self._post(f"/{self._worker_id}/heartbeat", message)
         except _Unreachable as error:
             self._lost(str(error))
             return False
@@ -102,6 +106,7 @@ class ControllerLink:
             url=self._worker_url,
             models=self._models,
             stats=self._stats(),
+            variants=await self._variants(),
         )
         delay_s = FIRST_RETRY_S
         warned = False
@@ -127,7 +132,7 @@ class ControllerLink:
                 logger.warning("cannot register at %s: %s; trying on", self._base, reason)
             await self._sleep(delay_s * self._jitter.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, self._max_retry_s)
-            request = request.model_copy(update={"stats": self._stats()})
+            request = request.model_copy(update={"stats": self._stats(), "variants": await self._variants()})
 
     async def _heartbeat_until_lost(self, interval_s: float) -> None:
         while True:
@@ -141,7 +146,7 @@ class ControllerLink:
             logger.warning("lost the controller at %s: %s", self._base, reason)
 
     async def _post(self, path: str, message: BaseModel | None) -> bytes:
-        data = None if message is None else message.model_dump_json()
+        data = None if message is None else message.model_dump_json(exclude_defaults=True)
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
         try:
             async with self._session.post(

@@ -36,9 +36,8 @@ class EncodedPrompt:
 class PromptEncoder:
     """Renders chats and tokenizes texts; owns the thread in which long ones are done."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
     def close(self) -> None:
@@ -65,8 +64,8 @@ class PromptEncoder:
 
         return await self._run(spell, len(token_ids))
 
-    async def encode(self, prompt: Prompt) -> EncodedPrompt:
-        """Token ids of `prompt`.
+    async def encode(self, prompt: Prompt, chat_template: ChatTemplate | None) -> EncodedPrompt:
+        """Token ids of `prompt`, a chat rendered by `chat_template`.
 
         Raises:
             InvalidRequestError: the model has no chat template or it refuses the conversation, or an id is outside the
@@ -80,7 +79,7 @@ class PromptEncoder:
                 return await self._run(lambda: self._encode_text(prompt), len(prompt.text))
             case ChatPrompt():
                 num_chars = sum(len(message.content) + MESSAGE_COST_CHARS for message in prompt.messages)
-                return await self._run(lambda: self._encode_chat(prompt), num_chars)
+                return await self._run(lambda: self._encode_chat(prompt, chat_template), num_chars)
 
     async def _run(self, work: Callable[[], T], num_chars: int) -> T:
         if num_chars <= MAX_INLINE_CHARS:
@@ -91,8 +90,7 @@ class PromptEncoder:
         token_ids = self._tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
         return EncodedPrompt(token_ids, prompt.text, "prompt", ())
 
-    def _encode_chat(self, prompt: ChatPrompt) -> EncodedPrompt:
-        template = self._chat_template
+    def _encode_chat(self, prompt: ChatPrompt, template: ChatTemplate | None) -> EncodedPrompt:
         if template is None:
             raise InvalidRequestError(
                 "This model has no chat template. Use /v1/completions, or start its worker with --chat-template "

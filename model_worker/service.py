@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 from adapters.load_plan import LoadPlan
@@ -20,11 +21,14 @@ from controller.protocol import (
     TokenizeRequest,
     WorkerStats,
 )
+from model_worker.adapter_root import AdapterRoot
 from model_worker.drain import Drain
+from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.outputs import EngineStats, RequestOutput
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.events import Event, EventBuilder, TokenNames
 from model_worker.prompt import EncodedPrompt, PromptEncoder
+from model_worker.variants import EngineLoras, Variants
 from registry.errors import InternalError, InvalidRequestError, ModelNotFoundError
 
 
@@ -40,13 +44,20 @@ class Engine(Protocol):
     @property
     def max_model_len(self) -> int: ...
     @property
+    def loras(self) -> EngineLoras: ...
+    @property
     def failed(self) -> BaseException | None: ...
     @property
     def num_steps(self) -> int: ...
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        loras: Sequence[LoraWeight] = (),
     ) -> AsyncGenerator[RequestOutput, None]: ...
     def stats(self) -> EngineStats: ...
 
@@ -54,12 +65,31 @@ class Engine(Protocol):
 class WorkerService:
     """One served model: checks requests, feeds the engine, and speaks of its state."""
 
-    def __init__(self, engine: Engine, plan: LoadPlan, model_name: str, *, digest: str | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        plan: LoadPlan,
+        model_name: str,
+        *,
+        digest: str | None = None,
+        adapter_root: Path | None = None,
+        adapter_templates: bool = True,
+    ) -> None:
+        """`adapter_root` as in WorkerConfig; `adapter_templates`: adapters' own chat templates are used."""
         self.drain = Drain()
+        self.variants = Variants(
+            engine.loras,
+            plan,
+            engine.tokenizer,
+            parent=model_name,
+            root=AdapterRoot(adapter_root),
+            with_templates=adapter_templates,
+        )
         self._engine = engine
         self._tokenizer = engine.tokenizer
         self._names = TokenNames(engine.tokenizer)
-        self._encoder = PromptEncoder(engine.tokenizer, plan.chat_template)
+        self._encoder = PromptEncoder(engine.tokenizer)
+        self._chat_template = plan.chat_template
         self._numbers = itertools.count()
         self.model = ServedModel(
             name=model_name,
@@ -89,22 +119,21 @@ class WorkerService:
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[Event], None]:
         """Events of one request, those of one engine step together. Closing the iterator aborts the request.
 
+        One adapter with scale 1 is that adapter; others are added up, exactly.
+
         Raises:
             RootgraftError: the request was refused (before the first events), or the engine died.
         """
         self._check_model(request.model)
-        if request.loras:
-            raise ModelNotFoundError(
-                f"This worker has no adapter {request.loras[0].name}; GET /v1/models lists what is served.",
-                param="model",
-            )
-        prompt = await self._encoder.encode(request.prompt)
-        sampling = self._sampling(request.sampling, prompt)
+        prompts = self.variants.prompt_format(lora.name for lora in request.loras)
+        prompt = await self._encoder.encode(request.prompt, prompts.chat_template or self._chat_template)
+        sampling = self._sampling(request.sampling, prompt, prompts.stop_token_ids)
+        loras = tuple(LoraWeight(lora.name, lora.scale) for lora in request.loras)
         builder = EventBuilder(self._names, prompt.token_ids, prompt_text=self._prompt_text(request, prompt))
         # The controller may send a request again while the engine still winds up its first attempt.
         engine_id = f"{request.request_id}#{next(self._numbers)}"
         try:
-            async with aclosing(self._engine.generate(engine_id, prompt.token_ids, sampling)) as outputs:
+            async with aclosing(self._engine.generate(engine_id, prompt.token_ids, sampling, loras=loras)) as outputs:
                 async for output in outputs:
                     events = builder.build(output)
                     if events:
@@ -119,7 +148,7 @@ class WorkerService:
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         self._check_model(request.model)
-        token_ids = (await self._encoder.encode(request.prompt)).token_ids
+        token_ids = (await self._encoder.encode(request.prompt, self._chat_template)).token_ids
         return TokenizeReply(
             token_ids=token_ids,
             token_strs=await self._encoder.token_strs(token_ids) if request.return_token_strs else None,
@@ -136,10 +165,11 @@ class WorkerService:
                 f"This worker serves {self.model.name}, not {name}; GET /v1/models lists what is served.", param="model"
             )
 
-    def _sampling(self, sampling: Sampling, prompt: EncodedPrompt) -> SamplingParams:
+    def _sampling(self, sampling: Sampling, prompt: EncodedPrompt, ends: tuple[int, ...]) -> SamplingParams:
+        """`ends`: ids that end the replies of the request's adapters, as the base's own do."""
         values: dict[str, Any] = {name: getattr(sampling, name) for name in Sampling.model_fields}
         values["stop"] = tuple(dict.fromkeys((*sampling.stop, *prompt.stop)))
-        values["stop_token_ids"] = tuple(sampling.stop_token_ids)
+        values["stop_token_ids"] = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends))
         return SamplingParams(**values)
 
     def _prompt_text(self, request: GenerateRequest, prompt: EncodedPrompt) -> str | None:

@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import uuid
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -108,16 +108,34 @@ class Worker:
         self._config = config
         self._sock = sock
         self._url = reachable_url(config, sock)
-        self._service = WorkerService(engine, plan, model_name, digest=digest)
+        self._service = WorkerService(
+            engine,
+            plan,
+            model_name,
+            digest=digest,
+            adapter_root=config.adapter_root,
+            adapter_templates=config.chat_template is None,
+        )
         self._stop = asyncio.Event()
 
-    async def run(self) -> int:
-        """Serve until a signal or the death of the engine; returns the exit status.
+    async def run(self, report: Callable[[str], None] = logger.info) -> int:
+        """Load the adapters, then serve until a signal or the death of the engine; returns the exit status.
+
+        Args:
+            report: called with a line for each adapter that is loaded.
 
         Raises:
-            RootgraftError: the controller refuses this worker for good.
+            RootgraftError: an adapter is refused, or the controller refuses this worker for good.
         """
         await self._engine.start()
+        try:
+            await self._service.variants.load(self._config.loras, report)
+            return await self._run()
+        finally:
+            await self._engine.stop()
+            self._service.close()
+
+    async def _run(self) -> int:
         app = create_app(self._service, worker_token=self._config.worker_token)
         server = _Server(
             uvicorn.Config(
@@ -139,8 +157,6 @@ class Worker:
             finally:
                 server.should_exit = True
                 await serving
-                await self._engine.stop()
-                self._service.close()
 
     async def _serve(self, session: aiohttp.ClientSession, serving: asyncio.Task[None]) -> int:
         link = self._link(session)
@@ -193,6 +209,7 @@ class Worker:
             worker_token=self._config.worker_token,
             models=[self._service.model],
             stats=self._service.stats,
+            variants=self._service.variants.report,
         )
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ from controller.protocol import (
     HeartbeatRequest,
     RegisterReply,
     RegisterRequest,
+    VariantStatus,
     WorkerStats,
 )
 
@@ -26,6 +27,7 @@ class FakeController:
         workers: last registration of each worker that is registered.
         calls: all calls in order: "register", "heartbeat", "leave".
         stats: those of each heartbeat, in order.
+        variants: those of the last heartbeat.
         fail_with: answer everything with this status.
     """
 
@@ -33,6 +35,7 @@ class FakeController:
         self.workers: dict[str, RegisterRequest] = {}
         self.calls: list[str] = []
         self.stats: list[WorkerStats] = []
+        self.variants: list[VariantStatus] = []
         self.fail_with: int | None = None
         self._worker_token = worker_token
         self._heartbeat_interval_s = heartbeat_interval_s
@@ -82,7 +85,9 @@ class FakeController:
             return refusal
         if request.match_info["id"] not in self.workers:
             return _error(404, "invalid_request", "Register again.")
-        self.stats.append(HeartbeatRequest.model_validate_json(await request.read()).stats)
+        message = HeartbeatRequest.model_validate_json(await request.read())
+        self.stats.append(message.stats)
+        self.variants = message.variants
         return web.Response(status=204)
 
     async def _leave(self, request: web.Request) -> web.Response:

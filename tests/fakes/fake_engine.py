@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import fields, replace
 
 from adapters.tokenizer import Tokenizer
+from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.outputs import (
     EngineStats,
     FinishReason,
@@ -17,6 +18,7 @@ from model_worker.engine.outputs import (
 )
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import ContextLengthError, InternalError, RootgraftError
+from tests.fakes.fake_loras import FakeLoras
 
 Reply = Callable[[Sequence[int]], Sequence[int]]
 
@@ -31,6 +33,7 @@ class FakeEngine:
     Attributes:
         gate: while it is cleared, no request gets its next token.
         requests: the accepted requests, in order: (request id, prompt, sampling).
+        requested_loras: the adapters of each of them.
         running, aborted: ids of requests that run, and of those that were closed before their end.
         refuse_with: refuse requests so.
         fail_after: end each request with this error after so many tokens.
@@ -45,6 +48,8 @@ class FakeEngine:
         self.gate = asyncio.Event()
         self.gate.set()
         self.requests: list[tuple[str, list[int], SamplingParams]] = []
+        self.requested_loras: list[tuple[LoraWeight, ...]] = []
+        self.loras = FakeLoras()
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.refuse_with: RootgraftError | None = None
@@ -70,11 +75,17 @@ class FakeEngine:
         return replace(self._stats, num_running=len(self.running), cancelled_total=len(self.aborted))
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        *,
+        loras: Sequence[LoraWeight] = (),
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check(prompt_token_ids)
         assert request_id not in self.running
         self.requests.append((request_id, prompt_token_ids, sampling))
+        self.requested_loras.append(tuple(loras))
         self.running.add(request_id)
         ended = False
         try:

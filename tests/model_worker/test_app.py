@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,12 +16,14 @@ from controller.protocol import (
     DeltaEvent,
     ErrorEvent,
     TokenizeReply,
+    VariantsReply,
+    VariantStatus,
     WorkerStats,
 )
 from model_worker.app import create_app
 from model_worker.events import Event
 from model_worker.service import WorkerService
-from registry.errors import InternalError, OverloadedError, RateLimitError
+from registry.errors import CheckpointError, InternalError, OverloadedError, RateLimitError
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_engine import FakeEngine
 from tests.fakes.load_plans import make_plan
@@ -318,15 +321,53 @@ async def test_tokenize_detokenize_and_stats(client: httpx.AsyncClient) -> None:
     assert not stats.draining
 
 
+async def test_variants_over_http(engine: FakeEngine, tmp_path: Path) -> None:
+    (tmp_path / "pirate").mkdir()
+    service = WorkerService(engine, make_plan(), "fake", adapter_root=tmp_path)
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker/internal") as client:
+        assert VariantsReply.model_validate_json((await client.get("/variants")).content).variants == []
+        addition = {"name": "arr", "parent": "fake", "path": "pirate", "pinned": True}
+        added = VariantStatus.model_validate_json((await client.post("/variants/add", json=addition)).content)
+        assert (added.name, added.pinned, added.state) == ("arr", True, "in_host_memory")
+        for change, state in (("activate", "active"), ("evict", "on_disk"), ("unpin", "on_disk"), ("pin", "on_disk")):
+            reply = await client.post(f"/variants/{change}", json={"name": "arr"})
+            status = VariantStatus.model_validate_json(reply.content)
+            assert (status.state, status.pinned) == (state, change != "unpin")
+            assert VariantsReply.model_validate_json((await client.get("/variants")).content).variants == [status]
+        assert (await client.post("/variants/remove", json={"name": "arr"})).json()["state"] == "draining"
+        assert (await client.get("/variants")).json() == {"variants": []}
+
+
+async def test_refused_variants_over_http(engine: FakeEngine, client: httpx.AsyncClient, tmp_path: Path) -> None:
+    def error(reply: httpx.Response) -> tuple[int, str, str | None]:
+        event = ErrorEvent.model_validate_json(reply.content)
+        return reply.status_code, event.code, event.param
+
+    addition = {"name": "arr", "parent": "fake", "path": "pirate"}
+    url = "/internal/variants"
+    assert error(await client.post(f"{url}/add", json=addition)) == (403, "permission_denied", "path")
+    assert error(await client.post(f"{url}/pin", json={"name": "arr"})) == (404, "model_not_found", "model")
+    assert error(await client.post(f"{url}/pin", json={"names": "arr"})) == (400, "invalid_request", "name")
+    assert error(await client.post(url, json=addition)) == (405, "invalid_request", None)
+    (tmp_path / "pirate").mkdir()
+    service = WorkerService(engine, make_plan(), "fake", adapter_root=tmp_path)
+    engine.loras.refuse_with = CheckpointError("pirate/adapter_model.safetensors holds NaN.")
+    transport = httpx.ASGITransport(create_app(service))
+    async with httpx.AsyncClient(transport=transport, base_url="http://worker") as other:
+        assert error(await other.post(f"{url}/add", json=addition)) == (400, "checkpoint_invalid", None)
+
+
 async def test_the_worker_token_is_asked_for_everywhere_but_health(service: WorkerService) -> None:
     transport = httpx.ASGITransport(create_app(service, worker_token="secret"))
     async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
         for headers in ({}, {WORKER_TOKEN_HEADER: "wrong"}, {WORKER_TOKEN_HEADER: "sécret".encode()}):
-            for path in ("generate", "tokenize", "detokenize"):
+            for path in ("generate", "tokenize", "detokenize", "variants/add", "variants/remove"):
                 response = await client.post(f"/internal/{path}", json=body(), headers=headers)
                 assert response.status_code == 401
                 assert ErrorEvent.model_validate_json(response.content).code == "invalid_api_key"
-            assert (await client.get("/internal/stats", headers=headers)).status_code == 401
+            for path in ("stats", "variants"):
+                assert (await client.get(f"/internal/{path}", headers=headers)).status_code == 401
         right = {WORKER_TOKEN_HEADER: "secret"}
         assert (await client.post("/internal/generate", json=body(), headers=right)).status_code == 200
         assert (await client.get("/health")).status_code == 200

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model_worker.config import DEFAULT_CONTROLLER, parse_config
+from model_worker.config import DEFAULT_CONTROLLER, GivenAdapter, parse_config
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from registry.errors import InvalidRequestError
 
@@ -17,6 +17,8 @@ def test_defaults() -> None:
     assert config.port is None
     assert config.worker_token is None
     assert config.deltas == ()
+    assert config.loras == ()
+    assert config.adapter_root is None
     assert config.quantization == "auto"
     assert config.engine == EngineConfig()
 
@@ -36,6 +38,30 @@ def test_worker_flags() -> None:
     assert config.deltas == (Path("a"), Path("b"))
     assert config.drain_timeout_s == 2.5
     assert config.quantization == "int4"
+
+
+def test_adapter_flags(tmp_path: Path) -> None:
+    flags = ["--lora", f"org/pirate={tmp_path}", "--lora", f"poet={tmp_path},pin", "--adapter-root", str(tmp_path)]
+    config = parse_config([*MODEL, *flags], worker_token=None)
+    assert config.loras == (
+        GivenAdapter("org/pirate", tmp_path, pinned=False),
+        GivenAdapter("poet", tmp_path, pinned=True),
+    )
+    assert config.adapter_root == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (["--lora", "a=.", "--lora", "a=..,pin"], "more than once"),
+        (["--lora", "a=no-such-directory"], "no-such-directory"),
+        (["--lora", "a=., pin"], "is no directory"),
+        (["--adapter-root", "no-such-directory"], "--adapter-root"),
+    ],
+)
+def test_adapters_that_cannot_be_there_are_refused_before_anything_is_loaded(flags: list[str], remedy: str) -> None:
+    with pytest.raises(InvalidRequestError, match=remedy):
+        parse_config([*MODEL, *flags], worker_token=None)
 
 
 def test_standalone() -> None:
@@ -67,6 +93,12 @@ def test_a_token_that_no_header_can_hold_is_refused(token: str) -> None:
         ["--max-model-len", "0"],
         ["--dtype", "int3"],
         ["--quantization", "int3"],
+        ["--lora", "path"],
+        ["--lora", "a="],
+        ["--lora", "=path"],
+        ["--lora", "a=,pin"],
+        ["--lora", "a b=path"],
+        ["--lora", "a@v1=path"],
         ["--controller", "http://c", "--no-controller"],
     ],
 )

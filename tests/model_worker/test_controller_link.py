@@ -9,13 +9,14 @@ from typing import Self
 import aiohttp
 import pytest
 
-from controller.protocol import PROTOCOL_VERSION, ServedModel, WorkerStats
+from controller.protocol import PROTOCOL_VERSION, ServedModel, VariantStatus, WorkerStats
 from model_worker.controller_link import MAX_RETRY_S, ControllerLink
 from registry.errors import PermissionDeniedError, UpstreamError
 from tests.fakes.fake_controller import FakeController
 from tests.fakes.until import until
 
 MODEL = ServedModel(name="m", family="llama", max_model_len=64, chat=True, dtype="float32")
+PIRATE = VariantStatus(name="pirate", parent="m", path="pirate", state="active", rank=8)
 
 
 class FakeSleep:
@@ -51,6 +52,10 @@ def link(controller: FakeController, session: aiohttp.ClientSession, sleep: Fake
     return make_link(controller.url, session, sleep)
 
 
+async def report() -> list[VariantStatus]:
+    return [PIRATE]
+
+
 def make_link(
     url: str, session: aiohttp.ClientSession, sleep: FakeSleep, *, worker_token: str | None = "secret"
 ) -> ControllerLink:
@@ -62,6 +67,7 @@ def make_link(
         worker_token=worker_token,
         models=[MODEL],
         stats=lambda: WorkerStats(num_running=3),
+        variants=report,
         sleep=sleep,
         jitter=random.Random(0),
     )
@@ -97,6 +103,7 @@ async def test_registers_and_heartbeats_at_the_controllers_interval(
     assert registration.url == "http://here:1"
     assert registration.models == [MODEL]
     assert registration.stats.num_running == 3
+    assert registration.variants == controller.variants == [PIRATE]
     assert controller.stats[0].num_running == 3
     assert set(sleep.slept) == {0.5}
     assert controller.calls.count("register") == 1

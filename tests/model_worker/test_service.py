@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
 from controller.protocol import (
+    AddVariantRequest,
     ChatMessage,
     ChatPrompt,
     DeltaEvent,
@@ -48,11 +50,18 @@ def service(engine: FakeEngine) -> WorkerService:
     return WorkerService(engine, make_plan(), "fake")
 
 
-def request(prompt: Prompt | str, *, model: str = "fake", echo: bool = False, **sampling: object) -> GenerateRequest:
+def request(
+    prompt: Prompt | str, *, model: str = "fake", echo: bool = False, loras: tuple[str, ...] = (), **sampling: object
+) -> GenerateRequest:
     if isinstance(prompt, str):
         prompt = TextPrompt(text=prompt)
     return GenerateRequest(
-        request_id="r", model=model, prompt=prompt, sampling=Sampling.model_validate(sampling), return_prompt_text=echo
+        request_id="r",
+        model=model,
+        loras=[LoraWeight(name=name) for name in loras],
+        prompt=prompt,
+        sampling=Sampling.model_validate(sampling),
+        return_prompt_text=echo,
     )
 
 
@@ -170,13 +179,65 @@ async def test_prompt_text_for_echo(service: WorkerService) -> None:
         assert first.prompt_text == "hé"
 
 
+@pytest.fixture
+def adapters(tmp_path: Path) -> Path:
+    """A root with two adapters, of which one has prompts of its own."""
+    (tmp_path / "plain").mkdir()
+    pirate = tmp_path / "pirate"
+    pirate.mkdir()
+    (pirate / "chat_template.jinja").write_text("{% for message in messages %}Arr, {{ message.content }}{% endfor %}")
+    (pirate / "tokenizer_config.json").write_text('{"eos_token": "!"}')
+    return tmp_path
+
+
+async def with_adapters(engine: FakeEngine, root: Path) -> WorkerService:
+    service = WorkerService(engine, make_plan(), "fake", adapter_root=root)
+    for name in ("plain", "pirate"):
+        await service.variants.add(AddVariantRequest(name=name, parent="fake", path=name))
+    return service
+
+
 async def test_an_adapter_that_the_worker_has_not_is_not_answered_by_the_base(
     service: WorkerService, engine: FakeEngine
 ) -> None:
-    wanted = request("a").model_copy(update={"loras": [LoraWeight(name="pirate")]})
     with pytest.raises(ModelNotFoundError, match="pirate"):
-        await events_of(service, wanted)
+        await events_of(service, request("a", loras=("pirate",)))
     assert not engine.requests
+
+
+async def test_adapters_reach_the_engine_with_their_scales(engine: FakeEngine, adapters: Path) -> None:
+    service = await with_adapters(engine, adapters)
+    for loras in ((), ("plain",), ("plain", "pirate")):
+        await events_of(service, request("a", loras=loras))
+    wanted = request("a").model_copy(update={"loras": [LoraWeight(name="plain", scale=0.5)]})
+    await events_of(service, wanted)
+    assert engine.requested_loras == [(), (("plain", 1.0),), (("plain", 1.0), ("pirate", 1.0)), (("plain", 0.5),)]
+
+
+async def test_a_chat_is_rendered_by_the_adapters_own_template_and_ends_where_it_says(
+    engine: FakeEngine, adapters: Path
+) -> None:
+    service = await with_adapters(engine, adapters)
+    hi = chat(("user", "hi"))
+    await events_of(service, request(hi, loras=("pirate",), stop_token_ids=[3]))
+    await events_of(service, request(hi, loras=("pirate",), stop_token_ids=[3], ignore_eos=True))
+    await events_of(service, request(hi, loras=("plain",)))
+    await events_of(service, request(hi))
+    assert [bytes(token_ids) for _, token_ids, _ in engine.requests] == [
+        b"Arr, hi",
+        b"Arr, hi",
+        b"user: hi\nassistant: ",
+        b"user: hi\nassistant: ",
+    ]
+    assert [sampling.stop_token_ids for _, _, sampling in engine.requests] == [(3, ord("!")), (3,), (), ()]
+
+
+async def test_an_adapter_may_bring_a_template_to_a_base_without(engine: FakeEngine, adapters: Path) -> None:
+    service = WorkerService(engine, make_plan(chat=False), "fake", adapter_root=adapters)
+    await service.variants.add(AddVariantRequest(name="pirate", parent="fake", path="pirate"))
+    await events_of(service, request(chat(("user", "hi")), loras=("pirate",)))
+    with pytest.raises(InvalidRequestError, match="--chat-template"):
+        await events_of(service, request(chat(("user", "hi"))))
 
 
 async def test_another_models_name_is_refused(service: WorkerService) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -13,7 +14,7 @@ from controller.protocol import GENERATE_EVENT
 from model_worker import worker as worker_module
 from model_worker.config import WorkerConfig, parse_config
 from model_worker.worker import Worker, bind, reachable_url
-from registry.errors import InvalidRequestError, PermissionDeniedError
+from registry.errors import CheckpointError, InvalidRequestError, PermissionDeniedError
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_controller import FakeController
 from tests.fakes.fake_engine import FakeEngine
@@ -82,6 +83,42 @@ async def test_serves_and_registers(engine: FakeEngine, controller: FakeControll
         assert registration.url == running.url
         assert [model.name for model in registration.models] == ["fake"]
         assert await running.generate("ab") == (200, ["prompt", "delta", "delta", "done"])
+
+
+async def test_adapters_of_the_command_line_are_there_before_the_worker_registers(
+    engine: FakeEngine, controller: FakeController, tmp_path: Path
+) -> None:
+    config = make_config(controller.url, "--lora", f"poet={tmp_path}", "--lora", f"pirate={tmp_path},pin")
+    engine.loras.gate.clear()
+    running = Running(engine, config)
+    lines: list[str] = []
+    task = asyncio.create_task(running.worker.run(lines.append))
+    try:
+        await asyncio.sleep(0.05)
+        assert controller.calls == []
+        engine.loras.gate.set()
+        await until(lambda: controller.variants)
+        (registration,) = controller.workers.values()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert registration.variants == controller.variants
+    assert [(v.name, v.parent, v.state, v.from_command_line) for v in registration.variants] == [
+        ("poet", "fake", "in_host_memory", True),
+        ("pirate", "fake", "active", True),
+    ]
+    assert [line.split(":")[0] for line in lines] == ["Adapter poet", "Adapter pirate"]
+
+
+async def test_a_bad_adapter_of_the_command_line_stops_the_start(
+    engine: FakeEngine, controller: FakeController, tmp_path: Path
+) -> None:
+    engine.loras.refuse_with = CheckpointError("It holds NaN.")
+    running = Running(engine, make_config(controller.url, "--lora", f"pirate={tmp_path}"))
+    with pytest.raises(CheckpointError, match=r"--lora pirate=.*: It holds NaN\."):
+        await running.worker.run()
+    assert controller.calls == []
+    assert not engine.started
 
 
 async def test_sigterm_drains_then_leaves_and_exits_with_0(engine: FakeEngine, controller: FakeController) -> None:

@@ -1,0 +1,241 @@
+"""The adapters of one worker as its outside sees them: where they come from, how they are prompted, their states."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from adapters.chat_template import ChatTemplate
+from adapters.load_plan import LoadPlan
+from adapters.prompt_format import PromptFormat, read_prompt_format
+from adapters.tokenizer import Tokenizer
+from controller.protocol import AddVariantRequest, VariantStatus
+from model_worker.adapter_root import AdapterRoot
+from model_worker.config import GivenAdapter
+from model_worker.engine.lora import variant_status
+from registry.errors import (
+    InternalError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PermissionDeniedError,
+    RootgraftError,
+)
+from registry.names import is_name
+
+REPORT_TIMEOUT_S = 0.5
+"""How long a report of all adapters waits for the end of a step; a heartbeat must not come late."""
+
+Change = Callable[[str], Awaitable[variant_status.VariantStatus]]
+
+
+class EngineLoras(Protocol):
+    """What the worker needs of an engine's adapters; `AsyncLLMEngine.loras` is the one.
+
+    Every method raises RootgraftError when it refuses, and then nothing has changed.
+    """
+
+    async def add(
+        self, name: str, path: Path, *, parent: str, pinned: bool, from_command_line: bool
+    ) -> variant_status.VariantStatus: ...
+    async def remove(self, name: str) -> variant_status.VariantStatus: ...
+    async def pin(self, name: str) -> variant_status.VariantStatus: ...
+    async def unpin(self, name: str) -> variant_status.VariantStatus: ...
+    async def activate(self, name: str) -> variant_status.VariantStatus: ...
+    async def evict(self, name: str) -> variant_status.VariantStatus: ...
+    async def list(self) -> list[variant_status.VariantStatus]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    prompts: PromptFormat
+    from_command_line: bool
+
+
+class Variants:
+    """Adds, removes and lists the adapters of one base model.
+
+    Args:
+        parent: public name of the base model.
+        root: below which adapters that are named over HTTP must be.
+        with_templates: adapters' own chat templates are used; False: the operator chose one for all.
+    """
+
+    def __init__(
+        self,
+        engine: EngineLoras,
+        plan: LoadPlan,
+        tokenizer: Tokenizer,
+        *,
+        parent: str,
+        root: AdapterRoot,
+        with_templates: bool,
+    ) -> None:
+        self._engine = engine
+        self._plan = plan
+        self._tokenizer = tokenizer
+        self._parent = parent
+        self._root = root
+        self._with_templates = with_templates
+        self._adapters: dict[str, _Adapter] = {}
+        self._messages: dict[variant_status.VariantStatus, VariantStatus] = {}  # those of the last report
+        self._used = False  # there is an adapter, or was one
+        self._changing = asyncio.Lock()  # adding and removing take turns, so that both sides keep the same names
+
+    # ------------------------------------------------------------------------------------------ operators
+
+    async def load(self, given: Sequence[GivenAdapter], report: Callable[[str], None]) -> None:
+        """Load the adapters of the command line, and activate those that are pinned.
+
+        Raises:
+            RootgraftError: one of them is refused; the message names it.
+        """
+        for adapter in given:
+            start_s = time.perf_counter()
+            try:
+                self._check_name(adapter.name)
+                path = adapter.path.resolve()
+                status = await self._add(adapter.name, path, pinned=adapter.pinned, from_command_line=True)
+                if adapter.pinned:
+                    status = await self._message(self._engine.activate(adapter.name))
+            except RootgraftError as error:
+                raise type(error)(f"--lora {adapter.name}={adapter.path}: {error.message}") from error
+            mib = max(status.host_bytes, status.active_bytes) / 2**20
+            state = "pinned" if status.pinned else status.state.replace("_", " ")
+            seconds = time.perf_counter() - start_s
+            report(f"Adapter {status.name}: rank {status.rank}, {mib:.1f} MiB, {seconds:.2f} s, {state}.")
+
+    async def add(self, request: AddVariantRequest) -> VariantStatus:
+        """Read an adapter below the root and serve it. An adapter that is refused leaves nothing behind.
+
+        Raises:
+            RootgraftError: why it is refused.
+        """
+        self._check_parent(request.parent)
+        self._check_name(request.name)
+        known = self._adapters.get(request.name)
+        if known is not None and known.from_command_line:
+            raise PermissionDeniedError(
+                f"This worker has {request.name} from its command line (--lora); choose another name, or start the "
+                "worker without it.",
+                param="name",
+            )
+        path = await asyncio.to_thread(self._root.find, request.path)
+        return await self._add(request.name, path, pinned=request.pinned, from_command_line=False)
+
+    async def remove(self, name: str) -> VariantStatus:
+        """Serve it no more; requests that have it already go on."""
+        async with self._changing:
+            if self._known(name).from_command_line:
+                raise PermissionDeniedError(
+                    f"This worker has {name} from its command line (--lora); start it without that to remove it.",
+                    param="name",
+                )
+            status = await self._message(self._engine.remove(name))
+            del self._adapters[name]
+            return status
+
+    async def pin(self, name: str) -> VariantStatus:
+        return await self._change(self._engine.pin, name)
+
+    async def unpin(self, name: str) -> VariantStatus:
+        return await self._change(self._engine.unpin, name)
+
+    async def activate(self, name: str) -> VariantStatus:
+        return await self._change(self._engine.activate, name)
+
+    async def evict(self, name: str) -> VariantStatus:
+        return await self._change(self._engine.evict, name)
+
+    async def statuses(self) -> list[VariantStatus]:
+        """Of all adapters that have a name, or had one and still have requests.
+
+        Raises:
+            InternalError: the engine has died.
+        """
+        if not self._used:
+            return []
+        messages = {status: self._messages.get(status) for status in await self._engine.list()}
+        self._messages = {status: message or _to_message(status) for status, message in messages.items()}
+        return list(self._messages.values())
+
+    async def report(self) -> list[VariantStatus]:
+        """As `statuses`, but those of the last time when the engine is in the middle of a long step, or has died."""
+        with suppress(TimeoutError, InternalError):
+            async with asyncio.timeout(REPORT_TIMEOUT_S):
+                return await self.statuses()
+        return list(self._messages.values())
+
+    # ------------------------------------------------------------------------------------------ requests
+
+    def prompt_format(self, names: Iterable[str]) -> PromptFormat:
+        """How a request is prompted that names these adapters together.
+
+        Raises:
+            ModelNotFoundError: one is not there.
+            InvalidRequestError: their chat templates differ.
+        """
+        formats = {name: self._known(name).prompts for name in names}
+        templates: dict[tuple[str, ...], ChatTemplate] = {}  # by what decides the text
+        for prompts in formats.values():
+            if (template := prompts.chat_template) is not None:
+                templates[template.source, *template.special_tokens.values()] = template
+        if len(templates) > 1:
+            raise InvalidRequestError(
+                f"{', '.join(formats)} have different chat templates, so no prompt suits them all; start the worker "
+                "with --chat-template to choose one for all of them.",
+                param="loras",
+            )
+        stop = {token_id for prompts in formats.values() for token_id in prompts.stop_token_ids}
+        return PromptFormat(next(iter(templates.values()), None), tuple(sorted(stop)))
+
+    # ------------------------------------------------------------------------------------------ internal
+
+    async def _add(self, name: str, path: Path, *, pinned: bool, from_command_line: bool) -> VariantStatus:
+        async with self._changing:
+            prompts = await asyncio.to_thread(
+                read_prompt_format, path, self._plan, self._tokenizer, with_template=self._with_templates
+            )
+            status = await self._message(
+                self._engine.add(name, path, parent=self._parent, pinned=pinned, from_command_line=from_command_line)
+            )
+            self._adapters[name] = _Adapter(prompts, from_command_line)
+            self._used = True
+            return status
+
+    async def _change(self, change: Change, name: str) -> VariantStatus:
+        self._known(name)
+        return await self._message(change(name))
+
+    @staticmethod
+    async def _message(change: Awaitable[variant_status.VariantStatus]) -> VariantStatus:
+        return _to_message(await change)
+
+    def _known(self, name: str) -> _Adapter:
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            raise ModelNotFoundError(
+                f"This worker has no adapter {name}; GET /v1/models lists what is served.", param="model"
+            )
+        return adapter
+
+    def _check_parent(self, parent: str) -> None:
+        if parent != self._parent:
+            raise ModelNotFoundError(f"This worker serves {self._parent}, not {parent}.", param="parent")
+
+    def _check_name(self, name: str) -> None:
+        if not is_name(name):
+            raise InvalidRequestError(
+                f"{name!r} is no name for an adapter; take letters, digits and . _ - in segments joined by /.",
+                param="name",
+            )
+        if name == self._parent:
+            raise InvalidRequestError(f"{name} is the base model's own name; choose another.", param="name")
+
+
+def _to_message(status: variant_status.VariantStatus) -> VariantStatus:
+    return VariantStatus.model_validate(status, from_attributes=True)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.prompt_format import PromptFormat, read_prompt_format
+from registry.errors import CheckpointError, UnsupportedModelError
+from tests.fakes.byte_tokenizer import EOS_TOKEN_ID, ByteTokenizer
+from tests.fakes.load_plans import make_plan
+
+PIRATE = "{% for message in messages %}Arr, {{ message.content }}{{ eos_token }}{% endfor %}"
+
+
+def write(directory: Path, **files: Any) -> None:
+    """Each file by its name without suffix: a template as text, others as JSON."""
+    for name, content in files.items():
+        is_template = name == "chat_template"
+        text = content if is_template else json.dumps(content, indent=2)
+        (directory / f"{name}.{'jinja' if is_template else 'json'}").write_text(text)
+
+
+def read(directory: Path, **options: bool) -> PromptFormat:
+    return read_prompt_format(directory, make_plan(), ByteTokenizer(), **options)
+
+
+def test_an_adapter_without_tokenizer_files_is_prompted_like_its_base(tmp_path: Path) -> None:
+    write(tmp_path, adapter_config={})
+    assert read(tmp_path) == PromptFormat()
+
+
+@pytest.mark.parametrize("where", ["chat_template", "tokenizer_config"])
+def test_a_template_of_its_own_with_its_own_special_tokens(tmp_path: Path, where: str) -> None:
+    config = {"eos_token": {"content": "a"}}
+    if where == "chat_template":
+        write(tmp_path, chat_template=PIRATE, tokenizer_config=config)
+    else:
+        write(tmp_path, tokenizer_config=config | {"chat_template": PIRATE})
+    found = read(tmp_path)
+    assert found.chat_template is not None
+    assert found.chat_template.render([{"role": "user", "content": "ahoy"}]) == "Arr, ahoya"
+    assert found.stop_token_ids == (ord("a"),)
+
+
+def test_the_bases_special_tokens_are_there_for_a_template_that_comes_alone(tmp_path: Path) -> None:
+    write(tmp_path, chat_template=PIRATE)
+    found = read(tmp_path)
+    assert found.chat_template is not None
+    assert found.chat_template.render([{"role": "user", "content": "ahoy"}]) == "Arr, ahoy</s>"
+    assert found.stop_token_ids == ()
+
+
+def test_an_end_that_is_the_bases_is_not_said_again(tmp_path: Path) -> None:
+    write(tmp_path, tokenizer_config={"eos_token": "</s>"})
+    assert EOS_TOKEN_ID in make_plan().stop_token_ids
+    assert read(tmp_path).stop_token_ids == ()
+
+
+def test_a_template_that_another_replaces_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, chat_template="{% if %}", tokenizer_config={"eos_token": "b"})
+    with pytest.raises(CheckpointError, match="--chat-template"):
+        read(tmp_path)
+    assert read(tmp_path, with_template=False) == PromptFormat(None, (ord("b"),))
+
+
+NEW = {"content": "<pirate>", "special": True}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": {"<pirate>": 258}},
+        {"tokenizer_config": {"added_tokens_decoder": {"258": NEW}}},
+        {"tokenizer": {"version": "1.0", "added_tokens": [{"id": 258, **NEW}], "model": {"vocab": {}}}},
+        {"added_tokens": {"</s>": 256}},
+    ],
+)
+def test_tokens_that_the_base_has_not_are_refused(tmp_path: Path, files: dict[str, Any]) -> None:
+    write(tmp_path, **files)
+    with pytest.raises(UnsupportedModelError, match="which the base model has not"):
+        read(tmp_path)
+
+
+def test_tokens_of_the_base_and_padding_are_nothing_new(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        added_tokens={"<s>": 256, "[PAD]": 258},
+        tokenizer_config={"pad_token": "[PAD]", "added_tokens_decoder": {"257": {"content": "</s>"}}},
+    )
+    ByteTokenizer().backend.save(str(tmp_path / "tokenizer.json"))
+    assert read(tmp_path) == PromptFormat()
+
+
+def test_an_end_that_is_no_token_of_the_base_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, tokenizer_config={"eos_token": "<over>"})
+    with pytest.raises(UnsupportedModelError, match="eos_token"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"added_tokens": [', '{"added_tokens": [{"id": 1, ]'])
+def test_damaged_files_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(CheckpointError):
+        read(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        read(tmp_path)
