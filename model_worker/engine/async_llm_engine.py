@@ -97,7 +97,6 @@ class AsyncLLMEngine:
         request_id: str,
         prompt_token_ids: list[int],
         sampling: SamplingParams,
-        *,
         loras: Sequence[LoraWeight] = (),
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the news of one request until it is finished. Closing the generator cancels the request.

@@ -15,7 +15,7 @@ from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.detokenizer import IncrementalDetokenizer
 from model_worker.engine.executor import Executor
-from model_worker.engine.lora.engine_loras import make_lora_manager
+from model_worker.engine.lora.adapters_of_model import make_lora_manager
 from model_worker.engine.lora.lora_manager import LoraManager
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.model_runner import ModelRunner
@@ -149,7 +149,7 @@ class LLMEngine:
             stop_token_ids=plan.stop_token_ids,
             max_model_len=plan.max_model_len,
             variant_digest=variant_digest,
-            loras=make_lora_manager(config.lora, runner.model),
+            loras=make_lora_manager(config.lora, runner.model, base_digest=variant_digest),
             profiler=profiler,
         )
 

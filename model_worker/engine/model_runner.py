@@ -23,6 +23,9 @@ from model_worker.engine.kv_cache import (
 from model_worker.engine.layer_groups import group_layers
 from model_worker.engine.load_report import LoadReport
 from model_worker.engine.loader import NativeRoute, load_model
+from model_worker.engine.lora.bound_variant import VariantHost
+from model_worker.engine.lora.row_segments import segments_of_rows, segments_of_step
+from model_worker.engine.lora.variant import Variant
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
 from model_worker.engine.ops.paged_attention import AttentionMetadata
 from model_worker.engine.outputs import TokenLogprobs
@@ -158,6 +161,7 @@ class ModelRunner:
         hidden = self._forward(output.scheduled)  # [T, hidden]
         sampled: list[SampledRow] = []
         rows: list[int] = []  # of `hidden`, one for each of `sampled`
+        variants: list[Variant | None] = []  # of these rows
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         start = 0
         for item in output.scheduled:
@@ -168,13 +172,14 @@ class ModelRunner:
             for num in range(1, len(item.drafts) + 1):
                 sampled.append(DraftedSequence(item.sequence, item.drafts[:num]))
                 rows.append(last + num)
+            variants += [item.sequence.variant] * (len(rows) - len(variants))
             if item.sequence.sampling.prompt_logprobs is not None:
                 prompt_logprobs[item.sequence.seq_id] = self._prompt_logprobs(item, hidden[start:end])
             start = end
         if not sampled:
             return StepResult((), prompt_logprobs, swap_s)
         with self.profiler.span("logits", rows=len(rows)):
-            logits = self._logits(hidden, rows)
+            logits = self._logits(hidden, rows, variants)
         with self.profiler.span("sample", rows=len(rows)):
             samples = self._sampler.sample(logits, sampled)
         return StepResult(tuple(samples), prompt_logprobs, swap_s)
@@ -198,12 +203,14 @@ class ModelRunner:
                 self._tables_of_group(scheduled, group, metadata) for group in range(1, len(self.groups))
             )
         context.metadata, context.slot_mapping = metadata, slot_mapping
+        context.variants = segments_of_step(scheduled)
         try:
             with self.profiler.span("forward", rows=len(input_ids)):
                 return self.model(input_ids, metadata.positions)
         finally:
             context.metadata = context.slot_mapping = None
             context.further_groups = ()
+            context.variants = ()
 
     def _batch(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata, Tensor]:
         """Token ids [T], what attention needs to know of them, and the KV cache slot [T] of each."""
@@ -260,16 +267,25 @@ class ModelRunner:
             tables[row, :num] = item.sequence.block_tables[group][:num]
         return torch.from_numpy(tables).to(self.device)
 
-    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+    def _logits(self, hidden: Tensor, rows: list[int], variants: list[Variant | None]) -> Tensor:
         """hidden [T, hidden] -> [len(rows), vocab]; equal rows are computed once and then repeated."""
-        unique = list(dict.fromkeys(rows))
+        variant_of = dict(zip(rows, variants, strict=True))
+        unique = list(variant_of)
         if len(unique) != len(hidden):
             hidden = hidden[torch.tensor(unique, device=self.device)]
-        logits = self.model.logits(hidden)
+        logits = self._head(hidden, list(variant_of.values()))
         if len(unique) == len(rows):
             return logits
         place = {row: i for i, row in enumerate(unique)}
         return logits[torch.tensor([place[row] for row in rows], device=self.device)]
+
+    def _head(self, hidden: Tensor, variants: SequenceOf[Variant | None]) -> Tensor:
+        """hidden [R, hidden], the variants of its rows -> [R, vocab]"""
+        segments = segments_of_rows(variants)
+        if not segments:
+            return self.model.logits(hidden)
+        assert isinstance(self.model, VariantHost)
+        return self.model.logits(hidden, segments)
 
     def _prompt_logprobs(self, item: ScheduledSequence, hidden: Tensor) -> list[TokenLogprobs]:
         """Logprobs of the prompt's tokens after each of the item's positions; hidden [num_tokens, hidden]."""
@@ -280,7 +296,7 @@ class ModelRunner:
         found: list[TokenLogprobs] = []
         for start in range(0, len(targets), _LOGPROB_ROWS):
             piece = targets[start : start + _LOGPROB_ROWS]
-            logits = self.model.logits(hidden[start : start + len(piece)])
+            logits = self._head(hidden[start : start + len(piece)], [sequence.variant] * len(piece))
             found += self._sampler.prompt_logprobs(logits, piece, num_top)
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -32,6 +32,7 @@ VariantSegments = tuple[VariantSegment, ...]
 """In ascending order, without overlap."""
 
 
+@runtime_checkable
 class VariantHost(Protocol):
     """A model whose rows can use variants. `context.variants` names the rows of the next call that do."""
 
