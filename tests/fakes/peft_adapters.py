@@ -77,9 +77,11 @@ def merged_model(model: PreTrainedModel, terms: VariantTerms) -> PreTrainedModel
         for name, linear in terms.linears.items():
             module = merged.get_submodule(name)
             transposed = shapes.linears[name].transposed
-            weight, bias = merge_linear(module.weight.T if transposed else module.weight, module.bias, linear)
+            old_bias = getattr(module, "bias", None)
+            weight, bias = merge_linear(module.weight.T if transposed else module.weight, old_bias, linear)
             module.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
-            module.bias = None if bias is None else nn.Parameter(bias)
+            if bias is not None:
+                module.bias = nn.Parameter(bias)
         for name, experts in terms.experts.items():
             transposed = shapes.experts[name].transposed
             parameter = merged.get_parameter(name)
