@@ -1,4 +1,4 @@
-"""`python -m controller`: serve; `python -m controller keys create | list | revoke`: manage API keys."""
+"""`python -m controller`: serve; with `keys` or `variants`: manage the API keys or the variants of the catalog."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from controller.auth import keys_required
 from controller.config import ControllerConfig
 from controller.keys import create_key, list_keys, revoke_key
 from controller.server import serve
 from controller.trusted_networks import is_loopback
+from controller.variants.commands import add_variant, list_variants, pin_variant, remove_variant
 from registry.catalog import Catalog
 from registry.errors import RootgraftError
 from registry.flags import add_flags, config_from_args
 from registry.paths import default_database_url
 
 logger = logging.getLogger(__name__)
+
+_Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 TOKEN_VARIABLE = "ROOTGRAFT_WORKER_TOKEN"
 
@@ -40,9 +44,30 @@ def create_parser() -> argparse.ArgumentParser:
     listing = actions.add_parser("list", help="print id, name, kind and state of each key")
     revoke = actions.add_parser("revoke", help="make a key invalid, within seconds")
     revoke.add_argument("id", help="the key's id, as `list` prints it")
-    for action in (create, listing, revoke):
+    for action in (create, listing, revoke, *_add_variant_actions(commands)):
         action.add_argument("--database", default=argparse.SUPPRESS, help="SQLAlchemy URL of the catalog")
     return parser
+
+
+def _add_variant_actions(commands: _Subparsers) -> list[argparse.ArgumentParser]:
+    about = "Manage the variants (LoRA adapters) that all workers of their base model should have."
+    variants = commands.add_parser("variants", help="manage variants", description=about)
+    actions = variants.add_subparsers(dest="action", metavar="ACTION", required=True)
+    add = actions.add_parser("add", help="want a variant; running controllers and workers follow within seconds")
+    add.add_argument("name", help="public name, as clients give it in `model`")
+    add.add_argument("--parent", required=True, help="name of its base model")
+    add.add_argument("--path", required=True, help="the adapter's directory, below the workers' --adapter-root")
+    add.add_argument("--pin", action="store_true", help="keep it ready to be used at once")
+    add.add_argument("--replace", action="store_true", help="a variant of that name may be there; it is replaced")
+    listing = actions.add_parser("list", help="print name, base model, pin, digest and path of each variant")
+    named = [
+        actions.add_parser("pin", help="keep it ready to be used at once"),
+        actions.add_parser("unpin", help="let it be evicted again"),
+        actions.add_parser("remove", help="want it no longer; its files stay"),
+    ]
+    for action in named:
+        action.add_argument("name", help="public name of the variant")
+    return [add, listing, *named]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if args.command == "keys":
                 _manage_keys(args, catalog)
+            elif args.command == "variants":
+                _manage_variants(args, catalog)
             else:
                 _serve(config, catalog)
         finally:
@@ -72,6 +99,20 @@ def _manage_keys(args: argparse.Namespace, catalog: Catalog) -> None:
                 print(line)
         case "revoke":
             revoke_key(catalog, args.id)
+
+
+def _manage_variants(args: argparse.Namespace, catalog: Catalog) -> None:
+    match args.action:
+        case "add":
+            pinned, replace = args.pin, args.replace
+            add_variant(catalog, args.name, parent=args.parent, path=args.path, pinned=pinned, replace=replace)
+        case "list":
+            for line in list_variants(catalog):
+                print(line)
+        case "pin" | "unpin":
+            pin_variant(catalog, args.name, args.action == "pin")
+        case "remove":
+            remove_variant(catalog, args.name)
 
 
 def _serve(config: ControllerConfig, catalog: Catalog) -> None:

@@ -24,6 +24,7 @@ from controller.limits import ConcurrencyLimits, LimitsMiddleware
 from controller.metrics import Metrics
 from controller.routing import create_policy
 from controller.scrape import WorkerCollector, fetch_stats
+from controller.scrape_variants import VariantCollector
 from controller.served_names import ServedNames
 from controller.state import ControllerState
 from controller.trusted_networks import TrustedNetworks, is_loopback
@@ -109,8 +110,9 @@ def create_app(
     @app.get("/metrics", tags=["operations"])
     async def metrics() -> Response:
         """Prometheus' text format; the workers are asked for their counts now."""
-        collector = WorkerCollector(await fetch_stats(state.workers, client))
-        return Response(state.metrics.render(collector), media_type="text/plain; version=0.0.4; charset=utf-8")
+        workers = WorkerCollector(await fetch_stats(state.workers, client))
+        variants = VariantCollector(tuple(state.workers), wall_clock=time.time)
+        return Response(state.metrics.render(workers, variants), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import getpass
 from collections.abc import Iterator
 
+from controller.cli_actor import cli_actor
 from registry.catalog import Catalog
 
 
 def create_key(catalog: Catalog, name: str, *, admin: bool) -> str:
     """Make a key and return its text, which cannot be had again. Raises InvalidRequestError on a bad name."""
-    _, plaintext = catalog.create_api_key(name, role="admin" if admin else "user", actor=_actor())
+    _, plaintext = catalog.create_api_key(name, role="admin" if admin else "user", actor=cli_actor())
     return plaintext
 
 
@@ -24,11 +24,4 @@ def list_keys(catalog: Catalog) -> Iterator[str]:
 
 def revoke_key(catalog: Catalog, key_id: str) -> None:
     """Make a key invalid. Raises InvalidRequestError when there is none of that id."""
-    catalog.revoke_api_key(key_id, actor=_actor())
-
-
-def _actor() -> str:
-    try:
-        return f"cli:{getpass.getuser()}"
-    except (KeyError, OSError):  # a user id without a name, as in some containers
-        return "cli:unknown"
+    catalog.revoke_api_key(key_id, actor=cli_actor())

@@ -20,6 +20,9 @@ _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 6
 _INTER_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LATENCY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 900.0)
 
+MAX_MODEL_LABELS = 256  # values of the label `model`: models, aliases and variants, as clients name them
+OTHER_MODELS = "_other"  # what the names beyond that count under; no name begins with an underscore
+
 CLIENT_CLOSED = 499  # the status under which a request counts whose client went away first
 
 
@@ -32,6 +35,7 @@ class Metrics:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
+        self._models: set[str] = set()
         self._registry = CollectorRegistry()
         registry = self._registry
         self.requests = Counter(
@@ -64,6 +68,13 @@ class Metrics:
     def start_request(self, route: str) -> RequestObserver:
         """Begin to observe a request; `route` is the path of its route, not what the client wrote."""
         return RequestObserver(self, route)
+
+    def model_label(self, model: str) -> str:
+        """The value of the label `model`: there may be thousands of variants, and each has dozens of time series."""
+        if model not in self._models and len(self._models) >= MAX_MODEL_LABELS:
+            return OTHER_MODELS
+        self._models.add(model)
+        return model
 
     def reject(self, status: int) -> None:
         self.rejected.labels(str(status)).inc()
@@ -113,9 +124,12 @@ class RequestObserver:
         metrics.in_flight.labels(route).inc()
 
     def set_model(self, model: str) -> None:
-        """Name the model for the labels. Call it with names that exist only, or clients could make labels at will."""
-        self._model = model
-        self._inter_token = self._metrics.inter_token.labels(model)
+        """Name the model or variant for the labels. Call it with names that exist only.
+
+        A request with `loras` counts under its base model; what each adapter of it did, the workers count.
+        """
+        self._model = self._metrics.model_label(model)
+        self._inter_token = self._metrics.inter_token.labels(self._model)
 
     def delta(self, index: int, num_tokens: int) -> None:
         """`num_tokens` tokens of choice `index` have arrived."""

@@ -112,6 +112,7 @@ class WorkerStats(Message):
     kv_blocks_used: int = 0  # held by requests; blocks kept only for the prefix cache are free
     kv_blocks_total: int = 0
     draining: bool = False
+    max_loras: int = 0  # most variants that are active at once; 0: it takes none
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     draft_tokens_total: int = 0  # guessed by speculative decoding, and computed on trial

@@ -63,10 +63,34 @@ def test_keys_are_made_listed_and_revoked(database: str, capsys: pytest.CaptureF
     assert secret not in first
 
 
+def test_variants_are_added_listed_pinned_and_removed(database: str, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--database", database]
+    with Catalog.open(database) as catalog:
+        catalog.upsert_model("base", family="llama", digest=f"sha256:{'1' * 64}", path="/m", actor="test")
+    add = ["variants", "add", "team/sql", "--parent", "base", "--path"]
+    assert main([*add, "sql", "--pin", *where]) == 0
+    assert main([*add, "sql-2", *where]) == 1
+    assert "there is a variant team/sql already" in capsys.readouterr().err
+    assert main([*add, "sql-2", "--replace", *where]) == 0
+    assert main(["variants", "list", *where]) == 0
+    assert capsys.readouterr().out.split() == ["team/sql", "base", "-", "not", "read", "yet", "sql-2"]
+    for verb, pinned in (("pin", True), ("unpin", False)):
+        assert main(["variants", verb, "team/sql", *where]) == 0
+        with Catalog.open(database) as catalog:
+            assert catalog.get_variant("team/sql").pinned is pinned
+            assert catalog.audit_entries(limit=1)[0].actor.startswith("cli:")
+    assert main(["variants", "remove", "team/sql", *where]) == 0
+    with Catalog.open(database) as catalog:
+        assert catalog.list_variants() == []
+
+
 @pytest.mark.parametrize(
     "args",
     [
         ["keys", "revoke", "key_nope"],
+        ["variants", "add", "a", "--parent", "none", "--path", "a"],
+        ["variants", "pin", "none"],
+        ["variants", "remove", "none"],
         ["keys", "create", "--name", ""],
         ["--trusted-workers", "nonsense", "--port", "0"],
         ["--missed-heartbeats", "0"],
@@ -81,7 +105,9 @@ def test_mistakes_get_one_line(args: list[str], database: str, capsys: pytest.Ca
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["keys", "--help"], ["keys", "create", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["keys", "--help"], ["keys", "create", "--help"], ["variants", "add", "--help"]]
+)
 def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(argv)
