@@ -82,6 +82,7 @@ class Variants:
         self._root = root
         self._with_templates = with_templates
         self._adapters: dict[str, _Adapter] = {}
+        self._given_paths: dict[str, str] = {}  # by the path that the engine reads
         self._messages: dict[variant_status.VariantStatus, VariantStatus] = {}  # those of the last report
         self._used = False  # there is an adapter, or was one
         self._changing = asyncio.Lock()  # adding and removing take turns, so that both sides keep the same names
@@ -98,8 +99,13 @@ class Variants:
             start_s = time.perf_counter()
             try:
                 self._check_name(adapter.name)
-                path = adapter.path.resolve()
-                status = await self._add(adapter.name, path, pinned=adapter.pinned, from_command_line=True)
+                status = await self._add(
+                    adapter.name,
+                    adapter.path.resolve(),
+                    str(adapter.path),
+                    pinned=adapter.pinned,
+                    from_command_line=True,
+                )
                 if adapter.pinned:
                     status = await self._message(self._engine.activate(adapter.name))
             except RootgraftError as error:
@@ -125,7 +131,7 @@ class Variants:
                 param="name",
             )
         path = await asyncio.to_thread(self._root.find, request.path)
-        return await self._add(request.name, path, pinned=request.pinned, from_command_line=False)
+        return await self._add(request.name, path, request.path, pinned=request.pinned, from_command_line=False)
 
     async def remove(self, name: str) -> VariantStatus:
         """Serve it no more; requests that have it already go on."""
@@ -160,7 +166,7 @@ class Variants:
         if not self._used:
             return []
         messages = {status: self._messages.get(status) for status in await self._engine.list()}
-        self._messages = {status: message or _to_message(status) for status, message in messages.items()}
+        self._messages = {status: message or self._to_message(status) for status, message in messages.items()}
         return list(self._messages.values())
 
     async def report(self) -> list[VariantStatus]:
@@ -195,8 +201,11 @@ class Variants:
 
     # ------------------------------------------------------------------------------------------ internal
 
-    async def _add(self, name: str, path: Path, *, pinned: bool, from_command_line: bool) -> VariantStatus:
+    async def _add(
+        self, name: str, path: Path, given_path: str, *, pinned: bool, from_command_line: bool
+    ) -> VariantStatus:
         async with self._changing:
+            self._given_paths[str(path)] = given_path
             prompts = await asyncio.to_thread(
                 read_prompt_format, path, self._plan, self._tokenizer, with_template=self._with_templates
             )
@@ -211,9 +220,12 @@ class Variants:
         self._known(name)
         return await self._message(change(name))
 
-    @staticmethod
-    async def _message(change: Awaitable[variant_status.VariantStatus]) -> VariantStatus:
-        return _to_message(await change)
+    async def _message(self, change: Awaitable[variant_status.VariantStatus]) -> VariantStatus:
+        return self._to_message(await change)
+
+    def _to_message(self, status: variant_status.VariantStatus) -> VariantStatus:
+        message = VariantStatus.model_validate(status, from_attributes=True)
+        return message.model_copy(update={"path": self._given_paths[status.path]})
 
     def _known(self, name: str) -> _Adapter:
         adapter = self._adapters.get(name)
@@ -235,7 +247,3 @@ class Variants:
             )
         if name == self._parent:
             raise InvalidRequestError(f"{name} is the base model's own name; choose another.", param="name")
-
-
-def _to_message(status: variant_status.VariantStatus) -> VariantStatus:
-    return VariantStatus.model_validate(status, from_attributes=True)
