@@ -1,0 +1,52 @@
+"""The rows of a step by segments, and in tiles for kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FEW_ROWS = 16  # the least that tensor cores multiply: decoding
+_MANY_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SegmentPlan:
+    """Made once for a step.
+
+    Attributes:
+        num_rows: T of the step.
+        bounds: (start, end) of each segment, ascending, without overlap; a segment may be empty.
+        max_rank: no factor of the step has a higher rank; at least 1.
+        tiles: [num_tiles, 3] int32 on the device: segment, first row, number of rows (0: nothing to do); None on CPUs.
+        tile_rows: most rows of a tile.
+    """
+
+    num_rows: int
+    bounds: tuple[tuple[int, int], ...]
+    max_rank: int
+    tiles: Tensor | None = None
+    tile_rows: int = _FEW_ROWS
+
+    @classmethod
+    def of(
+        cls, bounds: Sequence[tuple[int, int]], *, num_rows: int, max_rank: int, device: torch.device
+    ) -> SegmentPlan:
+        """The plan for a device."""
+        plan = cls(num_rows, tuple(bounds), max(1, max_rank))
+        return plan if device.type == "cpu" else plan.tiled(device)
+
+    def tiled(self, device: torch.device, num_tiles: int | None = None) -> SegmentPlan:
+        """With tiles; with `num_tiles`, filled up to that many, so that plans of one captured graph have one shape."""
+        longest = max((end - start for start, end in self.bounds), default=0)
+        tile_rows = _FEW_ROWS if longest <= _FEW_ROWS else _MANY_ROWS
+        tiles = [
+            (segment, first, min(tile_rows, end - first))
+            for segment, (start, end) in enumerate(self.bounds)
+            for first in range(start, end, tile_rows)
+        ]
+        tiles += [(0, 0, 0)] * ((num_tiles or 0) - len(tiles))
+        tensor = torch.tensor(tiles, dtype=torch.int32).view(-1, 3).to(device, non_blocking=True)
+        return SegmentPlan(self.num_rows, self.bounds, self.max_rank, tensor, tile_rows)
