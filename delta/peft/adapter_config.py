@@ -8,12 +8,12 @@ Source: the configuration classes of PEFT 0.21; docs/formats/peft.md.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from delta.peft.expressions import flaw_of_expression
 from registry.errors import CheckpointError, UnsupportedModelError
 
 CONFIG_FILE = "adapter_config.json"
@@ -300,12 +300,10 @@ class _Fields:
         return tuple(value.items())
 
     def check_expression(self, name: str, expression: str) -> None:
-        try:
-            re.compile(expression)
-        except (re.error, RecursionError, OverflowError) as error:
+        if (flaw := flaw_of_expression(expression)) is not None:
             raise CheckpointError(
-                f"{self.file}: {name} holds {expression!r}, no regular expression ({error})"
-            ) from error
+                f"{self.file}: {name}: {expression[:100]!r} cannot be used, {flaw}; name modules in full"
+            )
 
 
 def _integer(fields: _Fields, name: str, value: object) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from delta.peft.adapter_config import LoraConfig, read_adapter_config
@@ -48,7 +47,10 @@ def read_peft_adapter(directory: Path, base: BaseModel) -> VariantTerms:
 
 
 def _states(*files: Path) -> list[tuple[int, int, int]]:
-    found = [os.stat(file) for file in files]
+    try:
+        found = [file.stat() for file in files]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); load the adapter again") from error
     return [(at.st_ino, at.st_size, at.st_mtime_ns) for at in found]
 
 

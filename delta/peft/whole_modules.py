@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from delta.peft.adapter_config import TargetRules
 from delta.peft.adapter_files import AdapterTensors
@@ -14,6 +15,7 @@ from registry.errors import CheckpointError
 
 _COPY_TOLERANCE = 2**-7
 """Relative; a base that is served in bfloat16 differs by 2**-8 from a copy in float32."""
+_BLOCK_ROWS = 4096
 
 
 def read_whole_modules(
@@ -88,10 +90,15 @@ def _check_copies(
         if name not in tensors:
             continue
         hint = "; an adapter with a vocabulary of another size needs a base of that size"
-        copy = tensors.take(name, shape[::-1] if transposed else shape, hint).float()
-        weight = base.weight(module)
-        if not torch.allclose(copy.T if transposed else copy, weight, rtol=_COPY_TOLERANCE, atol=1e-6):
+        copy = tensors.take(name, shape[::-1] if transposed else shape, hint)
+        if not _is_copy(copy.T if transposed else copy, base.weight(module)):
             raise CheckpointError(
                 f"{tensors.file}: {name} is not the weight of this base, and modules_to_save does not name it. Serve "
                 "the adapter with its own base; if the module was trained, name it in modules_to_save"
             )
+
+
+def _is_copy(copy: Tensor, weight: Tensor) -> bool:
+    """Block by block, since both may be large."""
+    blocks = zip(torch.split(copy, _BLOCK_ROWS), torch.split(weight, _BLOCK_ROWS), strict=True)
+    return all(torch.allclose(ours.float(), theirs, rtol=_COPY_TOLERANCE, atol=1e-6) for ours, theirs in blocks)

@@ -98,6 +98,11 @@ def test_unknown_fields_at_nothing_are_passed_over(tmp_path: Path) -> None:
         {"alpha_pattern": {"q_proj": None}},
         {"target_modules": "("},
         {"target_modules": [1]},
+        {"target_modules": "(a*)*b"},
+        {"target_modules": "((a|b)+){2,}"},
+        {"target_modules": "(a?){50}"},
+        {"target_modules": ".*" * 7 + "x"},
+        {"target_modules": "x" * 5000},
         {"layers_to_transform": ["1"]},
         {"layers_pattern": ["["]},
         {"modules_to_save": [""]},
@@ -107,7 +112,7 @@ def test_unknown_fields_at_nothing_are_passed_over(tmp_path: Path) -> None:
         {"use_dora": True, "lora_bias": True},
     ],
 )
-def test_contradictions_are_refused(fields: dict[str, object], tmp_path: Path) -> None:
+def test_contradictions_and_endless_expressions_are_refused(fields: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         _read(tmp_path, **fields)
 
@@ -118,3 +123,17 @@ def test_what_is_not_json_is_refused(content: bytes, tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
         read_adapter_config(file)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:k_proj|v_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.up_proj)",
+        r"model.language_model.layers.[\d]+.(mlp|self_attn).(up|down|gate|q|k|v|o)_proj",
+        r".*\.(q|v)_proj$",
+        r"(.*\.)?layers\.[*+?]\+\*\?",
+    ],
+)
+def test_expressions_that_people_write_are_read(expression: str, tmp_path: Path) -> None:
+    config = _read(tmp_path, target_modules=expression)
+    assert config.targets.modules == expression
