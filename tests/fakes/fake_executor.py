@@ -1,7 +1,8 @@
 """An executor without a model: it keeps token ids where a model keeps K and V, and reads them back to sample.
 
 The next token is a fixed function of all tokens that the block tables lead to and that the layers of each group can
-see, so a wrong block, a missing copy or a token that was never computed changes the output.
+see, and of the variants that they were computed with, so a wrong block, a missing copy, a token that was never computed
+or another variant's blocks change the output.
 """
 
 from __future__ import annotations
@@ -18,14 +19,23 @@ from registry.errors import RootgraftError
 EVERYTHING = (Visibility(),)
 
 
+Computed = int | tuple[int, str]
+"""A token in the cache, with the digest of the variant that computed it."""
+
+
 def next_token(
-    token_ids: SequenceOf[int], index: int, vocab_size: int, groups: SequenceOf[Visibility] = EVERYTHING
+    token_ids: SequenceOf[int],
+    index: int,
+    vocab_size: int,
+    groups: SequenceOf[Visibility] = EVERYTHING,
+    variant: str | None = None,
 ) -> int:
-    """The token that FakeExecutor samples after `token_ids` for choice `index`."""
-    return _draw([list(token_ids[group.first_visible(len(token_ids) - 1) :]) for group in groups], index, vocab_size)
+    """The token that FakeExecutor samples after `token_ids` for choice `index` of the variant of this digest."""
+    computed = [token_id if variant is None else (token_id, variant) for token_id in token_ids]
+    return _draw([computed[group.first_visible(len(token_ids) - 1) :] for group in groups], index, vocab_size)
 
 
-def _draw(visible: list[list[int]], index: int, vocab_size: int) -> int:
+def _draw(visible: SequenceOf[SequenceOf[Computed]], index: int, vocab_size: int) -> int:
     digest = hashlib.sha256(repr((visible, index)).encode()).digest()
     return int.from_bytes(digest[:8], "big") % vocab_size
 
@@ -52,8 +62,8 @@ class FakeExecutor:
         self.steps: list[SchedulerOutput] = []
         self._before_step = before_step
         self._fail_sample = fail_sample
-        self._memory: dict[tuple[int, int], int] = {}  # (block, offset) to token id
-        self._host_memory: dict[tuple[int, int], int] = {}
+        self._memory: dict[tuple[int, int], Computed] = {}  # by block and offset
+        self._host_memory: dict[tuple[int, int], Computed] = {}
 
     def execute(self, output: SchedulerOutput) -> StepResult:
         self._before_step(output)
@@ -66,7 +76,7 @@ class FakeExecutor:
             assert len(token_ids) == item.num_tokens
             for position, token_id in enumerate(token_ids, item.start):
                 for g in range(len(self.groups)):
-                    self._memory[self._slot(item.sequence, g, position)] = token_id
+                    self._memory[self._slot(item.sequence, g, position)] = _computed(token_id, item.sequence)
         samples: list[SampledToken | RootgraftError] = []
         prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         for item in output.scheduled:
@@ -83,18 +93,21 @@ class FakeExecutor:
                     samples.append(self._fail_sample(sequence) or SampledToken(token_id, None))
         return StepResult(tuple(samples), prompt_logprobs)
 
-    def token_after(self, visible: list[list[int]], index: int) -> int:
+    def token_after(self, visible: list[list[Computed]], index: int) -> int:
         """What choice `index` samples after tokens of which each group sees `visible`."""
         return _draw(visible, index, self.vocab_size)
 
-    def _visible(self, sequence: Sequence, group: int, start: int, end: int) -> list[int]:
+    def _visible(self, sequence: Sequence, group: int, start: int, end: int) -> list[Computed]:
         """Tokens that the last of [start, end) sees; what the others see must be there as well."""
         first_visible = self.groups[group].first_visible
         tokens = [self._memory[self._slot(sequence, group, p)] for p in range(first_visible(start), end)]
         return tokens[first_visible(end - 1) - first_visible(start) :]
 
     def _copy(
-        self, source: dict[tuple[int, int], int], target: dict[tuple[int, int], int], pairs: SequenceOf[tuple[int, int]]
+        self,
+        source: dict[tuple[int, int], Computed],
+        target: dict[tuple[int, int], Computed],
+        pairs: SequenceOf[tuple[int, int]],
     ) -> None:
         """Whole blocks; all are read before any is written, and what a block held before is gone."""
         read = [(b, [source.get((a, offset)) for offset in range(self.block_size)]) for a, b in pairs]
@@ -106,3 +119,10 @@ class FakeExecutor:
 
     def _slot(self, sequence: Sequence, group: int, position: int) -> tuple[int, int]:
         return sequence.block_tables[group][position // self.block_size], position % self.block_size
+
+
+def _computed(token_id: int, sequence: Sequence) -> Computed:
+    if sequence.variant is None:
+        return token_id
+    assert sequence.variant.bound is not None, "it is computed with a variant that is not active"
+    return token_id, sequence.variant.digest

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import SchedulerConfig
+from model_worker.engine.lora.lora_manager import LoraManager
+from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.outputs import FinishReason, SampledToken
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.scheduler import Scheduler
@@ -27,6 +29,8 @@ class SchedulerHarness:
         caching: bool = True,
         num_host_blocks: int = 0,
         groups: tuple[Visibility, ...] = EVERYTHING,
+        loras: LoraManager | None = None,
+        clock: FakeClock | None = None,
         **config: int,
     ) -> None:
         settings_ = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_num_waiting": 100, **config}
@@ -39,22 +43,35 @@ class SchedulerHarness:
             groups=groups,
             max_step_tokens=settings_["max_num_batched_tokens"],
         )
-        self.clock = FakeClock()
-        self.scheduler = Scheduler(SchedulerConfig(**settings_), self.manager, clock=self.clock)
+        self.clock = clock or FakeClock()
+        self.loras = loras
+        self.scheduler = Scheduler(SchedulerConfig(**settings_), self.manager, clock=self.clock, gate=loras)
         self.executor = FakeExecutor(num_blocks, block_size, VOCAB, num_host_blocks=num_host_blocks, groups=groups)
         self.next_id = 0
 
     def add(
-        self, prompt: list[int], *, n: int = 1, max_tokens: int = 5, name: str | None = None, priority: int = 0
+        self,
+        prompt: list[int],
+        *,
+        n: int = 1,
+        max_tokens: int = 5,
+        name: str | None = None,
+        priority: int = 0,
+        lora: str | None = None,
     ) -> SequenceGroup:
         sampling = SamplingParams(n=n, max_tokens=max_tokens, priority=priority)
-        sequences = [Sequence(self.next_id + i, i, prompt, sampling, seed=i) for i in range(n)]
+        variant = None if self.loras is None or lora is None else self.loras.resolve([LoraWeight(lora)])
+        sequences = [Sequence(self.next_id + i, i, prompt, sampling, seed=i, variant=variant) for i in range(n)]
         group = SequenceGroup(name or f"r{self.next_id}", sequences, sampling, 0.0)
         self.next_id += n
         self.scheduler.add(group)
+        if self.loras is not None and variant is not None:
+            self.loras.count_request(variant)
         return group
 
     def step(self) -> SchedulerOutput:
+        if self.loras is not None:
+            assert not self.loras.advance()
         output = self.scheduler.schedule()
         if output.scheduled:
             samples = iter(self.executor.execute(output).samples)
@@ -82,11 +99,16 @@ class SchedulerHarness:
 
 
 def expected_output(
-    prompt: list[int], index: int, max_tokens: int, groups: tuple[Visibility, ...] = EVERYTHING
+    prompt: list[int],
+    index: int,
+    max_tokens: int,
+    groups: tuple[Visibility, ...] = EVERYTHING,
+    variant: str | None = None,
 ) -> list[int]:
+    """`variant` is a digest."""
     tokens = list(prompt)
     for _ in range(max_tokens):
-        tokens.append(next_token(tokens, index, VOCAB, groups))
+        tokens.append(next_token(tokens, index, VOCAB, groups, variant))
     return tokens[len(prompt) :]
 
 
