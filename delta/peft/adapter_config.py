@@ -94,7 +94,6 @@ HARMLESS: Mapping[str, str] = {
     "megatron_core": "the name of a package; megatron_config is what counts",
     "qalora_group_size": "counts with use_qalora only",
     "runtime_config": "where initial values are computed",
-    "velora_config": "compresses activations in the backward pass only",
 }
 """Fields that do not change what a trained adapter computes, and why."""
 
@@ -107,6 +106,7 @@ REFUSED: Mapping[str, str] = {
     "use_bdlora": "block-diagonal LoRA is not implemented. Merge the adapter with PEFT",
     "arrow_config": "Arrow chooses among adapters for each token; that is not implemented",
     "kasa_config": "KaSA changes the base's own weights. Merge the adapter with PEFT",
+    "velora_config": "VeLoRA keeps state of training beside the weights. Merge the adapter with PEFT",
 }
 """Fields that change what an adapter computes in a way that is not implemented, and what to do."""
 

@@ -69,6 +69,7 @@ def test_other_kinds_are_refused(kind: str, tmp_path: Path) -> None:
         ({"megatron_config": {"a": 1}}, "Megatron"),
         ({"use_qalora": True}, "QA-LoRA"),
         ({"kasa_config": {"beta": 1}}, "KaSA"),
+        ({"velora_config": {"num_groups": 4}}, "VeLoRA"),
         ({"some_new_field": 0}, "'some_new_field' is not known"),
         ({"some_new_field": "x"}, "'some_new_field' is not known"),
     ],

@@ -78,6 +78,7 @@ _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
         ("llama", {"target_modules": ["model.layers.0.self_attn.q_proj", "down_proj"]}),
         ("gpt2", {"fan_in_fan_out": True}),
         ("llama", {"init_lora_weights": "orthogonal", "lora_dropout": 0.1}),
+        ("llama", {"init_lora_weights": "mica"}),
     ],
 )
 def test_patterns_of_lora(model_name: str, fields: dict[str, object], tmp_path: Path) -> None:
