@@ -25,8 +25,8 @@ class PackedLinear:
     """Terms of one linear layer with padded outputs N in the order of its packed weight. A, B and Z have one dtype.
 
     Attributes:
-        a: [r, K] float32 or bfloat16
-        b: of each unit [ranks of the unit, UNIT], one unit after the other.
+        a: [r, K padded to 2 UNIT] float32 or bfloat16; bfloat16 as `interleave_pairs` has it.
+        b: of each unit [ranks of the unit, UNIT], one unit after the other; bfloat16 as `interleave_pairs` has it.
         units: [N / UNIT, 3] int64: where its part of b begins, its first rank, its ranks.
         output_scale: [N] float32
         input_scale: [K] float32

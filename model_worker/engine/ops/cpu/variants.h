@@ -7,9 +7,30 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "simd.h"
+
 namespace rootgraft {
 
 constexpr int kUnit = 16;  // outputs that have the same ranks
+constexpr int kPair = 2 * kUnit;  // numbers that are kept together: in a unit two ranks, in a row of A 32 inputs
+
+// Vector v of the first and of the second half of a pair. Two numbers of bfloat16 lie side by side, for the cheapest
+// widening that there is.
+inline void load_pair(const float* pair, int v, Floats& first, Floats& second) {
+  first = load(pair + v * kLanes);
+  second = load(pair + kUnit + v * kLanes);
+}
+
+inline void load_pair(const BFloat16* pair, int v, Floats& first, Floats& second) {
+  const Ints both = bits_of<Ints>(pair + 2 * v * kLanes);
+  first = reinterpret_cast<Floats>(both << 16);
+  second = reinterpret_cast<Floats>(both & static_cast<int32_t>(0xffff0000));
+}
+
+inline Floats load_first(const float* pair, int v) { return load(pair + v * kLanes); }
+inline Floats load_first(const BFloat16* pair, int v) {
+  return reinterpret_cast<Floats>(bits_of<Ints>(pair + 2 * v * kLanes) << 16);
+}
 
 struct Unit {
   int64_t offset;  // of its part of B, in numbers
@@ -19,8 +40,8 @@ struct Unit {
 
 // Of one linear layer; null pointers: it has no such term.
 struct LinearTerms {
-  const void* a;              // [rank, K]
-  const void* b;              // of each unit [num_ranks][kUnit]
+  const void* a;              // [rank, K padded to kPair]
+  const void* b;              // of each unit [num_ranks][kUnit]; of bfloat16 an even number of ranks
   const Unit* units;          // [N padded / kUnit]
   const float* output_scale;  // [N padded]
   const float* input_scale;   // [K]; then there is no other term

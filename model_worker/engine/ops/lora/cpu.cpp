@@ -9,8 +9,8 @@
 namespace rootgraft {
 namespace {
 
-constexpr int kMaxRanks = kLanes == 4 ? 4 : 8;                          // of a block of dot products whose sums
-constexpr int kMaxRows = kLanes == 16 ? 3 : (kLanes == 8 ? 1 : 2);      // fit the registers
+constexpr int kMaxRanks = 8;                     // of a block of dot products whose sums
+constexpr int kMaxRows = kLanes == 16 ? 2 : 1;  // fit the registers
 constexpr int kRankTile = 16;
 constexpr int kRowTile = 48;
 
@@ -30,28 +30,41 @@ inline void fetch_ahead(const void* numbers) {
   __builtin_prefetch(static_cast<const char*>(numbers) + kAhead, kForRead, kSecondLevel);
 }
 
-// t[r, q] = x[r] . a[q] for R rows and Q ranks. Each has its own sums, so that its bits depend on nothing else.
+// sums += the products of some pairs of R rows and Q ranks.
+template <typename W, int Q, int R>
+inline void dot_pairs(const W* a, int64_t a_stride, const float* x, int64_t x_stride, int64_t num_inputs,
+                      Floats (&sums)[Q][R]) {
+  for (int64_t k = 0; k < num_inputs; k += kPair) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kUnit / kLanes; ++v) {
+      Floats first[R], second[R];
+      for (int r = 0; r < R; ++r) load_pair(x + r * x_stride + k, v, first[r], second[r]);
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) {
+        Floats w_first, w_second;
+        load_pair(a + q * a_stride + k, v, w_first, w_second);
+        if (v == 0) fetch_ahead(a + q * a_stride + k);
+        for (int r = 0; r < R; ++r) sums[q][r] += w_first * first[r];
+        for (int r = 0; r < R; ++r) sums[q][r] += w_second * second[r];
+      }
+    }
+  }
+}
+
+// t[r, q] = x[r] . a[q] for R rows and Q ranks. Each has sums of its own, so that its bits depend on nothing else.
 template <typename W, int Q, int R>
 inline void dot(const W* a, const float* x, int64_t x_stride, int64_t num_inputs, float* t, int64_t t_stride) {
   Floats sums[Q][R] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= num_inputs; k += kLanes) {
-    Floats value[R];
-    for (int r = 0; r < R; ++r) value[r] = load(x + r * x_stride + k);
-#pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) {
-      const Floats w = load(a + q * num_inputs + k);
-      if (k % (64 / sizeof(W)) == 0) fetch_ahead(a + q * num_inputs + k);
-      for (int r = 0; r < R; ++r) sums[q][r] += w * value[r];
-    }
+  const int64_t num_whole = num_inputs / kPair * kPair, num_left = num_inputs - num_whole;
+  const int64_t a_stride = num_whole + (num_left > 0 ? kPair : 0);
+  dot_pairs<W, Q, R>(a, a_stride, x, x_stride, num_whole, sums);
+  if (num_left > 0) {
+    float last[R * kPair] = {};
+    for (int r = 0; r < R; ++r) std::copy_n(x + r * x_stride + num_whole, num_left, last + r * kPair);
+    dot_pairs<W, Q, R>(a + num_whole, a_stride, last, kPair, kPair, sums);
   }
-  for (int q = 0; q < Q; ++q) {
-    for (int r = 0; r < R; ++r) {
-      float total = sum(sums[q][r]);
-      for (int64_t i = k; i < num_inputs; ++i) total += widen(a[q * num_inputs + i]) * x[r * x_stride + i];
-      t[r * t_stride + q] = total;
-    }
-  }
+  for (int q = 0; q < Q; ++q)
+    for (int r = 0; r < R; ++r) t[r * t_stride + q] = sum(sums[q][r]);
 }
 
 template <typename W, int Q = kMaxRanks, int R = kMaxRows>
@@ -70,10 +83,11 @@ void dot_block(int ranks, int rows, const W* a, const float* x, int64_t x_stride
 template <typename W>
 void shrink_tile(const LinearTerms& terms, int first_rank, int ranks, int rows, const float* x, int64_t x_stride,
                  int64_t num_inputs, float* t, int64_t t_stride) {
-  const W* const a = static_cast<const W*>(terms.a) + first_rank * num_inputs;
+  const int64_t a_stride = (num_inputs + kPair - 1) / kPair * kPair;
+  const W* const a = static_cast<const W*>(terms.a) + first_rank * a_stride;
   for (int q = 0; q < ranks; q += kMaxRanks) {
     for (int r = 0; r < rows; r += kMaxRows) {
-      dot_block<W>(std::min(ranks - q, kMaxRanks), std::min(rows - r, kMaxRows), a + q * num_inputs, x + r * x_stride,
+      dot_block<W>(std::min(ranks - q, kMaxRanks), std::min(rows - r, kMaxRows), a + q * a_stride, x + r * x_stride,
                    x_stride, num_inputs, t + r * t_stride + first_rank + q, t_stride);
     }
   }

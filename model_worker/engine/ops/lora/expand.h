@@ -10,32 +10,43 @@ namespace rootgraft {
 using PanelSums = Floats[kPanel / kLanes];
 
 constexpr int kUnitVectors = kUnit / kLanes;
-constexpr int kExpandRows = kLanes == 16 ? 8 : (kLanes == 8 ? 4 : 2);  // rows whose sums fit the registers
+constexpr int kExpandRows = kLanes == 16 ? 8 : (kLanes == 8 ? 2 : 1);  // rows whose sums fit the registers
 
-// Asks for what the panel after the next one will read.
+// Asks for what a later panel will read.
 inline void fetch_unit(const void* b, int64_t num_bytes) {
-  constexpr int kPanelsAhead = 2, kForRead = 0, kFirstLevel = 3;
-  const char* const start = static_cast<const char*>(b) + kPanelsAhead * num_bytes;
+  constexpr int kUnitsAhead = 4, kForRead = 0, kFirstLevel = 3;
+  const char* const start = static_cast<const char*>(b) + kUnitsAhead * num_bytes;
   for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kFirstLevel);
 }
 
-// Ranks are added one after the other, so that the bits of a row do not depend on how many rows there are.
+// Even and odd ranks are summed apart, each one after the other: a row's bits do not depend on how many rows there are.
 template <typename W, int R = kExpandRows>
 inline void expand(int rows, const W* b, int64_t num_ranks, const float* t, int64_t t_stride, PanelSums* sums, int unit) {
   if constexpr (R > 1) {
     if (rows < R) return expand<W, R - 1>(rows, b, num_ranks, t, t_stride, sums, unit);
   }
-  Floats local[R][kUnitVectors];
+  Floats even[R][kUnitVectors], odd[R][kUnitVectors] = {};
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kUnitVectors; ++v) local[r][v] = sums[r][unit * kUnitVectors + v];
-  for (int64_t i = 0; i < num_ranks; ++i) {
+    for (int v = 0; v < kUnitVectors; ++v) even[r][v] = sums[r][unit * kUnitVectors + v];
+  int64_t i = 0;
+  for (; i + 2 <= num_ranks; i += 2) {
     for (int v = 0; v < kUnitVectors; ++v) {
-      const Floats w = load(b + i * kUnit + v * kLanes);
-      for (int r = 0; r < R; ++r) local[r][v] += broadcast(t[r * t_stride + i]) * w;
+      Floats first, second;
+      load_pair(b + i * kUnit, v, first, second);
+      for (int r = 0; r < R; ++r) {
+        even[r][v] += broadcast(t[r * t_stride + i]) * first;
+        odd[r][v] += broadcast(t[r * t_stride + i + 1]) * second;
+      }
+    }
+  }
+  if (i < num_ranks) {
+    for (int v = 0; v < kUnitVectors; ++v) {
+      const Floats last = load_first(b + i * kUnit, v);
+      for (int r = 0; r < R; ++r) even[r][v] += broadcast(t[r * t_stride + i]) * last;
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kUnitVectors; ++v) sums[r][unit * kUnitVectors + v] = local[r][v];
+    for (int v = 0; v < kUnitVectors; ++v) sums[r][unit * kUnitVectors + v] = even[r][v] + odd[r][v];
 }
 
 template <typename W>

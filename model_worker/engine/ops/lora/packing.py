@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from delta.variant_terms import EmbeddingTerms, LinearTerms
 from model_worker.engine.ops.cpu.step_variants import UNIT, PackedEmbedding, PackedLinear
@@ -29,11 +30,11 @@ def pack_linear(parts: Sequence[LinearPart], *, gated: bool, dtype: torch.dtype)
         dtype: of A, B and Z.
     """
     terms = [part.terms for part in parts]
-    matrices = [term.a.to(dtype) for term in terms if term.a is not None]
+    matrices = [term.a for term in terms if term.a is not None]
     b, units = _pack_b(parts, gated=gated, dtype=dtype) if matrices else (None, None)
     dense = _joined(parts, [term.dense for term in terms], gated=gated, fill=0.0, dtype=dtype)
     return PackedLinear(
-        a=torch.cat(matrices) if matrices else None,
+        a=_pack_a(torch.cat(matrices).to(dtype)) if matrices else None,
         b=b,
         units=units,
         output_scale=_joined(parts, [term.output_scale for term in terms], gated=gated, fill=1.0),
@@ -41,6 +42,11 @@ def pack_linear(parts: Sequence[LinearPart], *, gated: bool, dtype: torch.dtype)
         dense=None if dense is None else dense.view(-1, PANEL, dense.shape[1]).transpose(1, 2).contiguous(),
         bias=_joined(parts, [term.bias for term in terms], gated=gated, fill=0.0),
     )
+
+
+def interleave_pairs(numbers: Tensor) -> Tensor:
+    """[..., 2, UNIT] in the order of the kernels: of bfloat16 the two of a pair are side by side; float32 stays."""
+    return numbers.transpose(-1, -2).contiguous() if numbers.dtype == torch.bfloat16 else numbers
 
 
 def pack_embedding(terms: EmbeddingTerms, *, dtype: torch.dtype) -> PackedEmbedding:
@@ -51,6 +57,13 @@ def pack_embedding(terms: EmbeddingTerms, *, dtype: torch.dtype) -> PackedEmbedd
         a=None if terms.a is None else terms.a.to(dtype).T.contiguous(),
         b=None if terms.b is None else terms.b.to(dtype).T.contiguous(),
     )
+
+
+def _pack_a(a: Tensor) -> Tensor:
+    """[r, K] -> [r, K padded]"""
+    missing = -a.shape[1] % (2 * UNIT)
+    padded = functional.pad(a, (0, missing)) if missing else a
+    return interleave_pairs(padded.view(len(a), -1, 2, UNIT)).view(len(a), -1)
 
 
 def _pack_b(parts: Sequence[LinearPart], *, gated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -78,8 +91,14 @@ def _pack_b(parts: Sequence[LinearPart], *, gated: bool, dtype: torch.dtype) -> 
     for kind in sorted(set((firsts * (total + 1) + counts).tolist())):  # units of equal ranks: few kinds, whatever N is
         start, count = divmod(kind, total + 1)
         places = ((firsts == start) & (counts == count)).nonzero().squeeze(1)
-        pieces.append(units[places, :, start : start + count].transpose(1, 2).flatten())
-        offsets[places] = size + torch.arange(len(places)) * count * UNIT
+        ranks = units[places, :, start : start + count].transpose(1, 2)  # [units, count, UNIT]
+        if count % 2 and dtype == torch.bfloat16:
+            ranks = functional.pad(ranks, (0, 0, 0, 1))
+        stored = ranks.shape[1]
+        if dtype == torch.bfloat16:
+            ranks = interleave_pairs(ranks.unflatten(1, (stored // 2, 2)))
+        pieces.append(ranks.flatten())
+        offsets[places] = size + torch.arange(len(places)) * stored * UNIT
         size += len(pieces[-1])
     return torch.cat(pieces), torch.stack([offsets, firsts, counts], dim=1)
 

@@ -39,15 +39,27 @@ class VariantRows(NamedTuple):
             yield variant, (self.tokens >= start) & (self.tokens < end)
 
 
+def unpack_a(terms: PackedLinear, num_inputs: int) -> Tensor:
+    """-> [r, K] float32"""
+    assert terms.a is not None
+    return _in_order(terms.a).view(terms.rank, -1)[:, :num_inputs].float()
+
+
 def unpack_b(terms: PackedLinear) -> Tensor:
     """-> [N padded, r] float32"""
     assert terms.b is not None
     assert terms.units is not None
     b = torch.zeros(len(terms.units) * UNIT, terms.rank)
     for unit, (offset, first, ranks) in enumerate(terms.units.tolist()):
-        part = terms.b[offset : offset + ranks * UNIT].view(ranks, UNIT)
+        stored = ranks + ranks % 2 if terms.b.dtype == torch.bfloat16 else ranks
+        part = _in_order(terms.b[offset : offset + stored * UNIT]).view(stored, UNIT)[:ranks]
         b[unit * UNIT : (unit + 1) * UNIT, first : first + ranks] = part.T.float()
     return b
+
+
+def _in_order(stored: Tensor) -> Tensor:
+    """What `interleave_pairs` has interleaved."""
+    return stored.view(-1, UNIT, 2).transpose(1, 2).flatten() if stored.dtype == torch.bfloat16 else stored
 
 
 def shrink(x: Tensor, rows: VariantRows, index: int) -> None:
@@ -59,7 +71,7 @@ def shrink(x: Tensor, rows: VariantRows, index: int) -> None:
         if terms.input_scale is not None:
             x[mine] *= terms.input_scale
         elif terms.a is not None:
-            rows.t[mine, : terms.rank] = x[mine] @ terms.a.float().T
+            rows.t[mine, : terms.rank] = x[mine] @ unpack_a(terms, x.shape[1]).T
 
 
 def add_terms(y: Tensor, x: Tensor, rows: VariantRows, index: int) -> None:
