@@ -80,8 +80,8 @@ class RoundRobin:
         return chosen
 
 
-TIERS: dict[VariantState, int] = {"active": 0, "in_host_memory": 1, "on_disk": 2, "registered": 2}
-"""How far a variant is from being used on a worker; less is nearer. States that are not here cannot be used."""
+TIERS: dict[VariantState, int] = {"active": 0, "in_host_memory": 1, "on_disk": 2}
+"""How far a variant is from being used on a worker; less is nearer. In states that are not here it cannot be used."""
 
 _ON_DISK = TIERS["on_disk"]
 RESIDENCY_SLACK = 8.0  # requests; benchmarks/variant_routing.py: less costs hits, more gains no time

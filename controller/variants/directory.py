@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from controller.protocol import VariantStatus
+from controller.routing import TIERS
 from controller.variants.failures import Failures
 from controller.workers import Worker, WorkerTable
 from registry.catalog import VariantRecord
 from registry.errors import ModelNotFoundError, RootgraftError, UpstreamError
 
-_USABLE = frozenset({"registered", "on_disk", "in_host_memory", "active"})
+_USABLE = frozenset(TIERS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -24,8 +25,9 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_toke
 
 
 @asynccontextmanager
-async def running_worker(engine: FakeEngine, controller: RunningController) -> AsyncIterator[None]:
-    config = parse_config(["--model-path", "m", "--port", "0", "--controller", controller.url], worker_token=None)
+async def running_worker(engine: FakeEngine, controller: RunningController, *flags: str) -> AsyncIterator[None]:
+    argv = ["--model-path", "m", "--port", "0", "--controller", controller.url, *flags]
+    config = parse_config(argv, worker_token=None)
     with bind(config.host, config.port) as sock:
         worker = Worker(engine, make_plan(), config, sock, model_name="m", engine_died=asyncio.Event())
         serving = asyncio.create_task(worker.run())
@@ -79,3 +81,38 @@ async def test_a_request_of_an_engine_that_hangs_is_given_up(
         response = await controller.post("/v1/chat/completions", json=CHAT)
         assert response.status == 502
         await until(lambda: engine.aborted)
+
+
+async def test_adapters_are_loaded_asked_for_and_come_back_after_a_restart(
+    start_controller: StartController, tmp_path: Path
+) -> None:
+    for name in ("sql", "chat", "given"):
+        (tmp_path / name).mkdir()
+    flags = ["--adapter-root", str(tmp_path), "--lora", f"given={tmp_path / 'given'}"]
+    controller = await start_controller(heartbeat_interval_s=0.1, missed_heartbeats=50)
+    engine = FakeEngine(ByteTokenizer())
+    async with running_worker(engine, controller, *flags):
+        body = {"lora_name": "team/sql", "lora_path": "sql"}
+        assert (await controller.post("/v1/load_lora_adapter", json=body)).status == 200
+        body = {"name": "chat", "path": "chat", "pinned": True}
+        assert (await controller.post("/admin/variants", json=body)).status == 200
+        response = await controller.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "../.."})
+        assert response.status == 403
+        listed = (await (await controller.get("/v1/models")).json())["data"]
+        assert [(model["id"], model["parent"]) for model in listed] == [
+            ("m", None), ("chat", "m"), ("given", "m"), ("team/sql", "m"),
+        ]  # fmt: skip
+        loras = {"model": "m", "loras": [{"name": "chat", "scale": 0.5}, {"name": "given"}]}
+        for asked in ({"model": "team/sql"}, {"model": "given"}, loras):
+            response = await controller.post("/v1/chat/completions", json={**CHAT, **asked})
+            assert response.status == 200, await response.text()
+        assert engine.requested_loras == [(("team/sql", 1.0),), (("given", 1.0),), (("chat", 0.5), ("given", 1.0))]
+    await until(lambda: controller.state.workers.num_ready == 0)
+    again = FakeEngine(ByteTokenizer())
+    async with running_worker(again, controller, *flags):
+        await until(lambda: again.loras.added == ["given", "chat", "team/sql"])
+        await until(lambda: controller.state.directory.on_workers("team/sql")[0].usable)
+        (chat,) = [status for status in await again.loras.list() if status.name == "chat"]
+        assert chat.pinned
+        response = await controller.post("/v1/chat/completions", json={**CHAT, "model": "team/sql"})
+        assert response.status == 200

@@ -119,7 +119,7 @@ def variant_routing(seed: int = 0) -> VariantRouting:
 
 
 def test_a_variant_goes_where_it_is_nearest_to_being_used() -> None:
-    states = ("registered", "in_host_memory", "active", "on_disk")
+    states = ("in_host_memory", "active", "on_disk")
     fleet = [holding(state, sql=state) for state in states]
     assert variant_routing()(fleet, ["sql"], "prompt").worker_id == "active"
     assert variant_routing()([w for w in fleet if w.worker_id != "active"], ["sql"], None).worker_id == "in_host_memory"

@@ -34,7 +34,7 @@ def test_what_can_be_asked_for() -> None:
     states = ("registered", "on_disk", "in_host_memory", "active", "draining", "failed")
     worker = register(workers, *(has(state, state=state) for state in states))
     able = {state for state in states if directory.can_serve(worker, [state])}
-    assert able == {"registered", "on_disk", "in_host_memory", "active"}
+    assert able == {"on_disk", "in_host_memory", "active"}
     assert directory.can_serve(worker, ["active", "on_disk"])
     assert not directory.can_serve(worker, ["active", "none"])
     assert directory.can_serve(worker, [])
