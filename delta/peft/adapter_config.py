@@ -18,6 +18,7 @@ from registry.errors import CheckpointError, UnsupportedModelError
 
 CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
+_MAX_INTEGER = 2**31
 
 Bias = Literal["none", "all", "lora_only"]
 
@@ -157,7 +158,7 @@ def read_adapter_config(file: Path) -> LoraConfig | Ia3Config:
 
 
 def _remedy(kind: object) -> str:
-    if kind in _CONVERTIBLE:
+    if isinstance(kind, str) and kind in _CONVERTIBLE:
         return "Convert the adapter with PEFT's convert_to_lora"
     if kind == "XLORA":
         return "X-LoRA weighs adapters for each token; publish the adapters that it mixes one by one"
@@ -307,12 +308,12 @@ class _Fields:
 
 
 def _integer(fields: _Fields, name: str, value: object) -> int:
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{fields.file}: {name} must be a positive integer, not {value!r}")
+    if type(value) is not int or not 1 <= value <= _MAX_INTEGER:
+        raise CheckpointError(f"{fields.file}: {name} must be a positive integer, not {value!r:.80}")
     return value
 
 
 def _number(fields: _Fields, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
-        raise CheckpointError(f"{fields.file}: {name} must be a number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_INTEGER:
+        raise CheckpointError(f"{fields.file}: {name} must be a number, not {value!r:.80}")
     return float(value)

@@ -154,6 +154,15 @@ def test_no_module_that_is_changed_is_refused(tmp_path: Path) -> None:
         read_peft_adapter(tmp_path, base)
 
 
+def test_scales_that_overflow_are_refused(tmp_path: Path) -> None:
+    base = _make("dora", tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    _set(tmp_path, use_dora=False, lora_alpha=2**30)
+    _rewrite(tmp_path, {name: tensor * 1e31 for name, tensor in weights.items() if "magnitude" not in name})
+    with pytest.raises(CheckpointError, match="values are not finite"):
+        read_peft_adapter(tmp_path, base)
+
+
 def test_another_base_is_refused(tmp_path: Path) -> None:
     base = _make("lora", tmp_path)
     with pytest.raises(CheckpointError, match=r"have no place|is missing|need"):
