@@ -297,6 +297,7 @@ class LLMEngine:
             num_waiting=len(scheduler.waiting),
             kv_blocks_used=self._block_manager.num_used_blocks,
             kv_blocks_total=self._block_manager.num_blocks,
+            max_loras=0 if self._loras is None else self._loras.max_active,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
             draft_tokens_total=scheduler.num_drafts,

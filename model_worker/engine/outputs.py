@@ -74,6 +74,7 @@ class EngineStats:
     num_waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
+    max_loras: int  # that can be active at once
     prompt_tokens_total: int
     generation_tokens_total: int
     draft_tokens_total: int  # guessed, and computed on trial

@@ -140,6 +140,11 @@ class LoraManager:
         entries += (entry for entry in self._additions if entry.name not in self._by_name)
         return [entry.status() for entry in entries]
 
+    @property
+    def max_active(self) -> int:
+        """Most adapters with which requests can run."""
+        return self._tiers.limits.max_active
+
     def summary(self) -> str:
         """For people: what is held at most."""
         limits = self._tiers.limits
