@@ -11,6 +11,7 @@ from typing import Any
 from adapters import plan_load
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.ops.cpu.kernels import find_kernels
 from model_worker.engine.outputs import FinishReason, RequestOutput, TokenLogprobs
@@ -86,10 +87,29 @@ class LLM:
         self.engine = LLMEngine.from_plan(self.plan, config, kernels=kernels)
         self._num_requests = 0
 
+    def add_lora(self, name: str, path: str | Path) -> None:
+        """Read a LoRA adapter in PEFT's format; `loras` of the other methods name it.
+
+        Raises:
+            ClientError: it is wrong, or not for this model; the message says why.
+        """
+        reply = self.engine.loras.add(name, Path(path))
+        while not reply.done():
+            self.engine.advance_loras()
+            self.engine.wait_for_adapters()
+        reply.result()
+
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        loras: Sequence[LoraWeight] = (),
     ) -> list[Generation]:
         """Answer prompts (texts or token ids) in one batch; results come in the order of the prompts.
+
+        Args:
+            loras: adapters that are added to the base for all prompts.
 
         Raises:
             ClientError: a prompt cannot be served; nothing of the call is left running.
@@ -100,10 +120,15 @@ class LLM:
         if len(params) != len(batch):
             raise InvalidRequestError(f"There are {len(batch)} prompts but {len(params)} sampling parameters.")
         encoded = [self.engine.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in batch]
-        return self._run(encoded, params)
+        return self._run(encoded, params, loras)
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **template_kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        loras: Sequence[LoraWeight] = (),
+        **template_kwargs: Any,
     ) -> Generation:
         """Answer one conversation, rendered with the model's chat template.
 
@@ -114,21 +139,25 @@ class LLM:
             raise InvalidRequestError("This model has no chat template; pass chat_template=NAME or use generate().")
         text = self.plan.chat_template.render(messages, **template_kwargs)
         prompt = self.engine.tokenizer.encode(text, add_special_tokens=False)
-        return self._run([prompt], [params or SamplingParams()])[0]
+        return self._run([prompt], [params or SamplingParams()], loras)[0]
 
-    def _run(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Generation]:
+    def _run(
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], loras: Sequence[LoraWeight]
+    ) -> list[Generation]:
         results: dict[str, Generation] = {}
         try:
             for prompt, sampling in zip(prompts, params, strict=True):
                 request_id = f"offline-{self._num_requests}"
                 self._num_requests += 1
-                self.engine.add_request(request_id, prompt, sampling)
+                self.engine.add_request(request_id, prompt, sampling, loras=loras)
                 logprobs = sampling.logprobs is not None
                 outputs = [CompletionOutput(i, "", [], [] if logprobs else None) for i in range(sampling.n)]
                 results[request_id] = Generation(list(prompt), outputs)
             while self.engine.has_unfinished_requests:
                 for news in self.engine.step():
                     _add_news(results[news.request_id], news)
+                if self.engine.stalled:
+                    self.engine.wait_for_adapters()
         finally:
             for request_id in results:
                 self.engine.abort_request(request_id)

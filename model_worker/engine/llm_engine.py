@@ -285,6 +285,11 @@ class LLMEngine:
         if self._loras is not None:
             self._loras.loader.on_result = call
 
+    def wait_for_adapters(self) -> None:
+        """Until `step` or `advance_loras` has something new to take, if something is being loaded."""
+        if self._loras is not None:
+            self._loras.loader.wait()
+
     def close(self) -> None:
         """Load no adapters any more."""
         if self._loras is not None:

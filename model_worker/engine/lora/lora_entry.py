@@ -46,6 +46,7 @@ class LoraEntry:
         variant: what sequences know of it.
         name: public name; a combination has none that anybody could ask for.
         parts: of a combination, with their scales.
+        active_bytes: None until it was active for the first time.
         adds_only: it can be a part of a combination.
         terms: what is in host memory.
         in_flight: the loader works on it.
@@ -78,7 +79,7 @@ class LoraEntry:
         self.rank = 0
         self.adds_only = False
         self.host_bytes = 0
-        self.active_bytes = 0
+        self.active_bytes: int | None = None
         self.terms: Terms | None = None
         self.in_flight = False
         self.removed = False
@@ -109,7 +110,7 @@ class LoraEntry:
 
     @property
     def likely_active_bytes(self) -> int:
-        return self.active_bytes or self.host_bytes
+        return self.host_bytes if self.active_bytes is None else self.active_bytes
 
     @property
     def footprint_bytes(self) -> int:
@@ -147,7 +148,7 @@ class LoraEntry:
             from_command_line=self.from_command_line,
             rank=self.rank,
             host_bytes=0 if self.terms is None else self.host_bytes,
-            active_bytes=0 if self.variant.bound is None else self.active_bytes,
+            active_bytes=0 if self.variant.bound is None else self.variant.bound.num_bytes,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             loads_total=self.num_loads,

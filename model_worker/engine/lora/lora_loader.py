@@ -118,9 +118,9 @@ class LoraLoader:
         return results
 
     def wait(self) -> None:
-        """Until there is something for `results`."""
-        assert self.num_in_flight
-        self._results.put(self._results.get())  # one thread takes, and the order does not matter
+        """Until there is something for `results`, if something is under way."""
+        if self.num_in_flight:
+            self._results.put(self._results.get())  # the order does not matter
 
     def return_memory(self) -> None:
         """Give what entries have left back to the system, after what is being loaded."""

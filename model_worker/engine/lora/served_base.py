@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,13 +41,13 @@ class ServedBase:
         return self._model.base_weight(module)
 
     def bias(self, module: str) -> Tensor:
-        read: Callable[[str], Tensor] | None = getattr(self._model, "base_bias", None)
-        if read is None:
+        if not isinstance(self._model, _HoldsModule):
             raise UnsupportedModelError(
-                f"The adapter changes the bias of {module}, which this way of computing the model cannot; "
-                "train it without biases, or try --model-impl transformers."
+                f"The adapter changes the bias of {module}, which the native decoder cannot; serve the model with "
+                "--model-impl transformers."
             )
-        return read(module)
+        bias: Tensor = self._model.causal_lm.get_submodule(module).bias
+        return bias.detach().float()
 
 
 def _shapes_of_module(causal_lm: Any) -> ModelShapes:
