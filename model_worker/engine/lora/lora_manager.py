@@ -261,6 +261,7 @@ class LoraManager:
         """
         assert not any(entry.used or entry.removed for entry in self._entries.values())
         assert not self._doomed
+        self._tiers.check_integrity()
 
     def check_integrity(self, running: Iterable[Sequence], waiting: Iterable[Sequence]) -> None:
         """Recount what is held by these, which are all there are.
