@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ class AdapterTensors:
             raise CheckpointError(
                 f"{self.file}: {_PREFIX}{name} is of type {tensor.dtype}; save the adapter in float32"
             )
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise CheckpointError(f"{self.file}: {_PREFIX}{name} holds values that are not finite; train it again")
         dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
         return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -132,6 +133,14 @@ class AdapterTensors:
                 f"{self.file}: {', '.join(names)}{more} have no place: the base has no such module, or "
                 "adapter_config.json does not name it. Save the adapter again, for this base"
             )
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Several times as fast as `isfinite` on each value; a NaN is both the least and the greatest value."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 @contextmanager

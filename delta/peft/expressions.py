@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 
+LAYER_INDEX = "layer_index"
+"""The name of a group in the expressions that ours are made part of."""
+
 _MAX_REPEATS = 6
 _MAX_CHARACTERS = 4000
 
@@ -18,6 +21,7 @@ def flaw_of_expression(expression: str) -> str | None:
         return f"it is longer than {_MAX_CHARACTERS} characters"
     try:
         re.compile(expression)
+        re.compile(rf"(?P<{LAYER_INDEX}>.*)({expression})")
     except (re.error, RecursionError, OverflowError) as error:
         return f"it is no regular expression: {error}"
     num_repeats, nested = _repeats(expression)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from delta.peft.adapter_config import LoraConfig, read_adapter_config
-from delta.peft.adapter_files import AdapterTensors, adapter_digest, config_file, open_tensors, weights_file
+from delta.peft.adapter_files import AdapterTensors, adapter_digest, all_finite, config_file, open_tensors, weights_file
 from delta.peft.base_model import BaseModel
 from delta.peft.ia3 import read_ia3
 from delta.peft.lora import read_lora
@@ -45,7 +43,7 @@ def read_peft_adapter(directory: Path, base: BaseModel) -> VariantTerms:
     terms = builder.build(digest)
     if terms.num_modules == 0:
         raise CheckpointError(f"{directory} changes no module of this base; was it trained on another one?")
-    if not all(torch.isfinite(tensor).all() for tensor in terms.tensors()):
+    if not all(all_finite(tensor) for tensor in terms.tensors()):
         raise CheckpointError(f"{weights_path}: with its scales, values are not finite; train the adapter again")
     return terms
 

@@ -109,6 +109,8 @@ def test_unknown_fields_at_nothing_are_passed_over(tmp_path: Path) -> None:
         {"target_modules": "x" * 5000},
         {"layers_to_transform": ["1"]},
         {"layers_pattern": ["["]},
+        {"layers_pattern": ["(?P<layer_index>h)"]},
+        {"rank_pattern": {"(?i)Q_PROJ": 4}},
         {"modules_to_save": [""]},
         {"trainable_token_indices": [1, 1]},
         {"trainable_token_indices": [-1]},

@@ -197,6 +197,8 @@ _FUSED = ["experts.gate_up_proj", "experts.down_proj"]
         ("llama4-chunked", {"target_parameters": _FUSED, "target_modules": ["q_proj"]}),
         ("deepseek_v3", {"target_parameters": _FUSED, "target_modules": ["o_proj"]}),
         ("llama", {"target_parameters": ["q_proj.weight", "lm_head.weight"], "target_modules": []}),
+        ("mixtral", {"target_modules": ["w1", "w2", "w3", "q_proj"]}),
+        ("qwen3_moe", {"target_modules": ["gate_proj", "up_proj", "down_proj", "v_proj"], "use_rslora": True}),
     ],
 )
 def test_parameters_that_are_targets(model_name: str, fields: dict[str, object], tmp_path: Path) -> None:
