@@ -21,6 +21,10 @@ from registry.errors import InvalidRequestError
 
 WorkerState = Literal["ready", "draining", "suspect"]
 
+SETTLE_S = 3.0
+"""How long a worker's answer to a change of a variant outweighs its heartbeats: those may have been on their way, and
+in the middle of a long step a worker repeats what it said before."""
+
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class Worker:
@@ -34,6 +38,7 @@ class Worker:
         num_in_flight_at_heartbeat: the same when `stats` arrived; those are already counted in `stats`.
         variants: by name, as of `last_heartbeat` or of the worker's answer to a change since then. Of two with one
             name, one was replaced and drains; the other is here.
+        answers: to changes of variants, by name, and when they came; None: it has none of that name any more.
     """
 
     worker_id: str
@@ -45,6 +50,7 @@ class Worker:
     num_in_flight: int = 0
     num_in_flight_at_heartbeat: int = 0
     variants: dict[str, VariantStatus] = field(default_factory=dict)
+    answers: dict[str, tuple[float, VariantStatus | None]] = field(default_factory=dict)
 
     @property
     def state(self) -> WorkerState:
@@ -146,11 +152,23 @@ class WorkerTable:
         if worker is None:
             return None
         worker.stats = stats
-        worker.variants = _by_name(variants)
         worker.last_heartbeat = self._clock()
+        worker.answers = {
+            name: answer for name, answer in worker.answers.items() if worker.last_heartbeat - answer[0] <= SETTLE_S
+        }
+        worker.variants = _by_name(variants)
+        for name, (_, answer) in worker.answers.items():
+            _correct(worker, name, answer)
         worker.suspect = False
         worker.num_in_flight_at_heartbeat = worker.num_in_flight
         return worker
+
+    def note_variant(self, worker: Worker, name: str, answer: VariantStatus | None) -> None:
+        """Take what a worker said of a variant when it had changed it; None: it has none of that name any more."""
+        worker.answers[name] = (self._clock(), answer)
+        worker.variants.pop(name, None)
+        if answer is not None:
+            worker.variants[name] = answer
 
     def leave(self, worker_id: str) -> Worker | None:
         """Remove a worker; None when it was not there."""
@@ -219,6 +237,15 @@ def check_protocol_version(version: int) -> None:
 def _by_name(variants: Iterable[VariantStatus]) -> dict[str, VariantStatus]:
     ordered = sorted(variants, key=lambda status: status.state != "draining")
     return {status.name: status for status in ordered}
+
+
+def _correct(worker: Worker, name: str, answer: VariantStatus | None) -> None:
+    """Put an answer in the place of a report that contradicts it."""
+    reported = worker.variants.get(name)
+    if answer is None:
+        worker.variants.pop(name, None)
+    elif reported is None or (reported.digest, reported.pinned) != (answer.digest, answer.pinned):
+        worker.variants[name] = answer
 
 
 def _is_same(worker: Worker, request: RegisterRequest) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 from controller.protocol import NamedVariantRequest, VariantStatus
 from controller.variants.directory import OnWorker, VariantDirectory, unknown_variant
 from controller.variants.failures import Failures
+from controller.variants.mending import Step
 from controller.variants.reconciler import VariantReconciler
 from controller.worker_client import WorkerClient
 from controller.workers import Worker, WorkerTable
@@ -78,20 +79,25 @@ class VariantOperations:
         return self._directory.on_workers(name)
 
     async def pin(self, name: str, pinned: bool, *, actor: str) -> list[OnWorker]:
-        """Want a variant to be kept ready on all workers, or no longer.
+        """Want a variant to be kept ready on all workers, or no longer. What every worker refuses is not kept.
 
         Raises:
             ModelNotFoundError: there is none of that name.
-            InvalidRequestError: workers have it from their command line only.
+            InvalidRequestError: workers have it from their command line only, or the worker's own error.
         """
         await self._check_wanted(name)
         async with self._reconciler.changing(name):
+            before = await asyncio.to_thread(self._catalog.get_variant, name)
             record = await asyncio.to_thread(self._catalog.pin_variant, name, pinned, actor=actor)
             self._directory.put(record)
-            await _everywhere(
-                self._having(name),
-                lambda worker: self._reconciler.take(worker, name, "pin" if pinned else "unpin", record),
-            )
+            step: Step = "pin" if pinned else "unpin"
+            having = self._having(name)
+            done, errors = await _everywhere(having, lambda worker: self._reconciler.take(worker, name, step, record))
+            if having and not done:
+                restored = await asyncio.to_thread(self._catalog.pin_variant, name, before.pinned, actor=actor)
+                self._directory.put(restored)
+                self._failures.forget_all(name)
+                raise _told_first(errors)
         return self._directory.on_workers(name)
 
     async def remove(self, name: str, *, actor: str) -> list[OnWorker]:
@@ -129,7 +135,7 @@ class VariantOperations:
         async def tell(worker: Worker) -> VariantStatus:
             path = f"/internal/variants/{verb}"
             status = await self._client.call(worker, path, NamedVariantRequest(name=name), VariantStatus)
-            worker.variants[name] = status
+            self._workers.note_variant(worker, name, status)
             return status
 
         async with self._reconciler.changing(name):

@@ -105,11 +105,11 @@ class VariantReconciler:
                 raise
             status = None  # it had none
         if step == "remove":
-            worker.variants.pop(name, None)
+            self._workers.note_variant(worker, name, None)
             self._failures.forget(worker, name)
             return None
         assert status is not None
-        worker.variants[name] = status
+        self._workers.note_variant(worker, name, status)
         if wanted is not None and not same_files(wanted, status):
             self.note_other_files(worker, status, wanted.digest)
         else:

@@ -180,6 +180,19 @@ async def test_activating_where_one_replica_cannot(fleet: Fleet) -> None:
     assert await fleet.message("/admin/variants/sql/activate") == "pins fill the memory"
 
 
+async def test_a_pin_that_every_worker_refuses_is_not_kept(fleet: Fleet, catalog: Catalog) -> None:
+    await fleet.post("/admin/variants", {"name": "sql", "path": "sql"})
+    refused = VariantRefused(400, "insufficient_memory", "pins fill the memory")
+    fleet.first.variants.refuse["pin sql"] = fleet.second.variants.refuse["pin sql"] = refused
+    assert await fleet.message("/admin/variants/sql/pin") == "pins fill the memory"
+    assert not catalog.get_variant("sql").pinned
+    del fleet.second.variants.refuse["pin sql"]
+    status, shown = await fleet.post("/admin/variants/sql/pin")
+    assert (status, catalog.get_variant("sql").pinned) == (200, True)
+    assert [on["status"]["pinned"] for on in shown["workers"]] == [False, True]
+    assert shown["workers"][0]["error"]["message"] == "pins fill the memory"
+
+
 async def test_an_alias_of_a_variant(fleet: Fleet, catalog: Catalog) -> None:
     await fleet.post("/admin/variants", {"name": "sql", "path": "sql"})
     catalog.set_alias("helper", "prod", ModelName("sql"), actor="cli:me")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from controller.protocol import PROTOCOL_VERSION, RegisterRequest, ServedModel, WorkerStats
-from controller.workers import WorkerTable
+from controller.protocol import PROTOCOL_VERSION, RegisterRequest, ServedModel, VariantStatus, WorkerStats
+from controller.workers import SETTLE_S, WorkerTable
 from registry.errors import InvalidRequestError
 
 
@@ -131,6 +131,40 @@ def test_a_failure_of_the_worker_before_it_does_not_touch_the_one_registered_now
     new, _ = table.register(request())
     table.mark_failed(old)
     assert table.serving("m") == [new]
+
+
+def sql(**values: object) -> VariantStatus:
+    return VariantStatus.model_validate(
+        {"name": "sql", "parent": "m", "path": "p", "digest": "A", "state": "on_disk", **values}
+    )
+
+
+def test_an_answer_outweighs_heartbeats_that_may_be_older(table: WorkerTable, clock: Clock) -> None:
+    worker, _ = table.register(request())
+    table.note_variant(worker, "sql", sql(pinned=True))
+    for stale in ([], [sql()], [sql(digest="older", pinned=True)]):
+        table.heartbeat("w1", WorkerStats(), stale)
+        assert worker.variants == {"sql": sql(pinned=True)}
+    table.heartbeat("w1", WorkerStats(), [sql(pinned=True, state="active")])
+    assert worker.variants["sql"].state == "active"  # what else has changed is news
+    table.note_variant(worker, "sql", None)
+    table.heartbeat("w1", WorkerStats(), [sql()])
+    assert worker.variants == {}
+    clock.now += SETTLE_S + 0.1
+    table.heartbeat("w1", WorkerStats(), [sql()])
+    assert worker.variants == {"sql": sql()}
+    assert worker.answers == {}
+
+
+def test_names_of_models_and_variants_are_apart(table: WorkerTable) -> None:
+    variant = sql(name="m", parent="other", from_command_line=True)
+    with pytest.raises(InvalidRequestError, match="m would be the name of a model and of a variant"):
+        table.register(request("w1", 1).model_copy(update={"variants": [variant]}))
+    table.register(request("w1", 1, model="other").model_copy(update={"variants": [variant]}))
+    with pytest.raises(InvalidRequestError, match="give one of them another name"):
+        table.register(request("w2", 2))
+    table.register(request("w1", 1))  # the first one started again, without the variant
+    assert len(table) == 1
 
 
 def test_requests_since_the_heartbeat_add_to_the_reported_ones(table: WorkerTable) -> None:
