@@ -3,7 +3,8 @@
     y = x W^T + b        x [..., in], W [out, in], b [out]
 
 A model's own linear classes are replaced by `Linear` when it is built. How the product is computed is the layer's
-`method`, chosen after the weights are there; quantized weights, LoRA and deltas are methods too.
+`method`, chosen after the weights are there. For a step in which rows use variants, another method takes its place
+(`layers/variants.py`).
 """
 
 from __future__ import annotations
@@ -20,24 +21,31 @@ _PACK_ROWS = 32  # rows that the packed layout is chosen for; measured: it serve
 class LinearMethod(Protocol):
     """Computes the product of one layer."""
 
-    def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]"""
+    def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in], bias [out] -> [..., out]"""
+        ...
+
+    def weight(self, layer: Linear) -> Tensor:
+        """What the product is made with. -> [out, in]"""
         ...
 
 
 class DenseMethod:
     """torch's own product over the weight as it is."""
 
-    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+    def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight(layer), bias)
+
+    def weight(self, layer: Linear) -> Tensor:
         assert layer.weight is not None
-        return F.linear(x, layer.weight, layer.bias)
+        return layer.weight
 
 
-class OneDnnMethod:
+class OneDnnMethod(DenseMethod):
     """oneDNN over the weight as it is, for weights that are shared with an embedding and cannot be packed."""
 
-    def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return _onednn_linear(x, layer.weight, layer.bias)
+    def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _onednn_linear(x, layer.weight, bias)
 
 
 class PackedMethod:
@@ -52,8 +60,12 @@ class PackedMethod:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), _PACK_ROWS)
         layer.weight = None
 
-    def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return _onednn_linear(x, self.packed, layer.bias)
+    def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
+        return _onednn_linear(x, self.packed, bias)
+
+    def weight(self, layer: Linear) -> Tensor:
+        plain: Tensor = self.packed.to_dense()
+        return plain
 
 
 class Linear(nn.Module):
@@ -94,7 +106,7 @@ class Linear(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.method.apply(self, x)
+        return self.method.apply(self, x, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {type(self.method).__name__}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -21,12 +21,16 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compression.grouped_weight import GroupedWeight
+from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.attention import ForwardContext, PagedAttention
 from model_worker.engine.layers.linear import Linear, choose_method
+from model_worker.engine.layers.row_axes import RowAxisProbe
+from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegments
 from model_worker.engine.models.attention_interface import ATTRIBUTE, PAGED_ATTENTION, AttentionProbe
 from model_worker.engine.models.patches import PATCHES
 from model_worker.engine.models.rope_limits import refuse_batch_dependent_rope
 from model_worker.engine.models.transformers_trace import trace_modules
+from model_worker.engine.models.transformers_variants import TransformersVariants
 from model_worker.engine.trace import TraceRow
 from registry.errors import UnsupportedModelError
 
@@ -94,13 +98,17 @@ class TransformersModel:
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden], after the final norm."""
-        out = self._decoder(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
+        variants = self.context.variants
+        with self._variants.in_decoder(variants, len(input_ids)) if variants else nullcontext():
+            out = self._decoder(input_ids=input_ids[None], position_ids=positions[None], use_cache=False)
         hidden: Tensor = out.last_hidden_state[0]
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden] -> [R, vocab_size] in the model's dtype."""
-        logits: Tensor = self._head(hidden)
+    def logits(self, hidden: Tensor, variants: VariantSegments = ()) -> Tensor:
+        """hidden [R, hidden], whose rows use `variants` -> [R, vocab_size] in the model's dtype."""
+        head = self._head
+        with self._variants.in_head(head, variants, len(hidden)) if variants else nullcontext():
+            logits: Tensor = head(hidden)
         if (scaling := getattr(self.config, "logits_scaling", None)) is not None:  # granite
             logits = logits / scaling
         if (scale := getattr(self.config, "logit_scale", None)) is not None:  # cohere
@@ -112,6 +120,24 @@ class TransformersModel:
     def trace(self) -> AbstractContextManager[list[TraceRow]]:
         """See `Traceable.trace`."""
         return trace_modules(self.causal_lm, self.context, self.device)
+
+    # ------------------------------------------------------------------------------------------ variants
+
+    def base_weight(self, module: str) -> Tensor:
+        """See `VariantHost.base_weight`."""
+        return self._variants.weight(module)
+
+    def base_bias(self, module: str) -> Tensor:
+        """The bias of a linear layer that has one. -> [N] float32
+
+        Raises:
+            KeyError: there is no such module, or it has no bias.
+        """
+        return self._variants.bias(module)
+
+    def bind(self, terms: VariantTerms) -> BoundVariant:
+        """See `VariantHost.bind`."""
+        return self._variants.bind(terms)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -267,10 +293,16 @@ class TransformersModel:
         for module, attention in calls:
             setattr(module, ATTRIBUTE, probe)
             self.attentions.append(attention)
-        hidden = self(tokens[0], tokens[0])
-        if not torch.allclose(self.logits(hidden).float(), expected.float(), rtol=1e-3, atol=1e-5):
+        rows = RowAxisProbe()
+        with rows.watching(self.causal_lm, 2):
+            logits = self.logits(self(tokens[0], tokens[0]))
+        if not torch.allclose(logits.float(), expected.float(), rtol=1e-3, atol=1e-5):
             raise UnsupportedModelError(
                 f"Model type {self.config.model_type} treats its logits in a way that the engine does not know."
             )
+        longer = torch.arange(3, device=self.device)
+        with rows.watching(self.causal_lm, 3):
+            self.logits(self(longer, longer))
+        self._variants = TransformersVariants(self.causal_lm, rows.axes(), self.device)
         for module, attention in calls:
             setattr(module, ATTRIBUTE, attention)

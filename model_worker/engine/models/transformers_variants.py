@@ -1,0 +1,264 @@
+"""Variants of a `TransformersModel`: terms bound to its modules, and what takes the modules' places for a step.
+
+    bind          terms by name ──► by module, on the model's device, matrices in the dtype of the module's input
+    in_decoder    the segments of a batch ──► a method for each linear, a forward for each other module that has terms
+
+Which modules can have terms is known from the dry run: those that compute each token by itself (`RowAxes`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from delta.merge_terms import merge_linear
+from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
+from model_worker.engine.layers.linear import Linear, LinearMethod
+from model_worker.engine.layers.row_axes import RowAxes
+from model_worker.engine.layers.variants import (
+    ExpertsTerms,
+    VariantEmbedding,
+    VariantExperts,
+    VariantMethod,
+    VariantModule,
+    factors_of,
+    substituted,
+    with_parameters,
+)
+from model_worker.engine.lora.bound_variant import VariantSegments
+from model_worker.engine.ops.low_rank import SegmentPlan, table_rows
+from registry.errors import UnsupportedModelError
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_Terms = TypeVar("_Terms")
+
+
+@dataclass(slots=True, eq=False)
+class TransformersVariant:
+    """A `BoundVariant`.
+
+    Attributes:
+        num_bytes: of what was made for it; tensors that were as they are needed are shared with the terms.
+        linears, embeddings, experts: terms by module; of embeddings, `a` is [V, r].
+        modules: of other modules, the copies that have the variant's weights.
+        table: [number of the model's linears, columns] of `table_rows`, on the host; None where the model is on a CPU.
+    """
+
+    num_bytes: int = 0
+    linears: dict[Linear, LinearTerms] = field(default_factory=dict)
+    embeddings: dict[nn.Embedding, EmbeddingTerms] = field(default_factory=dict)
+    experts: dict[nn.Module, ExpertsTerms] = field(default_factory=dict)
+    modules: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    table: Tensor | None = None
+
+    @property
+    def max_rank(self) -> int:
+        return max((terms.rank for terms in self.linears.values()), default=0)
+
+
+class TransformersVariants:
+    """What a model needs for its variants.
+
+    Args:
+        causal_lm: transformers' module with our linears, when its weights are there.
+        axes: of the modules that compute each token by itself.
+        device: of the weights.
+    """
+
+    def __init__(self, causal_lm: Any, axes: Mapping[nn.Module, RowAxes], device: torch.device) -> None:
+        self._causal_lm = causal_lm
+        self._axes = axes
+        self._device = device
+        linears = [module for module in causal_lm.modules() if isinstance(module, Linear)]
+        self._places = {linear: place for place, linear in enumerate(linears)}
+
+    def weight(self, module: str) -> Tensor:
+        """See `VariantHost.base_weight`."""
+        found = self._find(module)
+        weight = found.method.weight(found) if isinstance(found, Linear) else getattr(found, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise KeyError(module)
+        return weight.detach().float()
+
+    def bias(self, module: str) -> Tensor:
+        """See `TransformersModel.base_bias`."""
+        bias = getattr(self._find(module), "bias", None)
+        if not isinstance(bias, Tensor):
+            raise KeyError(module)
+        return bias.detach().float()
+
+    @torch.no_grad()
+    def bind(self, terms: VariantTerms) -> TransformersVariant:
+        """See `VariantHost.bind`."""
+        binder = _Binder(self._causal_lm, self._axes, self._device)
+        bound = binder.bind(terms)
+        if self._device.type != "cpu":
+            bound.table = table_rows([factors_of(bound.linears.get(linear)) for linear in self._places])
+        return bound
+
+    def in_decoder(self, segments: VariantSegments, num_rows: int) -> AbstractContextManager[None]:
+        """The decoder computes these of its rows with their variants until the context ends."""
+        variants = _variants(segments)
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        for embedding, rows in _by_module((segment, variant.embeddings) for segment, variant in variants).items():
+            forwards[embedding] = VariantEmbedding(embedding, rows)
+        for experts, rows_of_experts in _by_module((segment, variant.experts) for segment, variant in variants).items():
+            forwards[experts] = VariantExperts(experts, rows_of_experts)
+        for module, copies in _by_module((segment, variant.modules) for segment, variant in variants).items():
+            forwards[module] = VariantModule(module, self._axes[module], copies)
+        linears = dict.fromkeys(linear for _, variant in variants for linear in variant.linears)
+        return substituted(self._methods(list(linears), variants, num_rows), forwards)
+
+    def in_head(self, head: Linear, segments: VariantSegments, num_rows: int) -> AbstractContextManager[None]:
+        """The output head computes these of its rows with their variants until the context ends."""
+        variants = [(segment, variant) for segment, variant in _variants(segments) if head in variant.linears]
+        return substituted(self._methods([head] if variants else [], variants, num_rows), {})
+
+    def _methods(
+        self, linears: Sequence[Linear], variants: Sequence[tuple[slice, TransformersVariant]], num_rows: int
+    ) -> dict[Linear, LinearMethod]:
+        """What computes these layers, in all of which the step has one plan."""
+        plan = SegmentPlan.of(
+            [(segment.start, segment.stop) for segment, _ in variants],
+            num_rows=num_rows,
+            max_rank=max((variant.max_rank for _, variant in variants), default=0),
+            device=self._device,
+        )
+        tables = [variant.table for _, variant in variants if variant.table is not None]
+        places = [self._places[linear] for linear in linears]
+        table = torch.stack([of_variant[places] for of_variant in tables], dim=1).to(self._device) if tables else None
+        return {
+            linear: VariantMethod(
+                linear.method,
+                [variant.linears.get(linear) for _, variant in variants],
+                plan,
+                None if table is None else table[place : place + 1],
+            )
+            for place, linear in enumerate(linears)
+        }
+
+    def _find(self, module: str) -> nn.Module:
+        try:
+            found: nn.Module = self._causal_lm.get_submodule(module)
+        except AttributeError as error:
+            raise KeyError(module) from error
+        return found
+
+
+class _Binder:
+    """Binds the terms of one variant."""
+
+    def __init__(self, causal_lm: Any, axes: Mapping[nn.Module, RowAxes], device: torch.device) -> None:
+        self._causal_lm = causal_lm
+        self._axes = axes
+        self._device = device
+        self._bound = TransformersVariant()
+        self._parameters: dict[nn.Module, dict[str, Tensor]] = defaultdict(dict)  # of modules to be copied
+
+    def bind(self, terms: VariantTerms) -> TransformersVariant:
+        for name, of_linear in terms.linears.items():
+            self._bind_linear(name, of_linear)
+        for name, of_embedding in terms.embeddings.items():
+            self._bind_embedding(name, of_embedding)
+        for parameter, of_experts in terms.experts.items():
+            self._bind_experts(parameter, of_experts)
+        for parameter, vector in terms.vectors.items():
+            path, _, name = parameter.rpartition(".")
+            self._replace(path, name, vector)
+        for module, parameters in self._parameters.items():
+            self._bound.modules[module] = with_parameters(module, parameters)
+        return self._bound
+
+    def _bind_linear(self, path: str, terms: LinearTerms) -> None:
+        module = self._causal_lm.get_submodule(path)
+        if not isinstance(module, Linear):  # a router
+            bias = module._parameters.get("bias")
+            weight, new_bias = merge_linear(module.weight.float(), None if bias is None else bias.float(), terms)
+            self._replace(path, "weight", weight)
+            if new_bias is not None:
+                self._replace(path, "bias", new_bias)
+            return
+        axes = self._axes.get(module)
+        if axes is None or not axes.rows_lead:
+            raise _refusal(path, module)
+        self._bound.linears[module] = self._moved(terms, axes.dtype)
+
+    def _bind_embedding(self, path: str, terms: EmbeddingTerms) -> None:
+        module = self._causal_lm.get_submodule(path)
+        plain = type(module).forward is nn.Embedding.forward or module is self._causal_lm.get_input_embeddings()
+        if module not in self._axes or not plain:
+            raise _refusal(path, module)
+        dtype = module.weight.dtype
+        self._bound.embeddings[module] = EmbeddingTerms(
+            token_ids=self._take(terms.token_ids, torch.int64),
+            rows=self._take(terms.rows, dtype),
+            a=self._take(None if terms.a is None else terms.a.T, dtype),
+            b=self._take(terms.b, dtype),
+        )
+
+    def _bind_experts(self, parameter: str, terms: Mapping[int, LinearTerms]) -> None:
+        path, _, name = parameter.rpartition(".")
+        module = self._causal_lm.get_submodule(path)
+        known = hasattr(module, "has_gate") and not module.has_post_expert_norm
+        if not known or name not in ("gate_up_proj", "up_proj", "down_proj"):
+            raise _refusal(path, module)
+        dtype = getattr(module, name).dtype
+        moved = {expert: self._moved(of_expert, dtype) for expert, of_expert in terms.items()}
+        others = self._bound.experts.get(module, ExpertsTerms({}, {}))
+        changed = others._replace(down=moved) if name == "down_proj" else others._replace(up=moved)
+        self._bound.experts[module] = changed
+
+    def _replace(self, path: str, name: str, tensor: Tensor) -> None:
+        module = self._causal_lm.get_submodule(path)
+        own = module._parameters.get(name)
+        if own is None or module not in self._axes or isinstance(module, (Linear, nn.Embedding)):
+            raise _refusal(f"{path}.{name}", module)
+        taken = self._take(tensor, own.dtype)
+        assert taken is not None
+        self._parameters[module][name] = taken
+
+    def _moved(self, terms: LinearTerms, dtype: torch.dtype) -> LinearTerms:
+        return LinearTerms(
+            a=self._take(terms.a, dtype),
+            b=self._take(terms.b, dtype),
+            output_scale=self._take(terms.output_scale, torch.float32),
+            input_scale=self._take(terms.input_scale, torch.float32),
+            dense=self._take(terms.dense, dtype),
+            bias=self._take(terms.bias, torch.float32),
+        )
+
+    def _take(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if tensor is None:
+            return None
+        taken = tensor.to(self._device, dtype).contiguous()
+        if taken.data_ptr() != tensor.data_ptr():
+            self._bound.num_bytes += taken.nbytes
+        return taken
+
+
+def _refusal(path: str, module: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The adapter changes {path}, but {type(module).__name__} cannot be computed with other weights for some of a "
+        "batch's rows; train the adapter without it."
+    )
+
+
+def _variants(segments: VariantSegments) -> list[tuple[slice, TransformersVariant]]:
+    return [(slice(start, end), cast(TransformersVariant, variant)) for start, end, variant in segments]
+
+
+def _by_module(
+    parts: Iterable[tuple[slice, Mapping[_Module, _Terms]]],
+) -> dict[_Module, list[tuple[slice, _Terms]]]:
+    """The rows and terms of each module that has some."""
+    found: dict[_Module, list[tuple[slice, _Terms]]] = defaultdict(list)
+    for segment, of_variant in parts:
+        for module, terms in of_variant.items():
+            found[module].append((segment, terms))
+    return found

@@ -1,0 +1,309 @@
+"""Rows with variants in one batch are what transformers computes with the variants merged into the weights."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from delta.peft.base_model import ModelShapes, model_shapes
+from delta.peft.reader import read_peft_adapter
+from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
+from model_worker.engine.layers.linear import Linear, PackedMethod
+from model_worker.engine.loader import load_model
+from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost, VariantSegment
+from model_worker.engine.models.transformers_model import TransformersModel
+from model_worker.engine.models.transformers_variants import TransformersVariant
+from model_worker.engine.ops.paged_attention import AttentionMetadata
+from registry.errors import UnsupportedModelError
+from tests.fakes.peft_adapters import TinyBase, make_adapter, merged_model
+from tests.fakes.tiny_models import TINY_MODELS, build_tiny_model, make_tiny_plan
+
+CPU = torch.device("cpu")
+BLOCK_SIZE = 8
+MAX_BLOCKS = 8
+WITHOUT_EXPERTS = ("llama4_text",)  # whose experts cannot have terms
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Rows:
+    """Sequences that one model computes, each in blocks of its own.
+
+    Args:
+        variants: of each sequence; None: the base.
+    """
+
+    def __init__(self, model: TransformersModel, variants: Sequence[BoundVariant | None]) -> None:
+        self._model = model
+        self._variants = variants
+        self._lengths = [0] * len(variants)
+        dtype = model.kv_dtypes[0]
+        for attention in model.attentions:
+            attention.use_cache(
+                attention.allocate(len(variants) * MAX_BLOCKS, BLOCK_SIZE, dtype, CPU), BLOCK_SIZE, dtype
+            )
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Logits after each of the new tokens of every sequence. -> for each [len(tokens), vocab]"""
+        context = self._model.context
+        starts, self._lengths = self._lengths, [n + len(new) for n, new in zip(self._lengths, tokens, strict=True)]
+        tables = torch.arange(len(tokens) * MAX_BLOCKS, dtype=torch.int32).view(-1, MAX_BLOCKS)
+        positions = [torch.arange(*limits) for limits in zip(starts, self._lengths, strict=True)]
+        slots = [i * MAX_BLOCKS * BLOCK_SIZE + each for i, each in enumerate(positions)]
+        query_start = torch.tensor([0, *map(len, tokens)]).cumsum(0).tolist()
+        context.metadata = AttentionMetadata(tables, tuple(query_start), tuple(self._lengths), torch.cat(positions))
+        context.slot_mapping = torch.cat(slots)
+        context.variants = tuple(
+            VariantSegment(query_start[i], query_start[i + 1], variant)
+            for i, variant in enumerate(self._variants)
+            if variant is not None
+        )
+        hidden = self._model(torch.tensor([token for new in tokens for token in new]), context.metadata.positions)
+        logits = self._model.logits(hidden, context.variants)
+        return list(torch.split(logits, [len(new) for new in tokens]))
+
+
+def _load(reference: PreTrainedModel, path: Path, dtype: str = "float32") -> TransformersModel:
+    reference.save_pretrained(path)
+    model = load_model(make_tiny_plan(path, dtype=dtype), CPU, model_impl="transformers")
+    assert isinstance(model, TransformersModel)
+    assert isinstance(model, VariantHost)
+    return model
+
+
+def _linear_terms(shape: tuple[int, int], kind: str, *, has_bias: bool) -> LinearTerms:
+    num_outputs, num_inputs = shape
+    rank = random.choice((1, 2, 3, 8, 17))
+    a, b = torch.randn(rank, num_inputs) * 0.1, torch.randn(num_outputs, rank) * 0.1
+    bias = torch.randn(num_outputs) * 0.1 if has_bias else None
+    if kind == "low rank":
+        return LinearTerms(a=a, b=b)
+    if kind == "scaled":
+        return LinearTerms(a=a, b=b, output_scale=torch.rand(num_outputs) + 0.5, bias=bias)
+    if kind == "dense":
+        dense = torch.randn(num_outputs, num_inputs) * 0.2
+        return LinearTerms(output_scale=torch.zeros(num_outputs), dense=dense, bias=bias)
+    assert kind == "input"
+    return LinearTerms(input_scale=torch.rand(num_inputs) + 0.5)
+
+
+def _terms(shapes: ModelShapes, *, seed: int, model_type: str, low_rank: bool = False) -> VariantTerms:
+    """Random terms of all kinds; with `low_rank`, low-rank terms for all linears and nothing else."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    kinds = ["low rank"] if low_rank else ["low rank", "scaled", "dense", "input"]
+    linears = {
+        name: _linear_terms((linear.out_features, linear.in_features), random.choice(kinds), has_bias=linear.has_bias)
+        for name, linear in shapes.linears.items()
+        if low_rank or random.random() < 0.8
+    }
+    if low_rank:
+        return VariantTerms(f"sha256:{seed}", linears)
+    experts = {}
+    if model_type not in WITHOUT_EXPERTS:
+        for name, shape in shapes.experts.items():
+            matrix = (shape.out_features, shape.in_features)
+            chosen = [expert for expert in range(shape.num_experts) if random.random() < 0.7]
+            experts[name] = {i: _linear_terms(matrix, random.choice(kinds), has_bias=False) for i in chosen}
+    rows, width = shapes.embeddings[shapes.input_embedding]
+    embedding = EmbeddingTerms(
+        token_ids=torch.tensor([3, 40, 77]),
+        rows=torch.randn(3, width) * 0.02,
+        a=torch.randn(4, rows) * 0.1,
+        b=torch.randn(width, 4) * 0.02,
+    )
+    vectors = {
+        name: torch.randn(shape) * 0.3 + 1.0 for name, shape in shapes.vectors.items() if not name.endswith("sinks")
+    }
+    return VariantTerms(f"sha256:{seed}", linears, experts, {shapes.input_embedding: embedding}, vectors)
+
+
+def _tokens(lengths: Sequence[int]) -> list[list[int]]:
+    source = random.Random(5)
+    return [[source.choice((3, 40, source.randrange(128))) for _ in range(length)] for length in lengths]
+
+
+@torch.no_grad()
+def _logits(reference: Any, tokens: list[int]) -> Tensor:
+    logits: Tensor = reference(torch.tensor([tokens]), use_cache=False).logits[0]
+    return logits
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_a_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
+    """Prompts of several lengths, then single tokens beside a second chunk, of the base and of three variants."""
+    reference = build_tiny_model(name)
+    model = _load(reference, tmp_path)
+    shapes, model_type = model_shapes(reference), TINY_MODELS[name].model_type
+    terms = [
+        _terms(shapes, seed=1, model_type=model_type, low_rank=True),
+        _terms(shapes, seed=2, model_type=model_type),
+        _terms(shapes, seed=3, model_type=model_type),
+    ]
+    bound = [model.bind(of_variant) for of_variant in terms]
+    references = [reference, *(merged_model(reference, of_variant) for of_variant in terms)]
+    of_sequence = [0, 0, 1, 2, 2, 3]
+    sequences = _tokens([12, 9, 14, 11, 8, 20])
+    rows = Rows(model, [None if variant == 0 else bound[variant - 1] for variant in of_sequence])
+    cuts = [(0, 11, 12), (0, 8, 9), (0, 13, 14), (0, 6, 11), (0, 7, 8), (0, 19, 20)]
+    found: list[list[Tensor]] = [[] for _ in sequences]
+    for step in range(2):
+        new = [tokens[cut[step] : cut[step + 1]] for tokens, cut in zip(sequences, cuts, strict=True)]
+        for logits, of_step in zip(found, rows.step(new), strict=True):
+            logits.append(of_step)
+    for tokens, variant, logits in zip(sequences, of_sequence, found, strict=True):
+        expected = _logits(references[variant], tokens)
+        torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gemma2"])
+def test_a_row_does_not_depend_on_its_neighbours(name: str, tmp_path: Path) -> None:
+    reference = build_tiny_model(name)
+    model = _load(reference, tmp_path)
+    shapes = model_shapes(reference)
+    bound = [model.bind(_terms(shapes, seed=seed, model_type=name)) for seed in (1, 2)]
+    variants = [None, bound[0], bound[1], bound[1]]
+    prompts, more = _tokens([7, 3, 9, 1]), [[5], [6], [7], [8]]
+    together = Rows(model, variants)
+    steps = together.step(prompts), together.step(more)
+    for i, variant in enumerate(variants):
+        alone = Rows(model, [variant])
+        for step, tokens in zip(steps, (prompts, more), strict=True):
+            (logits,) = alone.step([tokens[i]])
+            torch.testing.assert_close(logits, step[i], rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    """Not after a step, nor after one that failed."""
+    reference = build_tiny_model("qwen3_moe")
+    model = _load(reference, tmp_path)
+    bound = model.bind(_terms(model_shapes(reference), seed=1, model_type="qwen3_moe"))
+    before = Rows(model, [None]).step([[1, 2, 3]])
+    methods = [(module, module.method) for module in model.causal_lm.modules() if isinstance(module, Linear)]
+    Rows(model, [bound]).step([[1, 2, 3]])
+    model.context.variants = (VariantSegment(0, 2, bound),)
+    model.context.metadata = None
+    with pytest.raises(AssertionError):
+        model(torch.tensor([1, 2]), torch.tensor([0, 1]))
+    assert all(module.method is method for module, method in methods)
+    assert not any("forward" in vars(module) for module in model.causal_lm.modules())
+    assert torch.equal(Rows(model, [None]).step([[1, 2, 3]])[0], before[0])
+
+
+def test_the_base_s_weights_can_be_read(tmp_path: Path) -> None:
+    """In whatever form they are kept."""
+    reference = build_tiny_model("gpt2")
+    model = _load(reference, tmp_path)
+    base = TinyBase(reference)
+    packed = model.causal_lm.get_submodule("transformer.h.0.attn.c_attn")
+    assert isinstance(packed, Linear)
+    assert isinstance(packed.method, PackedMethod)
+    for module in ("transformer.h.0.attn.c_attn", "lm_head", "transformer.wte"):
+        assert torch.equal(model.base_weight(module), base.weight(module))
+    assert torch.equal(model.base_bias("transformer.h.0.attn.c_attn"), base.bias("transformer.h.0.attn.c_attn"))
+    with pytest.raises(KeyError):
+        model.base_weight("transformer.h.0.attn.nothing")
+    with pytest.raises(KeyError):
+        model.base_weight("transformer.ln_f")
+    with pytest.raises(KeyError):
+        model.base_bias("lm_head")
+
+
+def test_half_precision_is_read_as_it_is(tmp_path: Path) -> None:
+    reference = build_tiny_model("llama")
+    model = _load(reference, tmp_path, "bfloat16")
+    module = "model.layers.0.mlp.gate_proj"
+    assert torch.equal(model.base_weight(module), TinyBase(reference).weight(module).bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("name", "terms", "message"),
+    [
+        ("gpt_oss", {"vectors": {"model.layers.0.self_attn.sinks": torch.ones(4)}}, "self_attn.sinks"),
+        (
+            "llama4-chunked",
+            {"experts": {"model.layers.1.feed_forward.experts.down_proj": {0: LinearTerms(bias=torch.ones(32))}}},
+            "Llama4TextExperts cannot be computed",
+        ),
+        (
+            "opt",
+            {
+                "embeddings": {
+                    "model.decoder.embed_positions": EmbeddingTerms(a=torch.ones(1, 258), b=torch.ones(32, 1))
+                }
+            },
+            "embed_positions",
+        ),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(name: str, terms: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = _load(build_tiny_model(name), tmp_path)
+    with pytest.raises(UnsupportedModelError, match=message):
+        model.bind(VariantTerms("sha256:0", **terms))
+
+
+def test_bytes_are_those_of_what_was_made(tmp_path: Path) -> None:
+    reference = build_tiny_model("llama")
+    a, b = torch.randn(4, 32), torch.randn(32, 4)
+    terms = VariantTerms("sha256:0", {"model.layers.0.self_attn.q_proj": LinearTerms(a=a, b=b)})
+    exact = _load(reference, tmp_path / "a").bind(terms)
+    rounded = _load(reference, tmp_path / "b", "bfloat16").bind(terms)
+    assert isinstance(exact, TransformersVariant)
+    assert exact.num_bytes == 0  # shared with the terms
+    assert rounded.num_bytes == 2 * 2 * 4 * 32
+
+
+_EVERY_LINEAR = {"target_modules": "all-linear", "r": 6, "lora_alpha": 12}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama", LoraConfig(**_EVERY_LINEAR)),
+        ("llama", LoraConfig(**_EVERY_LINEAR, use_dora=True, use_rslora=True)),
+        ("llama", IA3Config(task_type="CAUSAL_LM")),
+        ("llama-tied", LoraConfig(**_EVERY_LINEAR, trainable_token_indices=[3, 40], bias="all")),
+        ("llama", LoraConfig(target_modules=["q_proj", "embed_tokens", "lm_head"], modules_to_save=["norm"])),
+        ("gpt2", LoraConfig(**_EVERY_LINEAR, fan_in_fan_out=True)),
+        ("gpt2", LoraConfig(target_modules=["c_attn", "wte"], fan_in_fan_out=True, modules_to_save=["lm_head"])),
+        ("gpt_neox", LoraConfig(**_EVERY_LINEAR)),
+        ("falcon-new-arch", LoraConfig(**_EVERY_LINEAR)),
+        ("bloom", LoraConfig(**_EVERY_LINEAR, lora_bias=True)),
+        ("qwen2", LoraConfig(**_EVERY_LINEAR, rank_pattern={"q_proj": 3}, alpha_pattern={"v_proj": 40})),
+        ("gemma2", LoraConfig(target_modules=["q_proj", "o_proj", "embed_tokens"], r=4)),
+        ("opt", LoraConfig(**_EVERY_LINEAR)),
+        ("qwen3_moe", LoraConfig(target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"], r=2)),
+        ("mixtral", LoraConfig(target_modules=["v_proj"], target_parameters=["experts.down_proj"], r=3)),
+        ("gpt_oss", LoraConfig(target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"], r=2)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_adapters_of_peft_give_what_peft_gives(name: str, config: Any, tmp_path: Path) -> None:
+    """Logits of a prompt beside rows of the base, then greedy tokens one by one."""
+    reference = build_tiny_model(name)
+    adapted = make_adapter(reference, config, tmp_path / "adapter")
+    model = _load(reference, tmp_path / "base")
+    bound = model.bind(read_peft_adapter(tmp_path / "adapter", TinyBase(reference)))
+    prompt, other = _tokens([13, 7])
+    tokens, base_tokens = list(prompt), list(other)
+    rows = Rows(model, [None, bound])
+    base_logits, logits = rows.step([other, prompt])
+    torch.testing.assert_close(logits, _logits(adapted, tokens), rtol=1e-4, atol=1e-4)
+    for _ in range(8):
+        tokens.append(int(logits[-1].argmax()))
+        base_tokens.append(int(base_logits[-1].argmax()))
+        base_logits, logits = rows.step([base_tokens[-1:], tokens[-1:]])
+    assert tokens[len(prompt) :] == _logits(adapted, tokens)[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+    assert base_tokens[len(other) :] == _logits(reference, base_tokens)[len(other) - 1 : -1].argmax(dim=1).tolist()
