@@ -100,14 +100,15 @@ class AdapterTensors:
         """A copy of a tensor: contiguous, finite, in the file's dtype (float64 becomes float32).
 
         Raises:
-            CheckpointError: it is missing, of another shape or type, not finite, or cannot be read.
+            CheckpointError: it is missing, taken already, of another shape or type, not finite, or cannot be read.
         """
         if (found := self.shape(name)) != shape:
             raise CheckpointError(
                 f"{self.file}: {_PREFIX}{name} is {list(found)}, but this base and adapter_config.json need "
                 f"{list(shape)}{hint or '; was it trained on another base?'}"
             )
-        assert name in self._rest, f"{name} is taken twice"
+        if name not in self._rest:
+            raise CheckpointError(f"{self.config_file} uses {_PREFIX}{name} twice; correct its fields")
         del self._rest[name]
         try:
             tensor = self._read(_PREFIX + name)

@@ -28,7 +28,7 @@ def read_peft_adapter(directory: Path, base: BaseModel) -> VariantTerms:
     before = _states(config_path, weights_path)
     digest = adapter_digest(directory)
     config = read_adapter_config(config_path)
-    builder = TermsBuilder()
+    builder = TermsBuilder(config_path)
     with open_tensors(weights_path) as tensors:
         _check_base_digest(tensors, base)
         if isinstance(config, LoraConfig):

@@ -154,6 +154,16 @@ def test_no_module_that_is_changed_is_refused(tmp_path: Path) -> None:
         read_peft_adapter(tmp_path, base)
 
 
+def test_two_changes_that_exclude_each_other_are_refused(tmp_path: Path) -> None:
+    base = _make("lora", tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    rows = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 32)}
+    _rewrite(tmp_path, weights | rows)
+    _set(tmp_path, trainable_token_indices=[1])
+    with pytest.raises(CheckpointError, match="in two ways that exclude each other"):
+        read_peft_adapter(tmp_path, base)
+
+
 def test_scales_that_overflow_are_refused(tmp_path: Path) -> None:
     base = _make("dora", tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
