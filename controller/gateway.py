@@ -20,6 +20,7 @@ from controller.protocol import (
     DetokenizeRequest,
     ErrorEvent,
     GenerateRequest,
+    LoraWeight,
     TokenizeReply,
     TokenizeRequest,
 )
@@ -162,9 +163,13 @@ class Gateway:
         served = await self._names.resolve(request.model)
         model = served.parent or served.name  # a variant has its base model's tokenizer
         body = request.model_copy(update={"model": model})
+        names: list[str] = []
+        if served.parent is not None and isinstance(request, TokenizeRequest):  # but maybe a template of its own
+            names = [served.name]
+            body = body.model_copy(update={"loras": [LoraWeight(name=served.name)]})
         with contextlib.ExitStack() as in_flight:
             return await self._try_replicas(
-                model, [], None, lambda worker: self._client.call(worker, path, body, reply), in_flight
+                model, names, None, lambda worker: self._client.call(worker, path, body, reply), in_flight
             )
 
     async def _try_replicas(

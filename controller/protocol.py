@@ -228,7 +228,10 @@ class GenerateRequest(Message):
 
 
 class TokenizeRequest(Message):
+    """`loras` as in GenerateRequest: adapters may have a chat template of their own."""
+
     model: str
+    loras: list[LoraWeight] = Field(default_factory=list)
     prompt: Prompt
     return_token_strs: bool = False
 

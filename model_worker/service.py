@@ -148,7 +148,9 @@ class WorkerService:
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         self._check_model(request.model)
-        token_ids = (await self._encoder.encode(request.prompt, self._chat_template)).token_ids
+        prompts = self.variants.prompt_format(lora.name for lora in request.loras)
+        template = prompts.chat_template or self._chat_template
+        token_ids = (await self._encoder.encode(request.prompt, template)).token_ids
         return TokenizeReply(
             token_ids=token_ids,
             token_strs=await self._encoder.token_strs(token_ids) if request.return_token_strs else None,

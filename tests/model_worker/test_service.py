@@ -230,6 +230,8 @@ async def test_a_chat_is_rendered_by_the_adapters_own_template_and_ends_where_it
         b"user: hi\nassistant: ",
     ]
     assert [sampling.stop_token_ids for _, _, sampling in engine.requests] == [(3, ord("!")), (3,), (), ()]
+    asked = TokenizeRequest(model="fake", loras=[LoraWeight(name="pirate")], prompt=hi)
+    assert bytes((await service.tokenize(asked)).token_ids) == b"Arr, hi"
 
 
 async def test_an_adapter_may_bring_a_template_to_a_base_without(engine: FakeEngine, adapters: Path) -> None:
