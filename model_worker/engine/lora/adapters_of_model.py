@@ -10,6 +10,7 @@ from delta.peft.reader import read_peft_adapter
 from delta.variant_terms import VariantTerms
 from model_worker.engine.config import LoraConfig
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost
+from model_worker.engine.lora.loader_thread import loader_thread
 from model_worker.engine.lora.lora_loader import LoraSource
 from model_worker.engine.lora.lora_manager import LoraManager
 from model_worker.engine.lora.served_base import ServedBase
@@ -36,4 +37,5 @@ def make_lora_manager(config: LoraConfig, model: CausalModel, *, base_digest: st
         memory_bytes = int(available_memory_bytes() * _SHARE_OF_FREE)
     else:
         memory_bytes = int(config.lora_memory_gib * 2**30)
-    return LoraManager(config, LoraSource(read, compose, bind), memory_bytes=memory_bytes)
+    source = LoraSource(read, compose, bind)
+    return LoraManager(config, source, memory_bytes=memory_bytes, work=loader_thread())

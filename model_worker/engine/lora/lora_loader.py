@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
-import sys
-import threading
 import time
 from collections.abc import Callable, Sequence as SequenceOf
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +16,6 @@ from model_worker.engine.lora.variant import Bound
 from registry.errors import CheckpointError, InternalError, RootgraftError
 
 logger = logging.getLogger(__name__)
-
-_NICENESS = 10  # the engine's threads go first
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +52,11 @@ class LoadResult:
 
 
 class WorkQueue(Protocol):
-    """One thread that does one thing after the other; a fake in tests."""
+    """One thread that does one thing after the other (see loader_thread.py); a fake in tests."""
 
     def submit(self, work: Callable[[], None], /) -> object: ...
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None: ...
-
-
-def loader_thread() -> WorkQueue:
-    """A thread of low priority, begun when there is work for it."""
-    return ThreadPoolExecutor(1, thread_name_prefix="lora-loader", initializer=_yield_to_others)
 
 
 class LoraLoader:
@@ -159,11 +148,6 @@ class LoraLoader:
         if digest and terms.digest != digest:
             raise CheckpointError(f"The files of {path} have changed since the adapter was added; add it again.")
         return terms
-
-
-def _yield_to_others() -> None:
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _nobody_waits() -> None:

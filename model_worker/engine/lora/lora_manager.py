@@ -19,7 +19,7 @@ from pathlib import Path
 
 from model_worker.engine.config import LoraConfig
 from model_worker.engine.lora.lora_entry import LoraEntry
-from model_worker.engine.lora.lora_loader import LoadResult, LoraLoader, LoraSource, WorkQueue, loader_thread
+from model_worker.engine.lora.lora_loader import LoadResult, LoraLoader, LoraSource, WorkQueue
 from model_worker.engine.lora.lora_tiers import LoraTiers, TierLimits
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.lora.variant import Variant
@@ -60,12 +60,12 @@ class LoraManager:
         source: LoraSource,
         *,
         memory_bytes: int,
-        work: WorkQueue | None = None,
+        work: WorkQueue,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._patience_s = config.lora_patience_s
         self._clock = clock
-        self._loader = LoraLoader(source, loader_thread() if work is None else work, clock=clock)
+        self._loader = LoraLoader(source, work, clock=clock)
         self._tiers = LoraTiers(TierLimits(config.max_loras, config.most_in_host_memory, memory_bytes), clock)
         self._numbers = count(1)
         self._entries: dict[Variant, LoraEntry] = {}  # all that are read

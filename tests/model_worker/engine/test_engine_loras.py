@@ -12,7 +12,7 @@ import pytest
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.llm_engine import LLMEngine
-from model_worker.engine.lora.lora_loader import loader_thread
+from model_worker.engine.lora.loader_thread import loader_thread
 from model_worker.engine.lora.lora_manager import LoraManager
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.outputs import RequestOutput

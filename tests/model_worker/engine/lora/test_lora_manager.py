@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import Future
 from itertools import count
 from pathlib import Path
@@ -173,6 +175,22 @@ def test_removing_drains_and_then_frees() -> None:
     assert running.variant.bound is None
     manager.check_integrity((), ())
     assert isinstance(error_of(manager.remove("a")), ModelNotFoundError)
+
+
+def test_nothing_keeps_what_is_removed_in_memory() -> None:
+    adapters = FakeAdapters()
+    manager = make_manager(adapters)
+    added(manager, adapters, "a", "b")
+    for loras in (["a"], [LoraWeight("a", 0.5), LoraWeight("b")]):
+        sequence = run(manager, *loras)
+        assert sequence.variant is not None
+        bound = weakref.ref(sequence.variant.bound)
+        manager.leave(sequence)
+    manager.remove("a")
+    gc.collect()
+    assert bound() is None
+    assert [status.name for status in manager.statuses()] == ["b"]
+    manager.check_integrity((), ())
 
 
 def test_a_load_under_way_for_a_removed_adapter_is_dropped() -> None:
