@@ -40,7 +40,7 @@ class Fleet:
 
 @pytest.fixture
 async def fleet(start_controller: StartController) -> AsyncIterator[Fleet]:
-    controller = await start_controller()
+    controller = await start_controller(heartbeat_interval_s=60.0)  # nobody sends any
     async with (
         FakeWorker("w1", variants=FakeVariants(files=dict(FILES))) as first,
         FakeWorker("w2", variants=FakeVariants(files=dict(FILES))) as second,
@@ -280,7 +280,7 @@ async def test_tokenizing_for_a_variant_is_its_base_models_affair(fleet: Fleet) 
 
 
 async def test_loading_needs_an_admin_key(start_controller: StartController, catalog: Catalog) -> None:
-    controller = await start_controller(auth="required")
+    controller = await start_controller(auth="required", heartbeat_interval_s=60.0)
     keys = {role: catalog.create_api_key(role, role=role, actor="test") for role in ("user", "admin")}
     async with FakeWorker(variants=FakeVariants(files=dict(FILES))) as worker:
         await worker.register(controller.url)

@@ -74,7 +74,7 @@ def test_models_beyond_the_bound_count_together() -> None:
 
 
 async def test_the_metrics_page_shows_variants_and_requests_for_them(start_controller: StartController) -> None:
-    controller = await start_controller()
+    controller = await start_controller(heartbeat_interval_s=60.0)
     async with FakeWorker("w1", variants=FakeVariants(files={"sql": digest("sql")})) as worker:
         worker.variants.from_command_line("sql", "sql")
         await worker.register(controller.url)

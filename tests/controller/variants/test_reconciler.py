@@ -16,6 +16,7 @@ from tests.fakes.fake_worker import FakeWorker
 from tests.fakes.until import until
 
 FILES = {"sql": digest("sql"), "chat": digest("chat"), "sql-2": digest("sql-2")}
+PATIENT = {"heartbeat_interval_s": 60.0}  # a test sends heartbeats when it wants to
 StartWorker = Callable[..., Awaitable[FakeWorker]]
 
 
@@ -53,7 +54,7 @@ async def test_a_worker_is_filled_pins_first_and_follows_every_change(
 ) -> None:
     want(catalog, "chat")
     want(catalog, "sql", pinned=True)
-    controller, worker = await start_controller(), await start_worker()
+    controller, worker = await start_controller(**PATIENT), await start_worker()
     await worker.register(controller.url)
     await until(lambda: len(worker.variants.statuses) == 2)
     await settled(controller, worker)
@@ -75,13 +76,16 @@ async def test_a_worker_is_filled_pins_first_and_follows_every_change(
 async def test_everything_comes_back_after_kill_9_of_controller_and_workers(
     start_controller: StartController, start_worker: StartWorker, catalog: Catalog
 ) -> None:
-    first, worker = await start_controller(), await start_worker()
+    first, worker = await start_controller(**PATIENT), await start_worker()
     await worker.register(first.url)
     for name, pinned in (("sql", True), ("chat", False)):
         body = {"name": name, "path": name, "pinned": pinned}
         assert (await first.post("/admin/variants", json=body)).status == 200
     await worker.kill()
-    second, again = await start_controller(), await start_worker()  # nothing of the first two but the catalog
+    second, again = (
+        await start_controller(**PATIENT),
+        await start_worker(),
+    )  # nothing of the first two but the catalog
     await again.register(second.url)
     await until(lambda: len(again.variants.statuses) == 2)
     assert again.variants.statuses["sql"].pinned
@@ -94,10 +98,10 @@ async def test_everything_comes_back_after_kill_9_of_controller_and_workers(
 async def test_a_restarted_controller_leaves_a_worker_that_is_right_alone(
     start_controller: StartController, start_worker: StartWorker, catalog: Catalog
 ) -> None:
-    first, worker = await start_controller(), await start_worker()
+    first, worker = await start_controller(**PATIENT), await start_worker()
     await worker.register(first.url)
     assert (await first.post("/admin/variants", json={"name": "sql", "path": "sql", "pinned": True})).status == 200
-    second = await start_controller()
+    second = await start_controller(**PATIENT)
     assert (await worker.heartbeat(second.url)).status == 404
     await worker.register(second.url)
     await settled(second, worker)
@@ -107,7 +111,7 @@ async def test_a_restarted_controller_leaves_a_worker_that_is_right_alone(
 async def test_variants_of_the_command_line_are_not_touched(
     start_controller: StartController, start_worker: StartWorker, catalog: Catalog
 ) -> None:
-    controller, worker = await start_controller(), await start_worker()
+    controller, worker = await start_controller(**PATIENT), await start_worker()
     worker.variants.from_command_line("own", "chat")
     await worker.register(controller.url)
     await settled(controller, worker)
@@ -120,7 +124,7 @@ async def test_a_failure_is_shown_tried_again_and_holds_nobody_up(
 ) -> None:
     want(catalog, "a", path="missing")
     want(catalog, "sql")
-    controller, worker = await start_controller(), await start_worker()
+    controller, worker = await start_controller(**PATIENT), await start_worker()
     await worker.register(controller.url)
     await until(lambda: "sql" in worker.variants.statuses)
     (shown, _) = (await (await controller.get("/admin/variants")).json())["variants"]
@@ -144,7 +148,7 @@ async def test_the_pause_after_a_failure_is_kept(
 ) -> None:
     monkeypatch.setattr(failures, "FIRST_PAUSE_S", 1000.0)
     want(catalog, "a", path="missing")
-    controller, worker = await start_controller(), await start_worker()
+    controller, worker = await start_controller(**PATIENT), await start_worker()
     await worker.register(controller.url)
     for _ in range(3):
         await settled(controller, worker)
@@ -157,7 +161,11 @@ async def test_a_worker_that_does_not_answer_does_not_hold_up_heartbeats_or_othe
     want(catalog, "sql")
     catalog.set_variant_digest(catalog.get_variant("sql"), FILES["sql"], actor="cli:test")
     want(catalog, "chat")
-    controller, slow, other = await start_controller(), await start_worker("slow"), await start_worker("other")
+    controller, slow, other = (
+        await start_controller(**PATIENT),
+        await start_worker("slow"),
+        await start_worker("other"),
+    )
     slow.variants.hold = asyncio.Event()
     await slow.register(controller.url)
     await until(lambda: slow.variants.calls == ["add chat"])
@@ -172,7 +180,7 @@ async def test_a_worker_that_does_not_answer_does_not_hold_up_heartbeats_or_othe
 async def test_a_worker_with_other_files_is_not_routed_to_and_says_so(
     start_controller: StartController, start_worker: StartWorker, catalog: Catalog
 ) -> None:
-    controller, right = await start_controller(), await start_worker("right")
+    controller, right = await start_controller(**PATIENT), await start_worker("right")
     wrong = await start_worker("wrong", sql=digest("other"))
     await right.register(controller.url)
     assert (await controller.post("/admin/variants", json={"name": "sql", "path": "sql"})).status == 200
@@ -195,7 +203,7 @@ async def test_a_worker_with_other_files_is_not_routed_to_and_says_so(
 async def test_a_removal_that_a_worker_missed_is_made_up_for(
     start_controller: StartController, start_worker: StartWorker, catalog: Catalog
 ) -> None:
-    controller, worker = await start_controller(), await start_worker()
+    controller, worker = await start_controller(**PATIENT), await start_worker()
     await worker.register(controller.url)
     assert (await controller.post("/admin/variants", json={"name": "sql", "path": "sql"})).status == 200
     worker.variants.refuse["remove sql"] = VariantRefused(500, "internal_error", "not now")
