@@ -82,13 +82,18 @@ class VariantDirectory:
     def on(self, worker: Worker, name: str) -> OnWorker:
         status = worker.variants.get(name)
         failure = self._failures.of(worker, name)
-        error = self._conflict(worker, name)
-        usable = status is not None and status.state in _USABLE and error is None
-        if error is None and failure is not None:
+        error: RootgraftError | None = None
+        if status is not None and not self._has_right_files(status):
+            error = UpstreamError(
+                f"worker {worker.worker_id} has other files under {status.path} ({status.digest}) than the other "
+                f"replicas ({self._expected_digest(name)}); make them the same, or add {name} again with replace"
+            )
+        elif failure is not None:
             error = failure.error
-        if error is None and status is not None and status.error is not None:
+        elif status is not None and status.error is not None:
             error = UpstreamError(status.error)
-        return OnWorker(worker, status, usable, error, self._failures.retry_in_s(failure) if failure else None)
+        retry_in_s = None if failure is None else self._failures.retry_in_s(failure)
+        return OnWorker(worker, status, self._is_usable(worker, name), error, retry_in_s)
 
     def on_workers(self, name: str) -> list[OnWorker]:
         """The variant on every worker that serves its base model."""
@@ -96,18 +101,16 @@ class VariantDirectory:
         return [self.on(worker, name) for worker in self._workers if parent is not None and worker.serves(parent)]
 
     def can_serve(self, worker: Worker, names: Iterable[str]) -> bool:
-        return all(self.on(worker, name).usable for name in names)
+        return all(self._is_usable(worker, name) for name in names)
 
-    def _conflict(self, worker: Worker, name: str) -> RootgraftError | None:
-        """Replicas must answer alike: files other than the catalog's, or than the first worker's, are not used."""
+    def _is_usable(self, worker: Worker, name: str) -> bool:
         status = worker.variants.get(name)
-        expected = self._expected_digest(name)
-        if status is None or None in (status.digest, expected) or status.digest == expected:
-            return None
-        return UpstreamError(
-            f"worker {worker.worker_id} has other files under {status.path} ({status.digest}) than the other replicas "
-            f"({expected}); make them the same, or add {name} again with replace"
-        )
+        return status is not None and status.state in _USABLE and self._has_right_files(status)
+
+    def _has_right_files(self, status: VariantStatus) -> bool:
+        """Replicas must answer alike: files other than the catalog's, or than the first worker's, are not used."""
+        expected = self._expected_digest(status.name)
+        return None in (status.digest, expected) or status.digest == expected
 
     def _expected_digest(self, name: str) -> str | None:
         record = self.wanted.get(name)
