@@ -34,6 +34,26 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: absent, truncated, not safetensors, or a header that contradicts itself or the file's size.
     """
+    header, _, data_start, size = _read_header(path)
+    tensors = sorted(
+        (_tensor(path, name, entry, data_start) for name, entry in header.items()),
+        key=lambda tensor: (tensor.offset_bytes, tensor.num_bytes),
+    )
+    _check_layout(path, tensors, data_start, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read_safetensors_metadata(path: Path) -> dict[str, str]:
+    """What the writer of `path` had to say.
+
+    Raises:
+        CheckpointError: absent, truncated or not safetensors.
+    """
+    return _read_header(path)[1]
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:
+    """-> tensors, metadata, where the data begins, size of the file"""
     size = file_size(path)
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -51,14 +71,9 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
                 f"{path} is truncated: its header needs {8 + header_bytes} bytes of {size}; download it again"
             )
         header = parse_json_object(file.read(header_bytes), f"the header of {path}")
-    _check_metadata(path, header.pop("__metadata__", {}))
-    data_start = 8 + header_bytes
-    tensors = sorted(
-        (_tensor(path, name, entry, data_start) for name, entry in header.items()),
-        key=lambda tensor: (tensor.offset_bytes, tensor.num_bytes),
-    )
-    _check_layout(path, tensors, data_start, size)
-    return {tensor.name: tensor for tensor in tensors}
+    metadata = header.pop("__metadata__", {})
+    _check_metadata(path, metadata)
+    return header, metadata, 8 + header_bytes, size
 
 
 def _check_metadata(path: Path, metadata: Any) -> None:

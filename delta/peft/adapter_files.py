@@ -7,22 +7,24 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from delta.peft.adapter_config import CONFIG_FILE
 from registry.errors import CheckpointError
+from registry.safetensors_header import read_safetensors_header, read_safetensors_metadata
+from registry.tensor_header import TensorHeader
 
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """The first that exists is read, as by PEFT."""
 
 _PREFIX = "base_model.model."
 _CHUNK_BYTES = 2**20
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 def config_file(directory: Path) -> Path:
@@ -97,7 +99,7 @@ class AdapterTensors:
         return self._shapes[name]
 
     def take(self, name: str, shape: tuple[int, ...], hint: str = "") -> Tensor:
-        """A copy of a tensor: contiguous, finite, in the file's dtype (float64 becomes float32).
+        """A tensor: contiguous, finite, in memory of its own, in the file's dtype (float64 becomes float32).
 
         Raises:
             CheckpointError: it is missing, taken already, of another shape or type, not finite, or cannot be read.
@@ -112,18 +114,18 @@ class AdapterTensors:
         del self._rest[name]
         try:
             tensor = self._read(_PREFIX + name)
-        except (SafetensorError, OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self.file}: {_PREFIX}{name} cannot be read ({error}); copy the file again"
             ) from error
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _DTYPES.values():
             raise CheckpointError(
                 f"{self.file}: {_PREFIX}{name} is of type {tensor.dtype}; save the adapter in float32"
             )
         if not all_finite(tensor):
             raise CheckpointError(f"{self.file}: {_PREFIX}{name} holds values that are not finite; train it again")
         dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
-        return tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return tensor.to(dtype, memory_format=torch.contiguous_format)
 
     def check_all_taken(self) -> None:
         """Raises CheckpointError: a tensor has no place in the adapter that the configuration describes."""
@@ -150,13 +152,31 @@ def open_tensors(file: Path) -> Iterator[AdapterTensors]:
     if file.suffix == ".bin":
         yield _load_pickle(file)
         return
-    try:
-        opened = safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); copy it again") from error
-    with opened as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        yield AdapterTensors(file, _without_prefix(file, shapes), tensors.get_tensor, tensors.metadata() or {})
+    headers = read_safetensors_header(file)
+    shapes = {name: header.shape for name, header in headers.items()}
+    # Read, not mapped: touching a mapped file that has been cut short in the meantime would end the process.
+    with file.open("rb", buffering=0) as opened:
+        yield AdapterTensors(
+            file,
+            _without_prefix(file, shapes),
+            lambda name: _read_tensor(opened, headers[name]),
+            read_safetensors_metadata(file),
+        )
+
+
+def _read_tensor(opened: FileIO, header: TensorHeader) -> Tensor:
+    """Raises CheckpointError: it is of a type that adapters do not have, or the file has become shorter."""
+    if header.dtype not in _DTYPES:
+        raise CheckpointError(f"{header.file}: {header.name} is of type {header.dtype}; save the adapter in float32")
+    tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype])
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    opened.seek(header.offset_bytes)
+    while data:
+        num_read = opened.readinto(data)
+        if not num_read:
+            raise CheckpointError(f"{header.file} was cut short while it was read; copy it again")
+        data = data[num_read:]
+    return tensor
 
 
 def _load_pickle(file: Path) -> AdapterTensors:
@@ -167,7 +187,8 @@ def _load_pickle(file: Path) -> AdapterTensors:
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
         raise CheckpointError(f"{file} does not hold named tensors; save the adapter as safetensors")
     shapes = {str(name): tuple(tensor.shape) for name, tensor in loaded.items()}
-    return AdapterTensors(file, _without_prefix(file, shapes), loaded.__getitem__, {})
+    # Tensors of a pickle may be parts of larger ones.
+    return AdapterTensors(file, _without_prefix(file, shapes), lambda name: loaded[name].clone(), {})
 
 
 def _without_prefix(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

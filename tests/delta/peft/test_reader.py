@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from peft import IA3Config, LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
+from delta.peft.adapter_files import open_tensors
 from delta.peft.reader import read_peft_adapter
 from delta.variant_terms import VariantTerms
+from registry.errors import CheckpointError
 from tests.fakes.peft_adapters import TinyBase, load_with_peft, make_adapter, merged_model
 from tests.fakes.tiny_models import build_tiny_model
 
@@ -260,3 +263,13 @@ def test_experts_from_before_transformers_5(
     expected = _logits(load_with_peft(model, tmp_path))
     assert not torch.allclose(expected, _logits(model), atol=1e-2)
     torch.testing.assert_close(_logits(merged_model(model, terms)), expected, atol=1e-4, rtol=0)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    """A mapped file would end the process instead."""
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"base_model.model.x.lora_A.weight": torch.ones(1 << 20)}, file)
+    with open_tensors(file) as tensors:
+        os.truncate(file, 1 << 12)
+        with pytest.raises(CheckpointError, match="cut short"):
+            tensors.take("x.lora_A.weight", (1 << 20,))
