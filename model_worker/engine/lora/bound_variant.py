@@ -44,6 +44,14 @@ class VariantHost(Protocol):
         """
         ...
 
+    def base_bias(self, module: str) -> Tensor:
+        """The bias of a linear layer that has one. -> [N] float32
+
+        Raises:
+            KeyError: there is no such module, or it has no bias.
+        """
+        ...
+
     def bind(self, terms: VariantTerms) -> BoundVariant:
         """Put a variant, read for this model, into the form in which it is computed. Any thread may call this.
 

@@ -13,7 +13,6 @@ from delta.peft.base_model import ExpertsShape, LinearShape, ModelShapes, model_
 from model_worker.engine.lora.bound_variant import VariantHost
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD
-from registry.errors import UnsupportedModelError
 
 
 @runtime_checkable
@@ -41,19 +40,16 @@ class ServedBase:
         return self._model.base_weight(module)
 
     def bias(self, module: str) -> Tensor:
-        if not isinstance(self._model, _HoldsModule):
-            raise UnsupportedModelError(
-                f"The adapter changes the bias of {module}, which the native decoder cannot; serve the model with "
-                "--model-impl transformers."
-            )
-        bias: Tensor = self._model.causal_lm.get_submodule(module).bias
-        return bias.detach().float()
+        assert isinstance(self._model, VariantHost)
+        return self._model.base_bias(module)
 
 
 def _shapes_of_module(causal_lm: Any) -> ModelShapes:
     """As they were before layers were replaced."""
+    config = copy.deepcopy(causal_lm.config)
+    config._attn_implementation = "eager"  # some families choose classes by this name, and know none of ours
     with torch.device("meta"):
-        return model_shapes(type(causal_lm)(copy.deepcopy(causal_lm.config)))
+        return model_shapes(type(causal_lm)(config))
 
 
 def _shapes_of_native(model: CausalModel) -> ModelShapes:

@@ -161,6 +161,15 @@ class NativeDecoder:
         name = self.ties.get(name, name)
         if self._parameters[name].ndim != 2:
             raise KeyError(module)
+        return self._unpacked(name)
+
+    def base_bias(self, module: str) -> Tensor:
+        """See `VariantHost.base_bias`."""
+        if self._parameters[f"{module}.weight"].ndim != 2:
+            raise KeyError(module)
+        return self._unpacked(f"{module}.bias")
+
+    def _unpacked(self, name: str) -> Tensor:
         return self._weights.unpack(name, {part: len(tensor) for part, tensor in self._parameters.items()})
 
     def bind(self, terms: VariantTerms) -> PackedVariant:

@@ -141,13 +141,14 @@ class NativeWeights:
         return torch.equal(self.matrices[fusion.key].data, self._matrix(fusion, [tensor]).data)
 
     def unpack(self, name: str, sizes: Mapping[str, int]) -> Tensor:
-        """What the kernels compute with in place of a matrix of the checkpoint. -> [N, K] float32
+        """What the kernels compute with in place of a matrix or bias of the checkpoint. -> [N, K] or [N] float32
 
         Args:
             sizes: N of each parameter.
         """
         fusion = self._fusions[name]
-        whole = self.matrices[fusion.key].unpack()
+        matrix = self.matrices.get(fusion.key)
+        whole = self.vectors[fusion.key] if matrix is None else matrix.unpack()
         if fusion.gated:
             whole = torch.cat(separate_gated(whole, sum(sizes[part] for part in fusion.names) // 2))
         start = sum(sizes[part] for part in fusion.names[: fusion.names.index(name)])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,6 +40,19 @@ CONFIGS = {
 }  # fmt: skip
 NAMES = ("llama", "qwen2", "qwen3")
 CASES = [(name, impl) for name in NAMES for impl in ("native", "transformers")]
+OTHERS = {
+    "biases": LoraConfig(r=2, target_modules=ALL_LINEAR, bias="all", task_type="CAUSAL_LM"),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
+}
+OTHER_CASES = [
+    *((name, impl, ("biases", "ia3")) for name in ("llama-tied", "qwen2") for impl in ("native", "transformers")),
+    ("qwen3_moe", "native", ("attention",)),
+    ("qwen3_moe", "transformers", ("attention",)),
+    ("gemma2", "native", ("rslora", "dora")),
+    *((name, "transformers", ("rslora",)) for name in ("gpt2", "gpt_neox", "phi3", "gemma2")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -110,16 +124,31 @@ def _run(engine: LLMEngine) -> tuple[dict[str, list[int]], dict[str, torch.Tenso
 def test_base_and_adapters_in_one_batch_equal_peft(
     name: str, impl: str, budget: int, best_kernels: KernelLibrary, tmp_path: Path
 ) -> None:
+    _check(name, impl, CONFIGS, best_kernels, tmp_path, budget=budget)
+
+
+@pytest.mark.parametrize(("name", "impl", "adapters"), OTHER_CASES)
+def test_other_kinds_and_families_equal_peft_too(
+    name: str, impl: str, adapters: tuple[str, ...], best_kernels: KernelLibrary, tmp_path: Path
+) -> None:
+    configs = {adapter: {**CONFIGS, **OTHERS}[adapter] for adapter in adapters}
+    _check(name, impl, configs, best_kernels, tmp_path, budget=32)
+
+
+def _check(
+    name: str, impl: str, configs: Mapping[str, PeftConfig], kernels: KernelLibrary, path: Path, *, budget: int
+) -> None:
+    """Each request twice, with and without the logprobs of its prompt."""
     assert impl != "native" or TINY_MODELS[name].model_type in NATIVE_MODEL_TYPES
     model = build_tiny_model(name)
-    model.save_pretrained(tmp_path / "base")
-    engine = _engine(tmp_path / "base", impl, best_kernels, budget=budget)
+    model.save_pretrained(path / "base")
+    engine = _engine(path / "base", impl, kernels, budget=budget)
     generator = random.Random(3)
     shared = [generator.randrange(VOCAB_SIZE) for _ in range(21)]
     references: dict[str, nn.Module] = {"base": model}
-    for number, (adapter, config) in enumerate(CONFIGS.items()):
-        references[adapter] = make_adapter(model, config, tmp_path / adapter, seed=number)
-        _add(engine, adapter, tmp_path / adapter)
+    for number, (adapter, config) in enumerate(configs.items()):
+        references[adapter] = make_adapter(model, config, path / adapter, seed=number)
+        _add(engine, adapter, path / adapter)
     for adapter in references:
         loras = [] if adapter == "base" else [LoraWeight(adapter)]
         for kind, prompt_logprobs in (("known", 0), ("plain", None)):
