@@ -32,7 +32,7 @@ from model_worker.engine.layers.variants import (
     with_parameters,
 )
 from model_worker.engine.lora.bound_variant import VariantSegments
-from model_worker.engine.ops.low_rank import SegmentPlan, table_rows
+from model_worker.engine.ops.low_rank import SegmentPlan, table_rows, to_device
 from registry.errors import UnsupportedModelError
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -132,7 +132,7 @@ class TransformersVariants:
         )
         tables = [variant.table for _, variant in variants if variant.table is not None]
         places = [self._places[linear] for linear in linears]
-        table = torch.stack([of_variant[places] for of_variant in tables], dim=1).to(self._device) if tables else None
+        table = to_device(torch.stack([rows[places] for rows in tables], dim=1), self._device) if tables else None
         return {
             linear: VariantMethod(
                 linear.method,
@@ -160,6 +160,7 @@ class _Binder:
         self._device = device
         self._bound = TransformersVariant()
         self._parameters: dict[nn.Module, dict[str, Tensor]] = defaultdict(dict)  # of modules to be copied
+        self._taken: list[Tensor] = []
 
     def bind(self, terms: VariantTerms) -> TransformersVariant:
         for name, of_linear in terms.linears.items():
@@ -173,6 +174,8 @@ class _Binder:
             self._replace(path, name, vector)
         for module, parameters in self._parameters.items():
             self._bound.modules[module] = with_parameters(module, parameters)
+        shared = {tensor.data_ptr() for tensor in terms.tensors()}
+        self._bound.num_bytes = sum(tensor.nbytes for tensor in self._taken if tensor.data_ptr() not in shared)
         return self._bound
 
     def _bind_linear(self, path: str, terms: LinearTerms) -> None:
@@ -236,10 +239,8 @@ class _Binder:
     def _take(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if tensor is None:
             return None
-        taken = tensor.to(self._device, dtype).contiguous()
-        if taken.data_ptr() != tensor.data_ptr():
-            self._bound.num_bytes += taken.nbytes
-        return taken
+        self._taken.append(tensor.to(self._device, dtype).contiguous())
+        return self._taken[-1]
 
 
 def _refusal(path: str, module: nn.Module) -> UnsupportedModelError:

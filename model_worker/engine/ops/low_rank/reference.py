@@ -25,5 +25,4 @@ def expand_reference(t: Tensor, out: Tensor, factors: LowRankFactors, plan: Segm
     for t_of_part, of_part, part in zip(t, columns, factors.parts, strict=True):
         for (start, end), pair in zip(plan.bounds, part, strict=True):
             if pair is not None:
-                rows = of_part[start:end]
-                rows.copy_(torch.addmm(rows.float(), t_of_part[start:end, : pair.b.shape[1]], pair.b.float().T))
+                of_part[start:end] += t_of_part[start:end, : pair.b.shape[1]] @ pair.b.float().T

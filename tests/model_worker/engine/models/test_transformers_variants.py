@@ -19,6 +19,7 @@ from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
 from model_worker.engine.layers.linear import Linear, PackedMethod
 from model_worker.engine.loader import load_model
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost, VariantSegment
+from model_worker.engine.lora.served_base import ServedBase
 from model_worker.engine.models.transformers_model import TransformersModel
 from model_worker.engine.models.transformers_variants import TransformersVariant
 from model_worker.engine.ops.paged_attention import AttentionMetadata
@@ -295,7 +296,7 @@ def test_adapters_of_peft_give_what_peft_gives(name: str, config: Any, tmp_path:
     reference = build_tiny_model(name)
     adapted = make_adapter(reference, config, tmp_path / "adapter")
     model = _load(reference, tmp_path / "base")
-    bound = model.bind(read_peft_adapter(tmp_path / "adapter", TinyBase(reference)))
+    bound = model.bind(read_peft_adapter(tmp_path / "adapter", ServedBase(model, "")))
     prompt, other = _tokens([13, 7])
     tokens, base_tokens = list(prompt), list(other)
     rows = Rows(model, [None, bound])
