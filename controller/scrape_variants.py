@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from controller.protocol import VariantState, VariantStatus
 from controller.workers import Worker
 
-MAX_VARIANTS_PER_WORKER = 256
+MAX_VARIANTS_PER_WORKER = 100
 
 _GAUGES = (
     ("num_running", "rootgraft_variant_requests_running", "Requests for the variant in the worker's batch."),
@@ -67,7 +67,7 @@ class VariantCollector(Collector):
         only, so that gateways know of none at low load.)
         Source: gateway-api-inference-extension, proposal 003, model server protocol.
         """
-        statuses = [status for worker in self._workers for status in _most_used(worker)]
+        statuses = [status for worker in self._workers for status in worker.variants.values()]
         labels = {
             "max_lora": str(sum(worker.stats.max_loras for worker in self._workers)),
             "running_lora_adapters": _names(status for status in statuses if status.state == "active"),

@@ -131,13 +131,13 @@ class ServedNames:
 
     def _served_variants(self) -> dict[str, list[tuple[str, list[Worker]]]]:
         """By model: its variants by name, each with the workers that can be asked for it now; none without one."""
+        serving = {model: self._workers.serving(model) for model in self._workers.models()}
         found: dict[str, list[tuple[str, list[Worker]]]] = {}
         for name in sorted(self._variants.names()):
             parent = self._variants.parent_of(name)
-            if parent is not None:
-                able = [worker for worker in self._workers.serving(parent) if self._variants.can_serve(worker, [name])]
-                if able:
-                    found.setdefault(parent, []).append((name, able))
+            able = [worker for worker in serving.get(parent or "", ()) if self._variants.can_serve(worker, [name])]
+            if parent is not None and able:
+                found.setdefault(parent, []).append((name, able))
         return found
 
     def _variant_info(self, model: ServedModelInfo, name: str, on: Sequence[Worker]) -> ServedModelInfo:
