@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from model_worker.engine.outputs import RequestOutput
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import (
     CheckpointError,
+    ClientError,
     InternalError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -217,3 +220,57 @@ async def test_calls_to_an_engine_without_adapters_are_refused() -> None:
     with pytest.raises(UnsupportedModelError):
         await engine.loras.add("a", Path("a"))
     await engine.stop()
+
+
+async def test_after_any_mix_of_requests_and_changes_nothing_is_held() -> None:
+    """Requests, cancellations, loads, removals and pins at once; places, memory and blocks are free in the end."""
+    chance = random.Random(5)
+    adapters = FakeAdapters()
+    manager = make_manager(adapters, loader_thread(), max_loras=3, max_cpu_loras=5, memory_bytes=150, patience_s=0.0)
+    inner = make_engine(manager)
+    engine = AsyncLLMEngine(inner)
+    await engine.start()
+    names = [f"v{i}" for i in range(20)]
+    for name in names:
+        await engine.loras.add(name, adapters.write(name))
+    finished: list[str] = []
+
+    async def ask(number: int) -> None:
+        name = chance.choice([*names, *names[:2] * 5])
+        loras = chance.choice([[], [LoraWeight(name)], [LoraWeight(name, 0.5), LoraWeight(chance.choice(names))]])
+        cancel_after = chance.choice([None, None, 0, 2])
+        stream = engine.generate(f"r{number}", [number % 7] * 5, SamplingParams(max_tokens=6), loras=loras)
+        try:
+            async for output in stream:
+                if output.error is not None:
+                    raise output.error
+                if cancel_after is not None and len(output.deltas) > cancel_after:
+                    break
+            finished.append(name)
+        except ClientError:  # it was removed or overwritten just now, or pins leave no place
+            pass
+        finally:
+            await stream.aclose()
+
+    async def change() -> None:
+        name = chance.choice(names)
+        calls = [engine.loras.pin, engine.loras.unpin, engine.loras.unpin, engine.loras.evict, engine.loras.activate]
+        with suppress(ClientError):
+            if chance.random() < 0.3:
+                await engine.loras.remove(name)
+                await engine.loras.add(name, adapters.write(name, FakeTerms(f"sha256:{chance.random()}")))
+            else:
+                await chance.choice(calls)(name)
+
+    async with asyncio.timeout(60):
+        for number in range(0, 400, 20):
+            await asyncio.gather(*(ask(number + i) for i in range(20)), *(change() for _ in range(5)))
+    assert len(finished) > 200
+    for name in names:
+        await engine.loras.remove(name)
+    assert await engine.loras.list() == []
+    await engine.stop()
+    assert engine.failed is None
+    inner.check_integrity()
+    assert manager._tiers.num_bytes == 0
+    assert engine.stats().kv_blocks_used == 0
