@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -188,3 +193,14 @@ def test_large_values_do_not_overflow_in_between(kernels: ModuleType) -> None:
     out: Tensor = torch.zeros(1, 8).half()
     kernels.expand(kernels.shrink(torch.full((1, 64), 60.0).half(), factors, plan), out, factors, plan)
     torch.testing.assert_close(out.float(), torch.full((1, 8), 230.4), rtol=1e-3, atol=0.0)
+
+
+def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    root = Path(__file__).parents[5]
+    settings = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    settings.pop("TRITON_INTERPRET", None)
+    script = Path(__file__).with_name("compile_for_gpu.py")
+    done = subprocess.run([sys.executable, script], env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
