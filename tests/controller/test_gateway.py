@@ -16,11 +16,13 @@ from controller.protocol import (
     DetokenizeRequest,
     ErrorEvent,
     GenerateRequest,
+    LoraWeight,
     PromptEvent,
     Sampling,
     ServedModel,
     TextPrompt,
     TokenizeRequest,
+    VariantStatus,
     WorkerStats,
 )
 from controller.routing import RoundRobin
@@ -37,6 +39,7 @@ from registry.errors import (
     RateLimitError,
     UpstreamError,
 )
+from tests.fakes.fake_variants import FakeVariants, digest
 from tests.fakes.fake_worker import FakeWorker, Script
 from tests.fakes.until import until
 
@@ -444,3 +447,58 @@ async def test_sixteen_streams_over_two_workers_when_one_is_killed(fleet: Fleet)
         assert kinds(events)[-1] in ("done", "error")
         assert kinds(events)[-1] == "error" or text(events) == "abcdefgh"
     assert text(await fleet.events()) == "abcdefgh"
+
+
+# ------------------------------------------------------------------------------------------------------ variants
+
+
+def variants(**states: str) -> FakeVariants:
+    statuses = {
+        name: VariantStatus(name=name, parent="m", path=name, digest=digest(name), state=state)  # type: ignore[arg-type]
+        for name, state in states.items()
+    }
+    return FakeVariants(statuses=statuses)
+
+
+async def test_only_workers_that_have_all_adapters_are_asked(fleet: Fleet) -> None:
+    await fleet.add(variants=variants(sql="active"))
+    both = await fleet.add(variants=variants(sql="on_disk", chat="on_disk"))
+    loras = [LoraWeight(name="sql@prod", scale=0.5), LoraWeight(name="chat")]
+    stream = fleet.gateway.stream(request().model_copy(update={"loras": loras}))
+    assert [event.kind async for events in stream for event in events][-1] == "done"
+    (sent,) = both.requests
+    assert sent.loras == [LoraWeight(name="sql", scale=0.5), LoraWeight(name="chat")]
+
+
+async def test_why_nobody_can_be_asked_for_an_adapter(fleet: Fleet) -> None:
+    await fleet.add(variants=variants(sql="active", late="registered"))
+    await fleet.add(variants=variants(chat="active"))
+    together = [LoraWeight(name="sql"), LoraWeight(name="chat")]
+    cases = (
+        ([LoraWeight(name="late")], "late is registered but not loaded: its workers have not read it yet"),
+        (together, "sql, chat is registered but not loaded: no worker has all of them"),
+    )
+    for loras, message in cases:
+        with pytest.raises(OverloadedError) as caught:
+            await anext(fleet.gateway.stream(request().model_copy(update={"loras": loras})))
+        assert (caught.value.message, caught.value.retry_after_s) == (message, 2.0)
+
+
+async def test_an_adapter_goes_elsewhere_when_its_worker_fails(fleet: Fleet) -> None:
+    first = await fleet.add(Script(drop_after=-1), variants=variants(sql="active"))
+    second = await fleet.add(variants=variants(sql="on_disk"))
+    assert kinds(await fleet.events("sql@prod"))[-1] == "done"
+    assert (len(first.requests), len(second.requests)) == (1, 1)
+    await second.kill()
+    with pytest.raises(UpstreamError):
+        await fleet.events("sql")
+
+
+async def test_variants_are_listed_after_their_model(fleet: Fleet) -> None:
+    await fleet.add(variants=variants(sql="active", broken="failed"))
+    await fleet.add(variants=variants(sql="on_disk", chat="on_disk"))
+    model, chat, sql = fleet.gateway.models()
+    assert (model.name, model.parent, model.root) == ("m", None, "m")
+    assert (chat.name, chat.parent, chat.root, chat.num_workers) == ("chat", "m", "chat", 1)
+    assert (sql.name, sql.digest, sql.max_model_len, sql.num_workers) == ("sql", digest("sql"), 128, 2)
+    assert sql.created == 1700000000

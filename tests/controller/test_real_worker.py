@@ -116,3 +116,21 @@ async def test_adapters_are_loaded_asked_for_and_come_back_after_a_restart(
         assert chat.pinned
         response = await controller.post("/v1/chat/completions", json={**CHAT, "model": "team/sql"})
         assert response.status == 200
+
+
+async def test_an_adapter_is_loaded_used_and_tokenized_for_with_its_own_template(
+    start_controller: StartController, tmp_path: Path
+) -> None:
+    (tmp_path / "pirate").mkdir()
+    (tmp_path / "pirate/chat_template.jinja").write_text("{% for message in messages %}Arr, hi{% endfor %}")
+    controller = await start_controller()
+    engine = FakeEngine(ByteTokenizer())
+    async with running_worker(engine, controller, "--adapter-root", str(tmp_path)):
+        load = {"lora_name": "arr", "lora_path": "pirate"}
+        assert (await controller.post("/v1/load_lora_adapter", json=load)).status == 200
+        response = await controller.post("/v1/chat/completions", json={**CHAT, "model": "arr"})
+        assert (await response.json())["usage"]["prompt_tokens"] == len("Arr, hi")
+        assert engine.requested_loras == [(("arr", 1.0),)]
+        for model, text in (("arr", b"Arr, hi"), ("m", b"user: hi\nassistant: ")):
+            response = await controller.post("/tokenize", json={"model": model, "messages": CHAT["messages"]})
+            assert bytes((await response.json())["tokens"]) == text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
@@ -215,3 +216,53 @@ async def test_a_removal_that_a_worker_missed_is_made_up_for(
     await settled(controller, worker)
     assert worker.variants.statuses == {}
     assert (await controller.get("/admin/variants/sql")).status == 404
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_happened_workers_end_up_with_what_is_wanted(
+    start_controller: StartController, start_worker: StartWorker, catalog: Catalog, seed: int
+) -> None:
+    """Changes at the API and in the catalog, failures, missed messages and restarts, in any order."""
+    rng = random.Random(seed)
+    controller = await start_controller(**PATIENT)
+    workers = [await start_worker("w0"), await start_worker("w1")]
+    for worker in workers:
+        await worker.register(controller.url)
+
+    async def step() -> None:
+        name, path = rng.choice(["a", "b", "c"]), rng.choice([*FILES, "missing"])
+        worker = rng.choice(workers)
+        match rng.randrange(8):
+            case 0 | 1:
+                body = {"name": name, "path": path, "pinned": rng.random() < 0.5, "replace": True}
+                assert (await controller.post("/admin/variants", json=body)).status in (200, 400, 500)
+            case 2:
+                await controller.post(f"/admin/variants/{name}/{rng.choice(['pin', 'unpin', 'activate', 'evict'])}")
+            case 3:
+                async with controller.client.delete(f"{controller.url}/admin/variants/{name}"):
+                    pass
+            case 4:
+                want(catalog, name, path=path, pinned=rng.random() < 0.5, replace=True)
+            case 5:
+                verb = rng.choice(["add", "remove", "pin"])
+                worker.variants.refuse[f"{verb} {name}"] = VariantRefused(500, "internal_error", "not now")
+            case 6:
+                worker.variants.statuses.clear()  # started again, and nothing on its command line
+                await worker.register(controller.url)
+            case 7:
+                await settled(controller, worker)
+
+    for _ in range(40):
+        await step()
+    for worker in workers:
+        worker.variants.refuse.clear()
+        worker.variants.files["missing"] = digest("found")
+    for _ in range(3):
+        await settled(controller, *workers)
+    wanted = {record.name: (record.digest, record.pinned) for record in catalog.list_variants()}
+    for worker in workers:
+        has = {name: (status.digest, status.pinned) for name, status in worker.variants.statuses.items()}
+        assert has == wanted
+        await worker.heartbeat(controller.url)
+        for name in wanted:
+            assert all(on.usable for on in controller.state.directory.on_workers(name))
