@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
@@ -26,6 +27,8 @@ from registry.errors import (
     RootgraftError,
 )
 from registry.names import is_name
+
+logger = logging.getLogger(__name__)
 
 REPORT_TIMEOUT_S = 0.5
 """How long a report of all adapters waits for the end of a step; a heartbeat must not come late."""
@@ -131,7 +134,9 @@ class Variants:
                 param="name",
             )
         path = await asyncio.to_thread(self._root.find, request.path)
-        return await self._add(request.name, path, request.path, pinned=request.pinned, from_command_line=False)
+        status = await self._add(request.name, path, request.path, pinned=request.pinned, from_command_line=False)
+        logger.info("adapter %s: rank %d, read from %r", status.name, status.rank, request.path)
+        return status
 
     async def remove(self, name: str) -> VariantStatus:
         """Serve it no more; requests that have it already go on."""
@@ -143,6 +148,7 @@ class Variants:
                 )
             status = await self._message(self._engine.remove(name))
             del self._adapters[name]
+            logger.info("adapter %s removed", name)
             return status
 
     async def pin(self, name: str) -> VariantStatus:
