@@ -4,7 +4,8 @@
 
 The dry run computes two tokens with a probe in place of the attention. It is what keeps a family that silently goes
 its own way from being served: every layer must call our attention exactly once, must ask for nothing that we do not
-do, and the logits must be what transformers' own head makes of the same hidden states.
+do, and the logits must be what transformers' own head makes of the same hidden states. Three tokens more show which
+modules compute each token by itself: those can have variants.
 """
 
 from __future__ import annotations
