@@ -276,6 +276,8 @@ class LoraBench:
 def table(case: str, found: Mapping[str, Any]) -> str:
     """The rows of a case: what, figure."""
     rows: list[tuple[str, str]] = []
+    if "error" in found:
+        rows.append(("failed", found["error"]))
     for side, rate in found.get("tokens_per_s", {}).items():
         rows.append((f"{side}, {found['streams']} streams", f"{rate:.1f} tok/s, {found['ratios'][side]:.3f}"))
     if found.get("cost_mixed_over_equal") is not None:
@@ -295,7 +297,8 @@ def table(case: str, found: Mapping[str, Any]) -> str:
 
 
 def failures_of(found: Mapping[str, Any]) -> list[str]:
-    return [
+    errors = [found["error"]] if "error" in found else []
+    return errors + [
         f"{side}: {count} failed: {message}"
         for side, rounds in found.get("rounds", {}).items()
         for result in rounds
@@ -352,7 +355,7 @@ def _server_url(url: str) -> str:
 
 
 async def run(options: argparse.Namespace, setting: Setting, api_key: str | None) -> dict[str, dict[str, Any]]:
-    """Run the cases one after the other and print the rows of each."""
+    """Run the cases one after the other and print the rows of each; a case that fails has only its `error`."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     timeout = aiohttp.ClientTimeout(total=options.timeout_s)
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
@@ -360,7 +363,10 @@ async def run(options: argparse.Namespace, setting: Setting, api_key: str | None
         bench = LoraBench(session, setting)
         results = {}
         for case in options.cases:
-            results[case] = await bench.run(case)
+            try:
+                results[case] = await bench.run(case)
+            except RequestFailed as error:
+                results[case] = {"error": str(error)}
             print(table(case, results[case]), flush=True)
     return results
 
@@ -392,7 +398,7 @@ def main(arguments: Sequence[str], api_key: str | None) -> int:
         started_at = datetime.now(UTC).isoformat(timespec="seconds")
         print("| case | what | figure |\n|---|---|---|", flush=True)
         results = asyncio.run(run(options, setting, api_key))
-    except (RequestFailed, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"lora.py: {error}", file=sys.stderr)
         return 1
     if options.json is not None:

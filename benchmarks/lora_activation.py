@@ -18,7 +18,7 @@ from random_adapters import AdapterSet
 from serve import Load
 
 MOVED = AdapterSet("moved", (16,), 1)
-_QUIET_S = 0.5  # before and after each activation
+_QUIET_S = 1.0  # before and after each activation
 
 Source = Literal["host memory", "disk"]
 Span = tuple[float, float]
@@ -125,7 +125,7 @@ def summarize(source: Source, spans: Sequence[Span], gaps: Sequence[Sequence[Spa
         )
     ]
     if not during or not quiet:
-        raise RequestFailed("no stream was under way while an adapter was activated; use longer outputs")
+        raise RequestFailed("no stream had tokens before and while an adapter was activated; use longer outputs")
     return Activation(
         source,
         [seconds * 1e3 for seconds in times_s],
@@ -137,11 +137,11 @@ def summarize(source: Source, spans: Sequence[Span], gaps: Sequence[Sequence[Spa
 
 
 def _longest_ratios(span: Span, activated_s: float, gaps: Sequence[Sequence[Span]]) -> list[float]:
-    """Of each stream with a gap in the span: the longest one over the median of its gaps in the quiet time before."""
+    """Of each stream with a gap in the span: the longest one over the median of those in the quiet time before."""
     ratios = []
     for stream in gaps:
         within = [end - begin for begin, end in stream if begin < span[1] and end > span[0]]
-        before = [end - begin for begin, end in stream if begin > activated_s - _QUIET_S and end < activated_s]
+        before = [end - begin for begin, end in stream if activated_s - _QUIET_S < end < activated_s]
         if within and before:
             ratios.append(max(within) / statistics.median(before))
     return ratios
