@@ -169,6 +169,21 @@ def test_a_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gemma2", "gpt_oss"])
+def test_half_precision_is_near(name: str, dtype: str, tmp_path: Path) -> None:
+    """Terms are rounded, and all kinds of modules take them."""
+    reference = build_tiny_model(name)
+    model = _load(reference, tmp_path, dtype)
+    terms = _terms(model_shapes(reference), seed=2, model_type=name)
+    prompt, other = _tokens([12, 5])
+    _, logits = Rows(model, [None, model.bind(terms)]).step([other, prompt])
+    expected = _logits(merged_model(reference, terms).to(getattr(torch, dtype)), prompt)
+    assert logits.dtype == expected.dtype
+    error = (logits - expected).float().norm() / expected.float().norm()
+    assert error < 0.1
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gemma2"])
 def test_a_row_does_not_depend_on_its_neighbours(name: str, tmp_path: Path) -> None:
     reference = build_tiny_model(name)
