@@ -142,6 +142,7 @@ def _create_state(
             create_policy(config.workers.routing, rng),
             ServedNames(workers, directory, name_resolver(catalog, clock=clock)),
             directory,
+            reconciler.bring,
             max_attempts=config.workers.max_attempts,
             retry_after_s=2 * interval_s,
         ),

@@ -10,6 +10,7 @@ are raised; after it, a failure ends the stream with one ErrorEvent.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -43,11 +44,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R", TokenizeReply, DetokenizeReply)
 
+Bring = Callable[[Worker, Sequence[str]], Awaitable[None]]
+
+BRING_S = 10.0  # how long a request waits for workers that have just started to read its variants
+
 
 class Gateway:
     """Args:
     names: what public names stand for.
     variants: which worker can be asked for which variant.
+    bring: lets a worker read variants that it should have, see VariantReconciler.bring.
     max_attempts: replicas that are tried for one request before its first event.
     retry_after_s: what clients are told to wait when nobody can take a request: the time for a heartbeat or two.
     """
@@ -59,6 +65,7 @@ class Gateway:
         policy: RoutingPolicy,
         names: ServedNames,
         variants: VariantDirectory,
+        bring: Bring,
         *,
         max_attempts: int,
         retry_after_s: float,
@@ -69,6 +76,7 @@ class Gateway:
         self._variant_routing = VariantRouting(policy)
         self._names = names
         self._variants = variants
+        self._bring = bring
         self._max_attempts = max_attempts
         self._retry_after_s = retry_after_s
         self._open_streams: set[WorkerStream] = set()
@@ -182,10 +190,19 @@ class Gateway:
     ) -> T:
         """Run `attempt` on one replica after the other until one succeeds; it stays counted until `in_flight` ends."""
         tried: set[str] = set()
+        asked: set[str] = set()  # to read the variants
+        bring_until = asyncio.get_running_loop().time() + BRING_S
         errors: list[RootgraftError] = []
         while len(tried) < self._max_attempts and not self._stopping:
             serving = self._workers.serving(model)
             able = [worker for worker in serving if self._variants.can_serve(worker, variants)]
+            if not able and (lacking := [worker for worker in serving if worker.worker_id not in asked]):
+                worker = self._policy(lacking, "\0".join(sorted(variants)))
+                asked.add(worker.worker_id)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(bring_until):
+                        await self._bring(worker, variants)
+                continue
             if serving and not able:
                 errors = errors or [self._not_loaded(serving, variants)]
             candidates = [worker for worker in able if worker.worker_id not in tried]

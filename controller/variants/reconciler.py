@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
@@ -74,6 +74,19 @@ class VariantReconciler:
         async with lock:
             yield
 
+    async def bring(self, worker: Worker, names: Iterable[str]) -> None:
+        """Let `worker` read the variants now, before the others that it lacks: a request waits for them.
+
+        Returns when it has them, or cannot have them now; what has failed there is left to its pause.
+        """
+        try:
+            await self.refresh()
+            for name in names:
+                if not self._directory.can_serve(worker, [name]):
+                    await self._mend_one(worker, name)
+        except RootgraftError as error:
+            logger.warning("worker %s could not be asked for variants: %s", worker.worker_id, error.message)
+
     async def refresh(self) -> None:
         """Read the catalog, if it was not read within the last REFRESH_S. Raises: InternalError."""
 
@@ -137,8 +150,7 @@ class VariantReconciler:
             for name in to_mend(wanted, worker.variants):
                 if self._workers.get(worker.worker_id) is not worker or worker.state != "ready":
                     return
-                if self._failures.is_due(worker, name):
-                    await self._mend_one(worker, name)
+                await self._mend_one(worker, name)
         except RootgraftError as error:
             logger.warning("the variants of worker %s stay as they are for now: %s", worker.worker_id, error.message)
         except Exception:
@@ -149,7 +161,7 @@ class VariantReconciler:
             # Looked at again: somebody may have changed it before the lock was free.
             wanted = self._directory.wanted_of(worker).get(name)
             step = next_step(wanted, worker.variants.get(name))
-            if step is None:
+            if step is None or not self._failures.is_due(worker, name):
                 return
             try:
                 status = await self.take(worker, name, step, wanted)

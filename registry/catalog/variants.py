@@ -38,7 +38,7 @@ class VariantOperations(CatalogTransactions):
         """
         name, parent = ModelName(name).name, ModelName(parent).name
         if not path or "\0" in path:
-            raise InvalidRequestError("the path of a variant must not be empty", param="path")
+            raise InvalidRequestError("the path of a variant must not be empty or hold a NUL", param="path")
         values: dict[str, Any] = {"kind": kind, "parent": parent, "path": path, "digest": None, "pinned": pinned}
         with self._write() as connection:
             if connection.execute(select(schema.models.c.name).where(schema.models.c.name == name)).first():

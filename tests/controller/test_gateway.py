@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 
+from controller import gateway
 from controller.config import WorkerConfig
 from controller.gateway import Gateway
 from controller.protocol import (
@@ -31,7 +32,7 @@ from controller.trusted_networks import TrustedNetworks
 from controller.variants.directory import VariantDirectory
 from controller.variants.failures import Failures
 from controller.worker_client import GenerateEvents, WorkerClient
-from controller.workers import WorkerTable
+from controller.workers import Worker, WorkerTable
 from registry.errors import (
     ContextLengthError,
     ModelNotFoundError,
@@ -60,13 +61,21 @@ class Fleet:
             RoundRobin(random.Random(0)),  # tries the workers in the order in which they were added
             ServedNames(self.table, self.directory, self._resolve, wall_clock=lambda: 1700000000.9),
             self.directory,
+            self._bring,
             max_attempts=config.max_attempts,
             retry_after_s=2.0,
         )
+        self.brought: list[tuple[str, list[str]]] = []  # worker, variants
+        self.on_bring: Callable[[Worker, Sequence[str]], Awaitable[None]] | None = None
         self._stack = contextlib.AsyncExitStack()
 
     async def _resolve(self, name: str) -> ServedName | None:
         return self.aliases.get(name)
+
+    async def _bring(self, worker: Worker, names: Sequence[str]) -> None:
+        self.brought.append((worker.worker_id, list(names)))
+        if self.on_bring is not None:
+            await self.on_bring(worker, names)
 
     async def add(self, *scripts: Script, **options: object) -> FakeWorker:
         worker = FakeWorker(f"w{len(self.table) + 1}", scripts[-1] if scripts else Script(), **options)  # type: ignore[arg-type]
@@ -482,6 +491,33 @@ async def test_why_nobody_can_be_asked_for_an_adapter(fleet: Fleet) -> None:
         with pytest.raises(OverloadedError) as caught:
             await anext(fleet.gateway.stream(request().model_copy(update={"loras": loras})))
         assert (caught.value.message, caught.value.retry_after_s) == (message, 2.0)
+
+
+async def test_a_request_waits_while_a_worker_that_just_started_reads_its_adapter(fleet: Fleet) -> None:
+    empty = await fleet.add()
+    late = await fleet.add(variants=variants(sql="registered"))
+
+    async def bring(worker: Worker, names: Sequence[str]) -> None:
+        if worker.worker_id == late.worker_id:
+            await asyncio.sleep(0)
+            worker.variants["sql"] = late.variants.change("sql", state="on_disk")
+
+    fleet.on_bring = bring
+    assert kinds(await fleet.events("sql@prod"))[-1] == "done"
+    assert fleet.brought == [(empty.worker_id, ["sql"]), (late.worker_id, ["sql"])]
+    assert (len(empty.requests), len(late.requests)) == (0, 1)
+
+
+async def test_a_request_does_not_wait_for_ever_for_its_adapter(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway, "BRING_S", 0.01)
+    await fleet.add(variants=variants(sql="registered"))
+
+    async def bring(worker: Worker, names: Sequence[str]) -> None:
+        await asyncio.Event().wait()
+
+    fleet.on_bring = bring
+    with pytest.raises(OverloadedError, match="have not read it yet"):
+        await fleet.events("sql")
 
 
 async def test_an_adapter_goes_elsewhere_when_its_worker_fails(fleet: Fleet) -> None:

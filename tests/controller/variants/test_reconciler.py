@@ -96,6 +96,25 @@ async def test_everything_comes_back_after_kill_9_of_controller_and_workers(
     assert again.requests[0].loras[0].name == "sql"
 
 
+async def test_a_request_for_an_adapter_that_is_not_read_yet_goes_before_the_others(
+    start_controller: StartController, start_worker: StartWorker, catalog: Catalog
+) -> None:
+    for name in ("chat", "sql", "sql-2"):
+        want(catalog, name)
+    controller, worker = await start_controller(**PATIENT), await start_worker()
+    worker.variants.hold = asyncio.Event()
+    await worker.register(controller.url)
+    await until(lambda: worker.variants.calls == ["add chat"])
+    body = {"model": "sql-2", "prompt": "x"}
+    answers = [asyncio.create_task(controller.post("/v1/completions", json=body)) for _ in range(2)]
+    await until(lambda: len(worker.variants.calls) == 2)
+    worker.variants.hold.set()
+    assert [(await answer).status for answer in answers] == [200, 200]
+    await until(lambda: len(worker.variants.statuses) == 3)
+    await settled(controller, worker)
+    assert worker.variants.calls == ["add chat", "add sql-2", "add sql"]
+
+
 async def test_a_restarted_controller_leaves_a_worker_that_is_right_alone(
     start_controller: StartController, start_worker: StartWorker, catalog: Catalog
 ) -> None:
