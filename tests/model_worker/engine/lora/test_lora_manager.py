@@ -240,6 +240,7 @@ def test_what_runs_and_what_is_pinned_stays() -> None:
     settle(manager)
     assert manager.admits(waiting)
     assert states(manager) == {"pinned": "active", "a": "in_host_memory", "b": "active"}
+    assert manager.statuses()[0].evictions_total == 0
     assert isinstance(error_of(manager.evict("pinned")), InvalidRequestError)
     manager.enter(waiting)
     assert isinstance(error_of(manager.deactivate("b")), InvalidRequestError)

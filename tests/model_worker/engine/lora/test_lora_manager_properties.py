@@ -6,8 +6,9 @@ from concurrent.futures import Future
 from itertools import count
 
 from hypothesis import settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from model_worker.engine.lora.lora_entry import LoraEntry
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.lora.variant_status import VariantStatus
 from model_worker.engine.sampling_params import SamplingParams
@@ -16,7 +17,8 @@ from registry.errors import ClientError, InternalError, RootgraftError
 from tests.fakes.fake_adapters import FakeAdapters, FakeTerms, ManualWork, make_manager
 from tests.fakes.fake_clock import FakeClock
 
-NAME = st.sampled_from("abcdef")
+NAMES = "abcd"
+NAME = st.sampled_from(NAMES)
 MAX_LORAS, MAX_CPU_LORAS, MEMORY_BYTES = 2, 3, 130
 
 
@@ -35,6 +37,13 @@ class ManagerMachine(RuleBasedStateMachine):
         self.running: list[Sequence] = []
         self.replies: list[Future[VariantStatus]] = []
         self.numbers = count()
+        self.pinned_and_active: dict[LoraEntry, int] = {}  # and the evictions until then
+
+    @initialize()
+    def begin(self) -> None:
+        for name in NAMES:
+            self.add(name, 0, 20, 0, False)
+            self.load_all()
 
     # ------------------------------------------------------------------------------------------ operators
 
@@ -78,14 +87,13 @@ class ManagerMachine(RuleBasedStateMachine):
             self.manager.count_request(variant)
         self.waiting.append(sequence)
 
-    @precondition(lambda self: self.waiting)
+    @precondition(lambda self: any(self.manager.admits(sequence) for sequence in self.waiting))
     @rule(data=st.data())
     def enter(self, data: st.DataObject) -> None:
-        sequence = data.draw(st.sampled_from(self.waiting))
-        if self.manager.admits(sequence):
-            self.manager.enter(sequence)
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
+        sequence = data.draw(st.sampled_from([s for s in self.waiting if self.manager.admits(s)]))
+        self.manager.enter(sequence)
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -118,6 +126,13 @@ class ManagerMachine(RuleBasedStateMachine):
     def load_one(self) -> None:
         self.work.queued.pop(0)()
 
+    @rule()
+    def load_all(self) -> None:
+        for _ in range(8):
+            self.advance()
+            self.work.work()
+        self.advance()
+
     # ------------------------------------------------------------------------------------------ what always holds
 
     @invariant()
@@ -125,6 +140,15 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.check_integrity(self.running, self.waiting)
         for sequence in self.running:
             assert sequence.variant is None or sequence.variant.bound is not None
+
+    @invariant()
+    def what_is_pinned_stays(self) -> None:
+        entries = self.manager._by_name.values()
+        pinned = {entry for entry in entries if entry.pinned}
+        for entry in self.pinned_and_active.keys() & pinned:
+            assert entry.variant.bound is not None
+            assert entry.num_evictions == self.pinned_and_active[entry]
+        self.pinned_and_active = {entry: entry.num_evictions for entry in pinned if entry.variant.bound is not None}
 
     @invariant()
     def no_more_is_held_than_allowed_but_for_what_runs(self) -> None:
@@ -153,7 +177,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert not self.waiting, "somebody waits for ever"
         assert not self._open_replies(), "an operator waits for ever"
         self.manager.check_idle()
-        for name in "abcdef":
+        for name in NAMES:
             self.manager.remove(name)
         self.advance()
         self.work.work()
@@ -171,5 +195,5 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.leave(sequence)
 
 
-ManagerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+ManagerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestManager = ManagerMachine.TestCase
