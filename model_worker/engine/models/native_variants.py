@@ -20,7 +20,7 @@ from model_worker.engine.ops.embedding import Embedding
 from model_worker.engine.ops.experts import ExpertLinear
 from model_worker.engine.ops.linear import Linear, QuantizeRows
 from model_worker.engine.ops.lora import AddEmbedding, ExpertRows, Shrink
-from model_worker.engine.ops.lora.packing import LinearPart, pack_embedding, pack_linear
+from model_worker.engine.ops.lora.packing import LinearPacker, LinearPart, pack_embedding
 from model_worker.engine.ops.rms_norm import RMSNorm
 from registry.errors import UnsupportedModelError
 
@@ -59,14 +59,14 @@ class NativeVariants:
         embedding: str,
         head: str,
     ) -> None:
-        self._shapes = dict(shapes)
+        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         # Float32 weights are served for exactness; others are rounded themselves, to no more digits than these.
         self._dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self._embedding = embedding
         self._places = {name: _Place(fusion, part) for fusion in fusions for part, name in enumerate(fusion.names)}
         if head not in self._places:
             self._places[head] = _Place(Fusion("head", (head,)), 0)
-            self._shapes[head] = shapes[embedding]
+            self._shapes[head] = tuple(shapes[embedding])
         self._fusions = {place.fusion.key: place.fusion for place in self._places.values()}
         self._linears: dict[str, int] = {}  # index of each fused layer; of experts, of the first
         self._norms: dict[str, int] = {}
@@ -81,16 +81,19 @@ class NativeVariants:
 
     def bind(self, terms: VariantTerms) -> PackedVariant:
         """See `VariantHost.bind`."""
+        packer = LinearPacker(self._dtype)
         parts: dict[str, dict[int, LinearTerms]] = {}  # by the fused layer and the part
         for module, linear in terms.linears.items():
             place = self._place(f"{module}.weight", self._linears)
             parts.setdefault(place.fusion.key, {})[place.part] = linear
-        linears = {self._linears[key]: self._pack(self._fusions[key], of_layer) for key, of_layer in parts.items()}
+        linears = {}
+        for key, of_layer in parts.items():
+            linears[self._linears[key]] = self._pack(packer, self._fusions[key], of_layer)
         for name, experts in terms.experts.items():
             fusion = self._place(name, self._linears).fusion
             assert fusion.num_experts is not None
             for expert, linear in experts.items():
-                linears[self._linears[fusion.key] + expert] = self._pack(fusion, {0: linear})
+                linears[self._linears[fusion.key] + expert] = self._pack(packer, fusion, {0: linear})
         norms = {}
         for name, vector in terms.vectors.items():
             fusion = self._place(name, self._norms).fusion
@@ -143,7 +146,7 @@ class NativeVariants:
                 if isinstance(operation, Embedding):
                     yield AddEmbedding(f"{operation.name}.add", operation.out, operation.multiplier)
 
-    def _pack(self, fusion: Fusion, terms: Mapping[int, LinearTerms]) -> PackedLinear:
+    def _pack(self, packer: LinearPacker, fusion: Fusion, terms: Mapping[int, LinearTerms]) -> PackedLinear:
         """Terms of a fused layer, or of one expert, from those of its parts."""
         for linear in terms.values():
             if linear.input_scale is None:
@@ -157,7 +160,7 @@ class NativeVariants:
         parts = [
             LinearPart(self._shapes[name][-2], terms.get(part, LinearTerms())) for part, name in enumerate(fusion.names)
         ]
-        return pack_linear(parts, gated=fusion.gated, dtype=self._dtype)
+        return packer.pack(parts, gated=fusion.gated)
 
     def _place(self, name: str, known: Mapping[str, int]) -> _Place:
         place = self._places.get(name)

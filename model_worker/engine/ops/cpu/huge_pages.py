@@ -32,7 +32,7 @@ class HugePageArena:
         """Memory of its own, aligned to a cache line. -> [num_bytes] uint8, with any content"""
         start = -(-self._used_bytes // _ALIGNMENT) * _ALIGNMENT
         if start + num_bytes > self._chunk.numel():
-            self._chunk = _map(max(num_bytes, _CHUNK_BYTES))
+            self._chunk = map_huge_pages(max(num_bytes, _CHUNK_BYTES))
             start = 0
         self._used_bytes = start + num_bytes
         return self._chunk[start : self._used_bytes]
@@ -44,7 +44,8 @@ class HugePageArena:
         return kept
 
 
-def _map(num_bytes: int) -> Tensor:
+def map_huge_pages(num_bytes: int) -> Tensor:
+    """Memory of its own, on huge pages where the system has them. -> [num_bytes] uint8, zeros or any content"""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     # One huge page more than needed, which is never touched, to begin on the border of one.

@@ -16,6 +16,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from model_worker.engine.ops.cpu.huge_pages import map_huge_pages
+
 UNIT = 16  # outputs that have the same ranks
 _ALIGNMENT = 64  # a cache line
 
@@ -77,6 +79,7 @@ class _LinearTerms(ctypes.Structure):
         ("dense", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("rank", ctypes.c_int64),
+        ("a_stride", ctypes.c_int64),
         ("is_float32", ctypes.c_int64),
     )
 
@@ -133,7 +136,7 @@ class PackedVariant:
         self.embedding = None if embedding is None else _replaced(embedding, view)
         self.norms = dict(zip(norms, view, strict=True))
         self.max_rank = max((part.rank for part in self.linears.values()), default=0)
-        self._linears = (_LinearTerms * num_linears)()
+        self._linears = (_LinearTerms * (num_linears + 1))()  # a kernel looks at the next layer's, to fetch them ahead
         for index, linear in self.linears.items():
             self._linears[index] = _linear_terms(linear)
         self._norms = (ctypes.c_void_p * num_norms)()
@@ -207,11 +210,10 @@ def _put_together(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     for tensor in tensors:
         starts.append(end)
         end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    memory = torch.empty(end + _ALIGNMENT, dtype=torch.uint8)
-    offset = -memory.data_ptr() % _ALIGNMENT
+    memory = map_huge_pages(end)
     views = []
     for start, tensor in zip(starts, tensors, strict=True):
-        piece = memory[offset + start : offset + start + tensor.nbytes]
+        piece = memory[start : start + tensor.nbytes]
         views.append(piece.view(tensor.dtype).view(tensor.shape).copy_(tensor))
     return memory, views
 
@@ -221,6 +223,7 @@ def _linear_terms(part: PackedLinear) -> _LinearTerms:
     return _LinearTerms(
         *(_address(getattr(part, name)) for name, _ in _LinearTerms._fields_[:7]),
         part.rank,
+        0 if part.a is None else part.a.shape[1],
         typed is not None and typed.dtype == torch.float32,
     )
 

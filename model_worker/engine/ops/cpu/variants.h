@@ -48,6 +48,7 @@ struct LinearTerms {
   const void* dense;          // of each panel [K][32]
   const float* bias;          // [N padded]
   int64_t rank;
+  int64_t a_stride;           // K padded
   int64_t is_float32;         // a, b and dense are; otherwise they are bfloat16
 };
 

@@ -53,10 +53,9 @@ inline void dot_pairs(const W* a, int64_t a_stride, const float* x, int64_t x_st
 
 // t[r, q] = x[r] . a[q] for R rows and Q ranks. Each has sums of its own, so that its bits depend on nothing else.
 template <typename W, int Q, int R>
-inline void dot(const W* a, const float* x, int64_t x_stride, int64_t num_inputs, float* t, int64_t t_stride) {
+inline void dot(const W* a, int64_t a_stride, const float* x, int64_t x_stride, int64_t num_inputs, float* t, int64_t t_stride) {
   Floats sums[Q][R] = {};
   const int64_t num_whole = num_inputs / kPair * kPair, num_left = num_inputs - num_whole;
-  const int64_t a_stride = num_whole + (num_left > 0 ? kPair : 0);
   dot_pairs<W, Q, R>(a, a_stride, x, x_stride, num_whole, sums);
   if (num_left > 0) {
     float last[R * kPair] = {};
@@ -68,26 +67,25 @@ inline void dot(const W* a, const float* x, int64_t x_stride, int64_t num_inputs
 }
 
 template <typename W, int Q = kMaxRanks, int R = kMaxRows>
-void dot_block(int ranks, int rows, const W* a, const float* x, int64_t x_stride, int64_t num_inputs, float* t,
+void dot_block(int ranks, int rows, const W* a, int64_t a_stride, const float* x, int64_t x_stride, int64_t num_inputs, float* t,
                int64_t t_stride) {
   if constexpr (R > 1) {
-    if (rows < R) return dot_block<W, Q, R - 1>(ranks, rows, a, x, x_stride, num_inputs, t, t_stride);
+    if (rows < R) return dot_block<W, Q, R - 1>(ranks, rows, a, a_stride, x, x_stride, num_inputs, t, t_stride);
   }
   if constexpr (Q > 1) {
-    if (ranks < Q) return dot_block<W, Q - 1, R>(ranks, rows, a, x, x_stride, num_inputs, t, t_stride);
+    if (ranks < Q) return dot_block<W, Q - 1, R>(ranks, rows, a, a_stride, x, x_stride, num_inputs, t, t_stride);
   }
-  dot<W, Q, R>(a, x, x_stride, num_inputs, t, t_stride);
+  dot<W, Q, R>(a, a_stride, x, x_stride, num_inputs, t, t_stride);
 }
 
 // Ranks [first_rank, first_rank + ranks) of some rows; x and t are those of the first row.
 template <typename W>
 void shrink_tile(const LinearTerms& terms, int first_rank, int ranks, int rows, const float* x, int64_t x_stride,
                  int64_t num_inputs, float* t, int64_t t_stride) {
-  const int64_t a_stride = (num_inputs + kPair - 1) / kPair * kPair;
-  const W* const a = static_cast<const W*>(terms.a) + first_rank * a_stride;
+  const W* const a = static_cast<const W*>(terms.a) + first_rank * terms.a_stride;
   for (int q = 0; q < ranks; q += kMaxRanks) {
     for (int r = 0; r < rows; r += kMaxRows) {
-      dot_block<W>(std::min(ranks - q, kMaxRanks), std::min(rows - r, kMaxRows), a + q * a_stride, x + r * x_stride,
+      dot_block<W>(std::min(ranks - q, kMaxRanks), std::min(rows - r, kMaxRows), a + q * terms.a_stride, terms.a_stride, x + r * x_stride,
                    x_stride, num_inputs, t + r * t_stride + first_rank + q, t_stride);
     }
   }

@@ -12,16 +12,18 @@ using PanelSums = Floats[kPanel / kLanes];
 constexpr int kUnitVectors = kUnit / kLanes;
 constexpr int kExpandRows = kLanes == 16 ? 8 : (kLanes == 8 ? 2 : 1);  // rows whose sums fit the registers
 
-// Asks for what a later panel will read.
-inline void fetch_unit(const void* b, int64_t num_bytes) {
-  constexpr int kUnitsAhead = 4, kForRead = 0, kFirstLevel = 3;
+// Asks for what a later panel will read. Inline at all costs: a compiler that sees a function without effects drops its
+// calls.
+__attribute__((always_inline)) inline void fetch_unit(const void* b, int64_t num_bytes) {
+  constexpr int kUnitsAhead = 4, kForRead = 0, kSecondLevel = 2;
   const char* const start = static_cast<const char*>(b) + kUnitsAhead * num_bytes;
-  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kFirstLevel);
+  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kSecondLevel);
 }
 
 // Even and odd ranks are summed apart, each one after the other: a row's bits do not depend on how many rows there are.
 template <typename W, int R = kExpandRows>
-inline void expand(int rows, const W* b, int64_t num_ranks, const float* t, int64_t t_stride, PanelSums* sums, int unit) {
+inline void expand(int rows, const W* b, int64_t num_ranks, const float* t, int64_t t_stride, PanelSums* sums,
+                   int unit) {
   if constexpr (R > 1) {
     if (rows < R) return expand<W, R - 1>(rows, b, num_ranks, t, t_stride, sums, unit);
   }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,27 +22,47 @@ class LinearPart(NamedTuple):
     terms: LinearTerms
 
 
-def pack_linear(parts: Sequence[LinearPart], *, gated: bool, dtype: torch.dtype) -> PackedLinear:
-    """The terms of a fused linear layer.
+class LinearPacker:
+    """Packs the layers of one variant.
 
     Args:
-        parts: in the order of the outputs. An input scale is given only where there is one part.
-        gated: the outputs are a gate and an up projection, to be interleaved.
         dtype: of A, B and Z.
     """
-    terms = [part.terms for part in parts]
-    matrices = [term.a for term in terms if term.a is not None]
-    b, units = _pack_b(parts, gated=gated, dtype=dtype) if matrices else (None, None)
-    dense = _joined(parts, [term.dense for term in terms], gated=gated, fill=0.0, dtype=dtype)
-    return PackedLinear(
-        a=_pack_a(torch.cat(matrices).to(dtype)) if matrices else None,
-        b=b,
-        units=units,
-        output_scale=_joined(parts, [term.output_scale for term in terms], gated=gated, fill=1.0),
-        input_scale=None if terms[0].input_scale is None else terms[0].input_scale.float(),
-        dense=None if dense is None else dense.view(-1, PANEL, dense.shape[1]).transpose(1, 2).contiguous(),
-        bias=_joined(parts, [term.bias for term in terms], gated=gated, fill=0.0),
-    )
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._layouts: dict[tuple[tuple[int, ...], tuple[int, ...], bool], UnitLayout] = {}
+
+    def pack(self, parts: Sequence[LinearPart], *, gated: bool) -> PackedLinear:
+        """The terms of a fused linear layer.
+
+        Args:
+            parts: in the order of the outputs. An input scale is given only where there is one part.
+            gated: the outputs are a gate and an up projection, to be interleaved.
+        """
+        terms, dtype = [part.terms for part in parts], self._dtype
+        matrices = [term.a for term in terms if term.a is not None]
+        a = b = units = None
+        if matrices:
+            layout = self._layout(parts, gated=gated)
+            a, b, units = _pack_a(matrices, dtype), _pack_b(parts, layout, gated=gated, dtype=dtype), layout.table
+        dense = _joined(parts, [term.dense for term in terms], gated=gated, fill=0.0, dtype=dtype)
+        return PackedLinear(
+            a=a,
+            b=b,
+            units=units,
+            output_scale=_joined(parts, [term.output_scale for term in terms], gated=gated, fill=1.0),
+            input_scale=None if terms[0].input_scale is None else terms[0].input_scale.float(),
+            dense=None if dense is None else dense.view(-1, PANEL, dense.shape[1]).transpose(1, 2).contiguous(),
+            bias=_joined(parts, [term.bias for term in terms], gated=gated, fill=0.0),
+        )
+
+    def _layout(self, parts: Sequence[LinearPart], *, gated: bool) -> UnitLayout:
+        sizes, ranks = tuple(part.num_outputs for part in parts), tuple(part.terms.rank for part in parts)
+        key = (sizes, ranks, gated)
+        if key not in self._layouts:
+            self._layouts[key] = UnitLayout(sizes, ranks, gated=gated, dtype=self._dtype)
+        return self._layouts[key]
 
 
 def interleave_pairs(numbers: Tensor) -> Tensor:
@@ -59,48 +80,86 @@ def pack_embedding(terms: EmbeddingTerms, *, dtype: torch.dtype) -> PackedEmbedd
     )
 
 
-def _pack_a(a: Tensor) -> Tensor:
-    """[r, K] -> [r, K padded]"""
+def _pack_a(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[r, K] of the parts -> [r of all, K padded]"""
+    a = torch.cat([matrix.to(dtype) for matrix in matrices])
     missing = -a.shape[1] % (2 * UNIT)
     padded = functional.pad(a, (0, missing)) if missing else a
     return interleave_pairs(padded.view(len(a), -1, 2, UNIT)).view(len(a), -1)
 
 
-def _pack_b(parts: Sequence[LinearPart], *, gated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """-> B of all units, and where in it and in the ranks each unit is [N / UNIT, 3]"""
+class _UnitKind(NamedTuple):
+    """Units whose outputs have the same ranks [first, first + num_ranks)."""
+
+    places: slice
+    first: int
+    num_ranks: int
+
+
+class UnitLayout:
+    """Where the ranks of each unit are; the same for all layers whose parts have these sizes and ranks.
+
+    Attributes:
+        kinds: of units that have ranks at all, in the order in which B is kept.
+        table: [N / UNIT, 3] int64; see `PackedLinear.units`.
+    """
+
+    def __init__(self, sizes: Sequence[int], ranks: Sequence[int], *, gated: bool, dtype: torch.dtype) -> None:
+        ends = list(itertools.accumulate(ranks))
+        limits = []  # of each output of a part: its first rank and the end of its ranks; of none and of padding 0, 0
+        for size, rank, end in zip(sizes, ranks, ends, strict=True):
+            limits.append(torch.tensor([[end - rank, end] if rank else [0, 0]]).expand(size, 2))
+        firsts, ends_of_unit = _ordered(limits, gated=gated).view(-1, UNIT, 2).unbind(2)
+        firsts = firsts.where(ends_of_unit > 0, ends[-1]).amin(dim=1)
+        units: dict[tuple[int, int], list[int]] = {}
+        for unit, (first, end) in enumerate(zip(firsts.tolist(), ends_of_unit.amax(dim=1).tolist(), strict=True)):
+            if end > 0:
+                units.setdefault((first, end - first), []).append(unit)
+        self.kinds: list[_UnitKind] = []
+        self.table = torch.zeros(len(firsts), 3, dtype=torch.int64)
+        size = 0
+        for (first, num_ranks), places in units.items():
+            stored = num_ranks + num_ranks % 2 if dtype == torch.bfloat16 else num_ranks
+            for run in _evenly_spaced(places):
+                self.kinds.append(_UnitKind(run, first, num_ranks))
+                num_units = len(self.table[run])
+                self.table[run, 0] = size + torch.arange(num_units) * stored * UNIT
+                self.table[run, 1], self.table[run, 2] = first, num_ranks
+                size += num_units * stored * UNIT
+
+
+def _evenly_spaced(places: list[int]) -> Iterator[slice]:
+    """Ascending numbers as slices: the fewest that a look at the next two gives."""
+    start = 0
+    while start < len(places):
+        step = places[start + 1] - places[start] if start + 1 < len(places) else 1
+        end = start + 1
+        while end < len(places) and places[end] - places[end - 1] == step:
+            end += 1
+        yield slice(places[start], places[end - 1] + 1, step)
+        start = end
+
+
+def _pack_b(parts: Sequence[LinearPart], layout: UnitLayout, *, gated: bool, dtype: torch.dtype) -> Tensor:
+    """B of all units."""
     total = sum(part.terms.rank for part in parts)
-    columns, ranges = [], []  # of each part: B [n, total], and of each output its first rank and the end of its ranks
-    first = 0
+    columns, end = [], 0
     for num_outputs, terms in parts:
         column = torch.zeros(num_outputs, total, dtype=dtype)
-        limits = torch.tensor([[total, 0]])  # no ranks at all
+        end += terms.rank
         if terms.b is not None:
-            column[:, first : first + terms.rank] = terms.b
-            limits = torch.tensor([[first, first + terms.rank]])
+            column[:, end - terms.rank : end] = terms.b
         columns.append(column)
-        ranges.append(limits.expand(num_outputs, 2))
-        first += terms.rank
-    # Padding has no ranks either, though its range is [0, 0).
     units = _ordered(columns, gated=gated).view(-1, UNIT, total)
-    limits = _ordered(ranges, gated=gated).view(-1, UNIT, 2)
-    ends = limits[:, :, 1].amax(dim=1)
-    firsts = limits[:, :, 0].where(limits[:, :, 1] > 0, total).amin(dim=1).minimum(ends)
-    counts = ends - firsts
-    offsets = torch.zeros_like(counts)
-    pieces, size = [], 0
-    for kind in sorted(set((firsts * (total + 1) + counts).tolist())):  # units of equal ranks: few kinds, whatever N is
-        start, count = divmod(kind, total + 1)
-        places = ((firsts == start) & (counts == count)).nonzero().squeeze(1)
-        ranks = units[places, :, start : start + count].transpose(1, 2)  # [units, count, UNIT]
-        if count % 2 and dtype == torch.bfloat16:
-            ranks = functional.pad(ranks, (0, 0, 0, 1))
-        stored = ranks.shape[1]
-        if dtype == torch.bfloat16:
-            ranks = interleave_pairs(ranks.unflatten(1, (stored // 2, 2)))
-        pieces.append(ranks.flatten())
-        offsets[places] = size + torch.arange(len(places)) * stored * UNIT
-        size += len(pieces[-1])
-    return torch.cat(pieces), torch.stack([offsets, firsts, counts], dim=1)
+    pieces = []
+    for places, first, num_ranks in layout.kinds:
+        ranks = units[places, :, first : first + num_ranks]  # [units, UNIT, ranks]
+        if dtype == torch.bfloat16:  # pairs of ranks side by side, as `interleave_pairs` has them
+            ranks = functional.pad(ranks, (0, 1)) if num_ranks % 2 else ranks
+            pieces.append(ranks.reshape(len(ranks), UNIT, -1, 2).transpose(1, 2).flatten())
+        else:
+            pieces.append(ranks.transpose(1, 2).flatten())
+    return torch.cat(pieces)
 
 
 def _joined(

@@ -26,7 +26,7 @@ from model_worker.engine.ops.linear import (
     pack,
 )
 from model_worker.engine.ops.lora import AddEmbedding, ExpertRows, Shrink
-from model_worker.engine.ops.lora.packing import LinearPart, pack_embedding, pack_linear
+from model_worker.engine.ops.lora.packing import LinearPacker, LinearPart, pack_embedding
 from model_worker.engine.ops.lora.reference import unpack_b
 from model_worker.engine.ops.rms_norm import RMSNorm
 
@@ -115,7 +115,7 @@ def test_linear_layers(team: Team, data: st.DataObject) -> None:
                     ),
                 )
             )
-        variants.append(_variant({0: pack_linear(parts, gated=gated, dtype=dtype)}))
+        variants.append(_variant({0: LinearPacker(dtype).pack(parts, gated=gated)}))
     num_rows = sum(lengths)
     weight = _weight(format, num_outputs, num_inputs)
     x = torch.randn(num_rows, num_inputs)
@@ -148,7 +148,7 @@ def test_units_have_the_ranks_of_their_outputs_only(sizes: tuple[int, ...], gate
         pytest.skip("a gated layer has two halves")
     torch.manual_seed(0)
     terms = [_low_rank(size, 8, rank) for size, rank in zip(sizes, (3, 0, 5), strict=False)]
-    packed = pack_linear(list(map(LinearPart, sizes, terms)), gated=gated, dtype=torch.float32)
+    packed = LinearPacker(torch.float32).pack(list(map(LinearPart, sizes, terms)), gated=gated)
     ranks = [term.rank for term in terms]
     expected = torch.zeros(sum(sizes), sum(ranks))
     row, rank = 0, 0
@@ -174,7 +174,7 @@ def test_a_row_has_the_same_bits_in_any_company(team: Team, format: str) -> None
     weight = _weight(format, 88, 96)
     dtype = torch.float32 if format == "float32" else torch.bfloat16
     variants = [
-        _variant({0: pack_linear([LinearPart(88, _low_rank(88, 96, rank))], gated=False, dtype=dtype)})
+        _variant({0: LinearPacker(dtype).pack([LinearPart(88, _low_rank(88, 96, rank))], gated=False)})
         for rank in (16, 3, 64)
     ]
     lengths = (1, 40, 70)
@@ -192,7 +192,7 @@ def test_inputs_are_scaled_in_place(team: Team) -> None:
     torch.manual_seed(0)
     scale = torch.randn(37)
     variant = _variant(
-        {0: pack_linear([LinearPart(5, LinearTerms(input_scale=scale))], gated=False, dtype=torch.float32)}
+        {0: LinearPacker(torch.float32).pack([LinearPart(5, LinearTerms(input_scale=scale))], gated=False)}
     )
     x = torch.randn(130, 37)
     expected = x.clone()
@@ -215,7 +215,7 @@ def test_experts(team: Team, data: st.DataObject) -> None:
         for expert in range(num_experts):
             if (rank := data.draw(st.sampled_from(RANKS))) > 0:
                 part = LinearPart(64, _low_rank(64, num_inputs, rank))
-                linears[2 + expert] = pack_linear([part], gated=gated, dtype=torch.float32)
+                linears[2 + expert] = LinearPacker(torch.float32).pack([part], gated=gated)
         variants.append(_variant(linears, 2 + num_experts) if linears else None)
     num_rows = sum(lengths)
     plan = ExpertPlan.allocate(num_rows, num_experts, num_chosen)
