@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
+from adapters import plan_load
 from adapters.prompt_format import PromptFormat, read_prompt_format
+from adapters.tokenizer import load_tokenizer
 from registry.errors import CheckpointError, UnsupportedModelError
 from tests.fakes.byte_tokenizer import EOS_TOKEN_ID, ByteTokenizer
 from tests.fakes.load_plans import make_plan
 
 PIRATE = "{% for message in messages %}Arr, {{ message.content }}{{ eos_token }}{% endfor %}"
+CHAT = [{"role": "user", "content": "Hello"}]
 
 
 def write(directory: Path, **files: Any) -> None:
@@ -108,3 +112,16 @@ def test_damaged_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         read(tmp_path)
+
+
+def test_the_files_that_training_saves_of_the_bases_own_tokenizer_change_nothing(
+    smollm2_dir: Path, smollm2_gguf: Path, tmp_path: Path
+) -> None:
+    AutoTokenizer.from_pretrained(smollm2_dir).save_pretrained(tmp_path)
+    for base in (smollm2_dir, smollm2_gguf):
+        plan = plan_load(base)
+        assert plan.chat_template is not None
+        found = read_prompt_format(tmp_path, plan, load_tokenizer(base))
+        assert found.stop_token_ids == ()
+        assert found.chat_template is not None
+        assert found.chat_template.render(CHAT) == plan.chat_template.render(CHAT)
