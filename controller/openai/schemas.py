@@ -23,6 +23,7 @@ MAX_PRIORITY = 1000
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIASES = 1024
 MAX_LORAS = 8
+MAX_LORA_SCALE = 100.0  # magnitude; far above what gives text, far below what overflows
 MAX_INT = 2**31 - 1
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
@@ -47,7 +48,7 @@ Stop = Annotated[
 
 class LoraParam(RequestModel):
     name: ModelName
-    scale: float = 1.0
+    scale: float = Field(default=1.0, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)
 
 
 class StreamOptions(RequestModel):

@@ -54,6 +54,8 @@ WRONG_IN_BOTH: list[tuple[dict[str, Any], str]] = [
     ({"skip_special_tokens": 0}, "skip_special_tokens"),
     ({"priority": 1001}, "priority"),
     ({"priority": "high"}, "priority"),
+    ({"loras": [{"name": "sql", "scale": 101}]}, "loras[0].scale"),
+    ({"loras": [{"name": "sql", "scale": -1e308}]}, "loras[0].scale"),
     ({"stream": "true"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
