@@ -335,8 +335,7 @@ class LoraManager:
 
     def _start(self, entry: LoraEntry, *, bind: bool) -> None:
         self._loader.start(entry, bind=bind)
-        for other in list(self._combinations.values()):  # some may have made room
-            self._forget_if_useless(other)
+        self._forget_useless_combinations()  # some may have made room
 
     def _has_lost_patience(self, entry: LoraEntry) -> bool:
         if entry.pinned or entry.activations:
@@ -471,7 +470,7 @@ class LoraManager:
         self._loader.return_memory()
 
     def _combination(self, parts: list[tuple[LoraEntry, float]]) -> LoraEntry:
-        """The entry of a combination, known already or not."""
+        """The entry of a combination, known already or not; the order of the parts does not matter."""
         for entry, _ in parts:
             if not entry.adds_only:
                 raise InvalidRequestError(
@@ -479,11 +478,13 @@ class LoraManager:
                     "itself and at scale 1.",
                     param="loras",
                 )
+        parts = sorted(parts, key=lambda part: (part[0].variant.digest, part[1]))
         content = "".join(f"{entry.variant.digest} {scale!r}\n" for entry, scale in parts)
         digest = "sha256:" + hashlib.sha256(content.encode()).hexdigest()
         known = self._combinations.get(digest)
         if known is not None:
             return known
+        self._forget_useless_combinations()  # among them those whose requests were refused
         name = " + ".join(f"{scale:g} * {entry.name}" for entry, scale in parts)
         combination = LoraEntry(next(self._numbers), name, Path(), parent=parts[0][0].parent, parts=tuple(parts))
         combination.variant.digest = digest
@@ -504,6 +505,10 @@ class LoraManager:
             if any(part is entry for part, _ in other.parts):
                 self._retire(other)
         self._forget_if_useless(entry)
+
+    def _forget_useless_combinations(self) -> None:
+        for entry in list(self._combinations.values()):
+            self._forget_if_useless(entry)
 
     def _forget_if_useless(self, entry: LoraEntry) -> None:
         """Once nobody uses it: what is removed, and combinations that are not in memory."""

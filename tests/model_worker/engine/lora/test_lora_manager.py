@@ -477,6 +477,7 @@ def test_a_combination_is_a_variant_of_its_own_and_goes_with_its_last_use() -> N
     both = (LoraWeight("a", 0.5), LoraWeight("b", 2.0))
     first, second = run(manager, *both), run(manager, *both)
     assert first.variant is second.variant
+    assert first.variant is manager.resolve(both[::-1])
     assert first.variant is not None
     alone = manager.resolve([LoraWeight("a")])
     assert alone is not None
@@ -491,6 +492,16 @@ def test_a_combination_is_a_variant_of_its_own_and_goes_with_its_last_use() -> N
         manager.resolve(both)
     assert first.variant.bound is None
     manager.check_integrity((), ())
+
+
+def test_combinations_whose_requests_are_refused_leave_nothing_behind() -> None:
+    adapters = FakeAdapters()
+    manager = make_manager(adapters)
+    added(manager, adapters, "a")
+    for number in range(100):
+        manager.resolve([LoraWeight("a", 0.5 + number)])
+    assert len(manager._combinations) == 1
+    assert len(manager._entries) == 2
 
 
 def test_combinations_are_refused_where_they_are_no_sums() -> None:
