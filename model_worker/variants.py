@@ -30,7 +30,7 @@ from registry.names import is_name
 
 logger = logging.getLogger(__name__)
 
-REPORT_TIMEOUT_S = 0.5
+REPORT_TIMEOUT_S = 0.1
 """How long a report of all adapters waits for the end of a step; a heartbeat must not come late."""
 
 Change = Callable[[str], Awaitable[variant_status.VariantStatus]]
