@@ -32,6 +32,7 @@ from controller.worker_client import GenerateEvents, WorkerClient, WorkerConnect
 from controller.workers import Worker, WorkerTable
 from registry.errors import (
     InvalidRequestError,
+    ModelNotFoundError,
     OverloadedError,
     RateLimitError,
     RequestTooLargeError,
@@ -225,20 +226,23 @@ class Gateway:
                 else:
                     in_flight.push(attempted.pop_all())
                     return result
-        raise self._nobody(model, errors)
+        raise self._nobody(model, variants, errors)
 
     def _failed(self, worker: Worker, error: RootgraftError) -> None:
         logger.warning("worker %s failed a request: %s (%r)", worker.worker_id, error.message, error.__cause__)
         if isinstance(error, WorkerConnectionError):
             self._workers.mark_failed(worker)
 
-    def _nobody(self, model: str, errors: Sequence[RootgraftError]) -> RootgraftError:
+    def _nobody(self, model: str, variants: Sequence[str], errors: Sequence[RootgraftError]) -> RootgraftError:
         """What the client is told when every replica that was tried failed, or there was none to try."""
         for kind in (RateLimitError, OverloadedError):
             found = {error.retry_after_s or self._retry_after_s: error for error in errors if isinstance(error, kind)}
             if found:
                 soonest_s = min(found)
                 return kind(found[soonest_s].message, retry_after_s=soonest_s)
+        removed = set(variants) - self._variants.wanted.keys()  # while the request was on its way
+        if removed and errors and all(isinstance(error, ModelNotFoundError) for error in errors):
+            return errors[-1]
         if errors:
             return UpstreamError(f"{len(errors)} of the workers of {model!r} failed: {errors[-1].message}")
         return OverloadedError(

@@ -530,6 +530,13 @@ async def test_an_adapter_goes_elsewhere_when_its_worker_fails(fleet: Fleet) -> 
         await fleet.events("sql")
 
 
+async def test_an_adapter_that_is_removed_while_a_request_is_on_its_way_is_not_found(fleet: Fleet) -> None:
+    gone = Script(refuse=ErrorEvent(code="model_not_found", message="no adapter sql", param="model"), refuse_status=404)
+    await fleet.add(gone, variants=variants(sql="active"))
+    with pytest.raises(ModelNotFoundError, match="no adapter sql"):
+        await fleet.events("sql")
+
+
 async def test_variants_are_listed_after_their_model(fleet: Fleet) -> None:
     await fleet.add(variants=variants(sql="active", broken="failed"))
     await fleet.add(variants=variants(sql="on_disk", chat="on_disk"))
