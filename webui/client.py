@@ -81,7 +81,7 @@ class ApiClient:
             self._session = None
 
     async def list_models(self) -> list[str]:
-        """Names of the served models, sorted.
+        """Names of what is served, in the server's order: each model before its adapters.
 
         Raises:
             ApiError: the server cannot be reached or refuses.
@@ -95,7 +95,7 @@ class ApiClient:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._unreachable(error) from error
         try:
-            return sorted(str(model["id"]) for model in json.loads(body)["data"])
+            return [str(model["id"]) for model in json.loads(body)["data"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ApiError(f"{self.url} does not answer like an OpenAI server; check --controller.") from error
 

@@ -85,8 +85,8 @@ class VariantDirectory:
         error: RootgraftError | None = None
         if status is not None and not self._has_right_files(status):
             error = UpstreamError(
-                f"worker {worker.worker_id} has other files under {status.path} ({status.digest}) than the other "
-                f"replicas ({self._expected_digest(name)}); make them the same, or add {name} again with replace"
+                f"worker {worker.worker_id} has other files under {status.path} ({status.digest}) than those that are "
+                f"served as {name} ({self._expected_digest(name)}); restore them, or replace {name} by loading it again"
             )
         elif failure is not None:
             error = failure.error

@@ -28,9 +28,9 @@ async def chunks_of(client: ApiClient, options: SamplingOptions | None = None) -
     return [chunk async for chunk in client.stream_chat("tiny-chat", HELLO, options or SamplingOptions())]
 
 
-async def test_lists_models_sorted(client: ApiClient, server: FakeOpenAIServer) -> None:
-    server.models = ["b", "a"]
-    assert await client.list_models() == ["a", "b"]
+async def test_lists_models_before_their_adapters(client: ApiClient, server: FakeOpenAIServer) -> None:
+    server.models = ["model", "adapter", "other-model"]
+    assert await client.list_models() == server.models
 
 
 async def test_streams_text_the_reason_of_the_end_and_usage(client: ApiClient) -> None:
