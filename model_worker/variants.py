@@ -227,7 +227,12 @@ class Variants:
         return await self._message(change(name))
 
     async def _message(self, change: Awaitable[variant_status.VariantStatus]) -> VariantStatus:
-        return self._to_message(await change)
+        """What a change came to, which a report that has to repeat the last one must not contradict."""
+        status = await change
+        message = self._to_message(status)
+        others = {known: other for known, other in self._messages.items() if other.name != message.name}
+        self._messages = {**others, status: message}
+        return message
 
     def _to_message(self, status: variant_status.VariantStatus) -> VariantStatus:
         message = VariantStatus.model_validate(status, from_attributes=True)

@@ -212,6 +212,19 @@ async def test_a_report_does_not_wait_for_a_long_step_nor_ask_a_dead_engine(
     assert [status.state for status in await variants.report()] == ["active"]
 
 
+async def test_a_report_that_cannot_wait_knows_what_has_changed_since_the_last(
+    variants: Variants, engine: FakeLoras, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants_module, "REPORT_TIMEOUT_S", 0.01)
+    await variants.add(addition("pirate"))
+    await variants.report()
+    await variants.remove("pirate")
+    await variants.add(addition("plain"))
+    engine.gate.clear()
+    usable = [status.name for status in await variants.report() if status.state != "draining"]
+    assert usable == ["plain"]
+
+
 async def test_additions_take_turns(variants: Variants, engine: FakeLoras) -> None:
     engine.gate.clear()
     tasks = [asyncio.create_task(variants.add(addition("x", path))) for path in ("pirate", "plain")]
