@@ -240,9 +240,10 @@ class Gateway:
             if found:
                 soonest_s = min(found)
                 return kind(found[soonest_s].message, retry_after_s=soonest_s)
-        removed = set(variants) - self._variants.wanted.keys()  # while the request was on its way
-        if removed and errors and all(isinstance(error, ModelNotFoundError) for error in errors):
-            return errors[-1]
+        if variants and errors and all(isinstance(error, ModelNotFoundError) for error in errors):
+            if self._variants.wanted.keys() >= set(variants):  # the worker reads it again
+                return OverloadedError(errors[-1].message, retry_after_s=self._retry_after_s)
+            return errors[-1]  # it was removed while the request was on its way
         if errors:
             return UpstreamError(f"{len(errors)} of the workers of {model!r} failed: {errors[-1].message}")
         return OverloadedError(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -534,6 +535,9 @@ async def test_an_adapter_that_is_removed_while_a_request_is_on_its_way_is_not_f
     gone = Script(refuse=ErrorEvent(code="model_not_found", message="no adapter sql", param="model"), refuse_status=404)
     await fleet.add(gone, variants=variants(sql="active"))
     with pytest.raises(ModelNotFoundError, match="no adapter sql"):
+        await fleet.events("sql")
+    fleet.directory.wanted = {"sql": SimpleNamespace(parent="m", digest=None)}  # and added again in the meantime
+    with pytest.raises(OverloadedError, match="no adapter sql"):
         await fleet.events("sql")
 
 
