@@ -51,7 +51,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 def _add_variant_actions(commands: _Subparsers) -> list[argparse.ArgumentParser]:
     about = "Manage the variants (LoRA adapters) that all workers of their base model should have."
-    variants = commands.add_parser("variants", help="manage variants", description=about)
+    variants = commands.add_parser("variants", help="manage variants: LoRA adapters", description=about)
     actions = variants.add_subparsers(dest="action", metavar="ACTION", required=True)
     add = actions.add_parser("add", help="want a variant; running controllers and workers follow within seconds")
     add.add_argument("name", help="public name, as clients give it in `model`")

@@ -52,7 +52,10 @@ class VariantOperations(CatalogTransactions):
                 connection.execute(update(_TABLE).where(_TABLE.c.name == name).values(updated_at=now, **values))
                 self._audit(connection, actor, "variants.replace", name, changes(before, values))
             else:
-                raise InvalidRequestError(f"there is a variant {name} already; ask for it to be replaced", param="name")
+                raise InvalidRequestError(
+                    f"there is a variant {name} already; load_inplace (on the command line --replace) replaces it",
+                    param="name",
+                )
             return self._require_variant(connection, name)
 
     def restore_variant(self, record: VariantRecord, *, actor: str) -> VariantRecord:
