@@ -87,6 +87,7 @@ class Variants:
         self._adapters: dict[str, _Adapter] = {}
         self._given_paths: dict[str, str] = {}  # by the path that the engine reads
         self._messages: dict[variant_status.VariantStatus, VariantStatus] = {}  # those of the last report
+        self._listing: asyncio.Task[list[VariantStatus]] | None = None  # begun by a report, and not over yet
         self._used = False  # there is an adapter, or was one
         self._changing = asyncio.Lock()  # adding and removing take turns, so that both sides keep the same names
 
@@ -176,10 +177,18 @@ class Variants:
         return list(self._messages.values())
 
     async def report(self) -> list[VariantStatus]:
-        """As `statuses`, but those of the last time when the engine is in the middle of a long step, or has died."""
-        with suppress(TimeoutError, InternalError):
-            async with asyncio.timeout(REPORT_TIMEOUT_S):
-                return await self.statuses()
+        """As `statuses`, but those of the last time when the engine is in the middle of a long step, or has died.
+
+        The question stays asked, so that the next report has an answer that is at most one step older.
+        """
+        if self._listing is None:
+            self._listing = asyncio.create_task(self.statuses())
+            self._listing.add_done_callback(lambda task: task.cancelled() or task.exception())  # asked for or not
+        await asyncio.wait({self._listing}, timeout=REPORT_TIMEOUT_S)
+        if self._listing.done():
+            with suppress(InternalError):
+                self._listing.result()
+            self._listing = None
         return list(self._messages.values())
 
     # ------------------------------------------------------------------------------------------ requests
@@ -215,9 +224,16 @@ class Variants:
             prompts = await asyncio.to_thread(
                 read_prompt_format, path, self._plan, self._tokenizer, with_template=self._with_templates
             )
-            status = await self._message(
-                self._engine.add(name, path, parent=self._parent, pinned=pinned, from_command_line=from_command_line)
-            )
+            try:
+                status = await self._message(
+                    self._engine.add(
+                        name, path, parent=self._parent, pinned=pinned, from_command_line=from_command_line
+                    )
+                )
+            except RootgraftError:
+                if name not in self._adapters:  # a report may have seen it being read
+                    self._messages = {known: other for known, other in self._messages.items() if other.name != name}
+                raise
             self._adapters[name] = _Adapter(prompts, from_command_line)
             self._used = True
             return status

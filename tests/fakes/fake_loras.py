@@ -15,6 +15,8 @@ class FakeLoras:
 
     Attributes:
         gate: while it is cleared, nothing is answered.
+        reading: while it is cleared, additions go no further than to be listed as registered.
+        is_read: set once an addition is listed as registered.
         refuse_with: refuse everything so.
         added: names in the order of their additions.
     """
@@ -22,6 +24,9 @@ class FakeLoras:
     def __init__(self) -> None:
         self.gate = asyncio.Event()
         self.gate.set()
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self.is_read = asyncio.Event()
         self.refuse_with: RootgraftError | None = None
         self.added: list[str] = []
         self._statuses: dict[str, VariantStatus] = {}
@@ -29,14 +34,12 @@ class FakeLoras:
     async def add(
         self, name: str, path: Path, *, parent: str = "", pinned: bool = False, from_command_line: bool = False
     ) -> VariantStatus:
-        await self._answer()
-        self.added.append(name)
-        self._statuses[name] = VariantStatus(
+        status = VariantStatus(
             name=name,
             parent=parent,
             digest="sha256:" + "0" * 64,
             path=str(path),
-            state="in_host_memory",
+            state="registered",
             pinned=pinned,
             from_command_line=from_command_line,
             rank=8,
@@ -53,6 +56,18 @@ class FakeLoras:
             generation_tokens_total=0,
             error=None,
         )
+        known = self._statuses.get(name)
+        self._statuses.setdefault(name, status)
+        self.is_read.set()
+        try:
+            await self.reading.wait()
+            await self._answer()
+        except RootgraftError:
+            if known is None:
+                del self._statuses[name]
+            raise
+        self.added.append(name)
+        self._statuses[name] = replace(status, state="in_host_memory")
         return self._statuses[name]
 
     async def remove(self, name: str) -> VariantStatus:

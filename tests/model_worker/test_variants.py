@@ -225,6 +225,40 @@ async def test_a_report_that_cannot_wait_knows_what_has_changed_since_the_last(
     assert usable == ["plain"]
 
 
+async def test_a_report_that_came_too_early_has_its_answer_in_the_next(
+    variants: Variants, engine: FakeLoras, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await variants.add(addition("pirate"))
+    monkeypatch.setattr(variants_module, "REPORT_TIMEOUT_S", 0.0)
+    engine.gate.clear()
+    change = asyncio.create_task(engine.activate("pirate"))
+    await asyncio.sleep(0)
+    assert [status.state for status in await variants.report()] == ["in_host_memory"]
+    engine.gate.set()
+    await change
+    await asyncio.sleep(0.01)
+    assert [status.state for status in await variants.report()] == ["active"]
+
+
+async def test_an_addition_that_fails_is_in_no_later_report(
+    variants: Variants, engine: FakeLoras, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants_module, "REPORT_TIMEOUT_S", 0.01)
+    await variants.add(addition("plain"))
+    engine.reading.clear()
+    engine.is_read.clear()
+    adding = asyncio.create_task(variants.add(addition("pirate")))
+    await engine.is_read.wait()
+    assert len(await variants.report()) == 2
+    engine.refuse_with = CheckpointError("It holds NaN.")
+    engine.reading.set()
+    with pytest.raises(CheckpointError):
+        await adding
+    engine.refuse_with = None
+    engine.gate.clear()
+    assert [status.name for status in await variants.report()] == ["plain"]
+
+
 async def test_additions_take_turns(variants: Variants, engine: FakeLoras) -> None:
     engine.gate.clear()
     tasks = [asyncio.create_task(variants.add(addition("x", path))) for path in ("pirate", "plain")]
