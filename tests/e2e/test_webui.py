@@ -48,6 +48,8 @@ def page(cluster: Cluster) -> Iterator[Page]:
 
 
 def send(page: Page, text: str) -> None:
+    """Ask as a person does, who sees that the last answer is complete: until then the page takes no question."""
+    expect(page.locator("#question .stop-button")).to_be_hidden()
     page.locator("#question textarea").fill(text)
     page.locator("#question textarea").press("Enter")
 
