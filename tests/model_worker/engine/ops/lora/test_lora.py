@@ -141,11 +141,14 @@ def test_linear_layers(team: Team, data: st.DataObject) -> None:
     torch.testing.assert_close(got, out, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("sizes", [(64, 32, 32), (20, 7, 9), (100,), (48, 48), (13, 13)])
+@pytest.mark.parametrize(
+    ("sizes", "gated"),
+    [
+        *((sizes, False) for sizes in [(64, 32, 32), (20, 7, 9), (100,), (48, 48), (13, 13)]),
+        *((sizes, True) for sizes in [(100,), (48, 48), (13, 13)]),  # a gated layer has two halves
+    ],
+)
 def test_units_have_the_ranks_of_their_outputs_only(sizes: tuple[int, ...], gated: bool) -> None:
-    if gated and len(sizes) == 3:
-        pytest.skip("a gated layer has two halves")
     torch.manual_seed(0)
     terms = [_low_rank(size, 8, rank) for size, rank in zip(sizes, (3, 0, 5), strict=False)]
     packed = LinearPacker(torch.float32).pack(list(map(LinearPart, sizes, terms)), gated=gated)
