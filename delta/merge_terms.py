@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from delta.variant_terms import EmbeddingTerms, LinearTerms
+from delta.variant_terms import EmbeddingTerms, LinearTerms, SignPlane, SparseMatrix
 
 
 def merge_linear(weight: Tensor, bias: Tensor | None, terms: LinearTerms) -> tuple[Tensor, Tensor | None]:
-    """W' = e ∘ W ∘ d + B A + Z and b' = b + c; a missing bias counts as 0. weight [N, K], bias [N], both float32."""
+    """W' = e ∘ W ∘ d + Σ u ∘ (S ∘ v) + B A + Z, b' = b + c; a missing bias counts as 0. weight [N, K], bias [N] float32"""
     merged = weight.clone()
     if terms.output_scale is not None:
         merged *= terms.output_scale.float()[:, None]
@@ -23,14 +24,20 @@ def merge_linear(weight: Tensor, bias: Tensor | None, terms: LinearTerms) -> tup
         merged += terms.b.float() @ terms.a.float()
     if terms.dense is not None:
         merged += terms.dense.float()
+    if terms.sparse is not None:
+        merged += sparse_to_dense(terms.sparse, weight.shape[1])
+    for plane in terms.signs:
+        merged += signs_to_dense(plane, weight.shape[1])
     if terms.bias is None:
         return merged, bias
     return merged, terms.bias.float() if bias is None else bias + terms.bias.float()
 
 
 def merge_embedding(table: Tensor, terms: EmbeddingTerms) -> Tensor:
-    """The rows of `terms` in place of the table's, plus (B A)ᵀ. table [V, H] float32"""
+    """The table plus (B A)ᵀ plus planes, with the rows of `terms` in place of some. table [V, H] float32"""
     merged = table.clone()
+    for plane in terms.signs:
+        merged += signs_to_dense(plane, table.shape[1])
     if terms.token_ids is not None and terms.rows is not None:
         merged[terms.token_ids] = terms.rows.float()
     if terms.a is not None and terms.b is not None:
@@ -44,3 +51,26 @@ def merge_experts(weights: Tensor, terms: Mapping[int, LinearTerms]) -> Tensor:
     for index, of_expert in terms.items():
         merged[index], _ = merge_linear(weights[index], None, of_expert)
     return merged
+
+
+def signs_to_dense(plane: SignPlane, num_columns: int) -> Tensor:
+    """u ∘ (S ∘ v). -> [N, num_columns] float32"""
+    places = torch.arange(8, dtype=torch.uint8, device=plane.bits.device)
+    bits = (plane.bits[:, :, None] >> places & 1).flatten(1)[:, :num_columns]
+    signs = bits.float() * 2 - 1
+    if plane.column_scale is not None:
+        signs *= plane.column_scale.float()
+    return signs * plane.row_scale.float()[:, None]
+
+
+def sparse_to_dense(matrix: SparseMatrix, num_columns: int) -> Tensor:
+    """-> [N, num_columns] float32"""
+    dense = torch.zeros(len(matrix.row_starts) - 1, num_columns, device=matrix.values.device)
+    dense[rows_of(matrix), matrix.columns.long()] = matrix.values.float()
+    return dense
+
+
+def rows_of(matrix: SparseMatrix) -> Tensor:
+    """The row of each value. -> [nnz] int64"""
+    counts = matrix.row_starts.diff()
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)

@@ -1,20 +1,52 @@
 """What a fine-tune changes in its base, module by module, ready to be applied and independent of any file format.
 
-    linear      y = e ∘ ((d ∘ x) Wᵀ) + b + (x Aᵀ) Bᵀ + x Zᵀ + c          W [N, K], b [N]: the base's
-    embedding   row i of the base, or a replacement for it, plus  B A[:, i]
+    linear      y = e ∘ ((d ∘ x) Wᵀ) + b + Σ u ∘ ((v ∘ x) Sᵀ) + (x Aᵀ) Bᵀ + x Zᵀ + c      W [N, K], b [N]: the base's
+    embedding   row i of the base, or a replacement for it, plus  B A[:, i]  plus  Σ u[i] (v ∘ S[i])
     vector      a replacement
 
 Modules and parameters have the names that transformers gives them in the causal language model, as in
 "model.layers.0.self_attn.q_proj". All terms of a module are optional. Source of the operator: VARIANTS in the design
-documents; LoRA arXiv 2106.09685, DoRA arXiv 2402.09353, (IA)3 arXiv 2205.05638.
+documents; LoRA arXiv 2106.09685, DoRA arXiv 2402.09353, (IA)3 arXiv 2205.05638, signs arXiv 2402.10193.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SignPlane:
+    """u ∘ (S ∘ v): a matrix [N, K] of one bit a number, S of -1 and +1, with scales of its rows and columns.
+
+    A ternary matrix is two planes of half its scales: they agree where it is not 0.
+
+    Attributes:
+        bits: [N, ceil(K / 8)] uint8; bit k % 8 of byte k // 8, the lowest first, is 1 where S is +1, and 0 beyond K.
+        row_scale: u [N] float32.
+        column_scale: v [K] float32; None: all 1.
+    """
+
+    bits: Tensor
+    row_scale: Tensor
+    column_scale: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SparseMatrix:
+    """A matrix [N, K] by the numbers that are not 0, row after row.
+
+    Attributes:
+        row_starts: [N + 1] int64; those of row n are [row_starts[n], row_starts[n + 1]).
+        columns: [nnz] int32, ascending in each row.
+        values: [nnz]
+    """
+
+    row_starts: Tensor
+    columns: Tensor
+    values: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,8 +58,10 @@ class LinearTerms:
         b: [N, r] with all scales folded in; both or none.
         output_scale: e [N].
         input_scale: d [K].
-        dense: Z [N, K].
+        dense: Z [N, K], or
+        sparse: the same where most of it is 0; at most one of both.
         bias: c [N].
+        signs: planes u, S, v of [N, K].
     """
 
     a: Tensor | None = None
@@ -36,10 +70,13 @@ class LinearTerms:
     input_scale: Tensor | None = None
     dense: Tensor | None = None
     bias: Tensor | None = None
+    signs: tuple[SignPlane, ...] = ()
+    sparse: SparseMatrix | None = None
 
     def __post_init__(self) -> None:
         assert (self.a is None) == (self.b is None)
         assert self.a is None or self.b is None or self.a.shape[0] == self.b.shape[1]
+        assert self.dense is None or self.sparse is None
 
     @property
     def rank(self) -> int:
@@ -60,12 +97,14 @@ class EmbeddingTerms:
         rows: [n, H]; both or none.
         a: [r, V], and
         b: [H, r] with all scales folded in; both or none.
+        signs: planes of [V, H]; rows that are replaced have nothing added to them.
     """
 
     token_ids: Tensor | None = None
     rows: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
+    signs: tuple[SignPlane, ...] = ()
 
     def __post_init__(self) -> None:
         assert (self.token_ids is None) == (self.rows is None)
@@ -113,9 +152,7 @@ class VariantTerms:
 
     def tensors(self) -> Iterator[Tensor]:
         for terms in self._parts():
-            for part in fields(terms):
-                if (tensor := getattr(terms, part.name)) is not None:
-                    yield tensor
+            yield from _tensors_of(terms)
         yield from self.vectors.values()
 
     def _parts(self) -> Iterator[LinearTerms | EmbeddingTerms]:
@@ -126,3 +163,15 @@ class VariantTerms:
         yield from self.linears.values()
         for of_expert in self.experts.values():
             yield from of_expert.values()
+
+
+def _tensors_of(part: object) -> Iterator[Tensor]:
+    """All tensors of a dataclass, of those in it, and of tuples of them."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, tuple):
+        for item in part:
+            yield from _tensors_of(item)
+    elif is_dataclass(part):
+        for attribute in fields(part):
+            yield from _tensors_of(getattr(part, attribute.name))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from delta.merge_terms import rows_of, sparse_to_dense
 from delta.peft.terms_builder import scaled
-from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
+from delta.variant_terms import EmbeddingTerms, LinearTerms, SignPlane, SparseMatrix, VariantTerms
 from registry.errors import InvalidRequestError
 
 K = TypeVar("K")
@@ -67,15 +70,28 @@ def _by_key(maps: Sequence[tuple[Mapping[K, T], float]], add: Callable[[Weighted
 
 
 def _add_linears(parts: Weighted[LinearTerms]) -> LinearTerms:
+    dense = _sum([(terms.dense, weight) for terms, weight in parts])
+    sparse = _add_sparse([(terms.sparse, weight) for terms, weight in parts if terms.sparse is not None])
+    if dense is not None and sparse is not None:
+        dense, sparse = dense + sparse_to_dense(sparse, dense.shape[1]), None
     return LinearTerms(
         **_add_low_rank([(terms.a, terms.b, weight) for terms, weight in parts]),
-        dense=_sum([(terms.dense, weight) for terms, weight in parts]),
+        dense=dense,
         bias=_sum([(terms.bias, weight) for terms, weight in parts]),
+        signs=_add_signs([(terms.signs, weight) for terms, weight in parts]),
+        sparse=sparse,
     )
 
 
 def _add_embeddings(parts: Weighted[EmbeddingTerms]) -> EmbeddingTerms:
-    return EmbeddingTerms(**_add_low_rank([(terms.a, terms.b, weight) for terms, weight in parts]))
+    return EmbeddingTerms(
+        **_add_low_rank([(terms.a, terms.b, weight) for terms, weight in parts]),
+        signs=_add_signs([(terms.signs, weight) for terms, weight in parts]),
+    )
+
+
+def _add_signs(parts: Weighted[tuple[SignPlane, ...]]) -> tuple[SignPlane, ...]:
+    return tuple(replace(plane, row_scale=plane.row_scale * weight) for planes, weight in parts for plane in planes)
 
 
 def _add_low_rank(parts: Sequence[tuple[Tensor | None, Tensor | None, float]]) -> dict[str, Tensor]:
@@ -83,6 +99,17 @@ def _add_low_rank(parts: Sequence[tuple[Tensor | None, Tensor | None, float]]) -
     if not factors:
         return {}
     return {"a": torch.cat([a for a, _ in factors]), "b": torch.cat([b for _, b in factors], dim=1)}
+
+
+def _add_sparse(parts: Weighted[SparseMatrix]) -> SparseMatrix | None:
+    if not parts:
+        return None
+    places = [torch.stack([rows_of(matrix), matrix.columns.long()]) for matrix, _ in parts]
+    values = torch.cat([matrix.values.float() * weight for matrix, weight in parts])
+    summed = torch.sparse_coo_tensor(torch.cat(places, dim=1), values, check_invariants=False).coalesce()
+    rows, columns = summed.indices()
+    counts = torch.bincount(rows, minlength=len(parts[0][0].row_starts) - 1)
+    return SparseMatrix(functional.pad(counts.cumsum(0), (1, 0)), columns.to(torch.int32), summed.values())
 
 
 def _sum(parts: Sequence[tuple[Tensor | None, float]]) -> Tensor | None:

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from delta.merge_terms import merge_linear
 from delta.peft.compose import compose
 from delta.peft.reader import read_peft_adapter
-from delta.variant_terms import LinearTerms, VariantTerms
+from delta.variant_terms import LinearTerms, SignPlane, SparseMatrix, VariantTerms
 from registry.errors import InvalidRequestError
 from tests.fakes.peft_adapters import TinyBase, make_adapter, merged_model
 from tests.fakes.tiny_models import build_tiny_model
@@ -60,6 +60,26 @@ def test_biases_and_whole_matrices_add_up() -> None:
     assert bias is not None
     assert weight.tolist() == [[0.5] * 3] * 2
     assert bias.tolist() == [8.5, 17.0]
+
+
+def test_signs_and_sparse_matrices_add_up() -> None:
+    torch.manual_seed(0)
+    dense = torch.randn(5, 19) * (torch.rand(5, 19) < 0.3)
+
+    def terms(shift: int) -> LinearTerms:
+        csr = dense.roll(shift).to_sparse_csr()
+        matrix = SparseMatrix(csr.crow_indices(), csr.col_indices().to(torch.int32), csr.values())
+        bits = torch.randint(0, 256, (5, 3), dtype=torch.uint8) & torch.tensor([255, 255, 7], dtype=torch.uint8)
+        plane = SignPlane(bits, torch.randn(5), torch.randn(19) if shift else None)
+        if shift == 2:
+            return LinearTerms(signs=(plane,), dense=torch.randn(5, 19))
+        return LinearTerms(signs=(plane,), sparse=matrix)
+
+    parts = [(VariantTerms(f"sha256:{shift}", {"m": terms(shift)}), 0.5 - shift) for shift in range(3)]
+    zero = torch.zeros(5, 19)
+    for chosen in (parts[:2], parts):
+        expected = sum(weight * merge_linear(zero, None, each.linears["m"])[0] for each, weight in chosen)
+        torch.testing.assert_close(merge_linear(zero, None, compose(chosen).linears["m"])[0], expected)
 
 
 def test_the_digest_says_what_is_composed(adapters: dict[str, VariantTerms]) -> None:
