@@ -14,7 +14,7 @@ from delta.variant_terms import EmbeddingTerms, LinearTerms, SignPlane, SparseMa
 
 
 def merge_linear(weight: Tensor, bias: Tensor | None, terms: LinearTerms) -> tuple[Tensor, Tensor | None]:
-    """W' = e ∘ W ∘ d + Σ u ∘ (S ∘ v) + B A + Z, b' = b + c; a missing bias counts as 0. weight [N, K], bias [N] float32"""
+    """W' = e ∘ W ∘ d + Σ u ∘ (S ∘ v) + B A + Z and b' = b + c; a missing bias counts as 0. [N, K] and [N] float32"""
     merged = weight.clone()
     if terms.output_scale is not None:
         merged *= terms.output_scale.float()[:, None]

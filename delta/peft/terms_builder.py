@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class TermsBuilder:
 
     def __init__(self, source: Path) -> None:
         self._source = source
-        self._linears: dict[str, dict[str, Tensor]] = {}
+        self._linears: dict[str, dict[str, Any]] = {}  # terms of LinearTerms, by name
         self._experts: dict[str, dict[int, LinearTerms]] = {}
         self._embeddings: dict[str, EmbeddingTerms] = {}
         self._vectors: dict[str, Tensor] = {}
