@@ -55,12 +55,16 @@ def merge_experts(weights: Tensor, terms: Mapping[int, LinearTerms]) -> Tensor:
 
 def signs_to_dense(plane: SignPlane, num_columns: int) -> Tensor:
     """u ∘ (S ∘ v). -> [N, num_columns] float32"""
-    places = torch.arange(8, dtype=torch.uint8, device=plane.bits.device)
-    bits = (plane.bits[:, :, None] >> places & 1).flatten(1)[:, :num_columns]
-    signs = bits.float() * 2 - 1
+    signs = unpack_signs(plane.bits, num_columns).float() * 2 - 1
     if plane.column_scale is not None:
         signs *= plane.column_scale.float()
     return signs * plane.row_scale.float()[:, None]
+
+
+def unpack_signs(bits: Tensor, num_columns: int) -> Tensor:
+    """Where S is +1. bits as in `SignPlane` -> [N, num_columns] bool"""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits[:, :, None] >> places & 1).flatten(1)[:, :num_columns].bool()
 
 
 def sparse_to_dense(matrix: SparseMatrix, num_columns: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Modules whose rows use variants, for one step: each stands in for a module's own way of computing while it lasts.
 
-    VariantMethod        of a `Linear`: y = e ∘ ((d ∘ x) W^T) + b + (x A^T) B^T + x Z^T + c, by segments of rows
-    VariantEmbedding     replaced rows and low-rank terms of an embedding
+    VariantMethod        of a `Linear`: y = e ∘ ((d ∘ x) W^T) + b + Σ u ∘ ((v ∘ x) S^T) + (x A^T) B^T + x Z^T + c, by
+                         segments of rows
+    VariantEmbedding     replaced rows, low-rank terms and planes of signs of an embedding
     VariantExperts       the same formula as for a `Linear` in each expert of a mixture
     VariantModule        any other module of few weights, a norm or a router: a copy with the variant's weights
 
@@ -19,10 +20,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from delta.variant_terms import EmbeddingTerms, LinearTerms
+from delta.merge_terms import signs_to_dense
+from delta.variant_terms import EmbeddingTerms, LinearTerms, SignPlane
 from model_worker.engine.layers.linear import Linear, LinearMethod
 from model_worker.engine.layers.row_axes import RowAxes, tensors
-from model_worker.engine.ops.low_rank import Factors, LowRankFactors, SegmentPlan, add_low_rank
+from model_worker.engine.layers.sparse import sparse_product
+from model_worker.engine.ops.low_rank import Factors, LowRankFactors, SegmentPlan, add_low_rank, to_device
+from model_worker.engine.ops.sign_matmul import SignMatrix, add_signs, planes_table
+
+
+class BoundLinear(NamedTuple):
+    """Terms of a linear layer where it is computed.
+
+    Attributes:
+        terms: all but the planes.
+        signs: the planes.
+    """
+
+    terms: LinearTerms
+    signs: tuple[SignMatrix, ...] = ()
 
 
 class VariantMethod:
@@ -30,23 +46,31 @@ class VariantMethod:
 
     Args:
         method: of the layer, for the base's product.
-        terms: of each segment of the plan; None: that segment is the base's in this layer.
+        bound: of each segment of the plan; None: that segment is the base's in this layer.
         table: [1, S, columns] of `table_rows` on the device; None on CPUs.
+        signs_table: [S, P, columns] of `planes_table` on the device; None on CPUs.
     """
 
     def __init__(
-        self, method: LinearMethod, terms: Sequence[LinearTerms | None], plan: SegmentPlan, table: Tensor | None
+        self,
+        method: LinearMethod,
+        bound: Sequence[BoundLinear | None],
+        plan: SegmentPlan,
+        table: Tensor | None,
+        signs_table: Tensor | None = None,
     ) -> None:
         self._method = method
         self._plan = plan
         self._table = table
-        self._terms = terms
+        self._signs_table = signs_table
+        self._bound = bound
         self._segments = [
-            (slice(*bounds), part) for bounds, part in zip(plan.bounds, terms, strict=True) if part is not None
+            (slice(*bounds), part.terms) for bounds, part in zip(plan.bounds, bound, strict=True) if part is not None
         ]
         self._scales_inputs = any(part.input_scale is not None for _, part in self._segments)
         self._scales_outputs = any(part.output_scale is not None for _, part in self._segments)
         self._adds_low_rank = any(part.rank for _, part in self._segments)
+        self._adds_signs = any(part is not None and part.signs for part in bound)
 
     def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # [T, K]
@@ -60,12 +84,12 @@ class VariantMethod:
             if bias is not None:
                 y += bias
         for segment, terms in self._segments:
-            if terms.dense is not None:
-                y[segment] += F.linear(rows[segment], terms.dense)
-            if terms.bias is not None:
-                y[segment] += terms.bias
+            _add_matrices(rows[segment], y[segment], terms)
         if self._adds_low_rank:
             add_low_rank(rows, y, self._factors(layer.out_features), self._plan)
+        if self._adds_signs:
+            planes = [() if part is None else part.signs for part in self._bound]
+            add_signs(rows, y, planes, self._plan, self._signs_table)
         return y.view(*x.shape[:-1], -1)
 
     def weight(self, layer: Linear) -> Tensor:
@@ -79,14 +103,24 @@ class VariantMethod:
         return scaled
 
     def _factors(self, num_outputs: int) -> LowRankFactors:
-        return LowRankFactors((tuple(map(factors_of, self._terms)),), (num_outputs,), self._table)
+        return LowRankFactors((tuple(map(factors_of, self._bound)),), (num_outputs,), self._table)
 
 
-def factors_of(terms: LinearTerms | None) -> Factors | None:
+def factors_of(bound: BoundLinear | None) -> Factors | None:
     """A and B, if there are any."""
-    if terms is None or terms.a is None or terms.b is None:
+    if bound is None or bound.terms.a is None or bound.terms.b is None:
         return None
-    return Factors(terms.a, terms.b)
+    return Factors(bound.terms.a, bound.terms.b)
+
+
+def _add_matrices(x: Tensor, y: Tensor, terms: LinearTerms) -> None:
+    """y [n, N] += x [n, K] Z^T + c"""
+    if terms.dense is not None:
+        y += F.linear(x, terms.dense)
+    if terms.sparse is not None:
+        y += sparse_product(x, terms.sparse)
+    if terms.bias is not None:
+        y += terms.bias
 
 
 class VariantEmbedding:
@@ -113,6 +147,10 @@ class VariantEmbedding:
         """Looks the rows up in a table of the right ones."""
         ids = token_ids.flatten()
         table = self._embedding.weight[ids].float()  # [T, H]
+        for plane in terms.signs:
+            table += signs_to_dense(
+                SignPlane(plane.bits[ids], plane.row_scale[ids], plane.column_scale), table.shape[1]
+            )
         if terms.token_ids is not None and terms.rows is not None:
             places = torch.searchsorted(terms.token_ids, ids).clamp_(max=len(terms.token_ids) - 1)
             replaced = terms.token_ids[places] == ids
@@ -152,8 +190,8 @@ class VariantModule:
 class ExpertsTerms(NamedTuple):
     """Of a mixture, by expert, in [E, N, K] whichever way the module stores its weights."""
 
-    up: Mapping[int, LinearTerms]
-    down: Mapping[int, LinearTerms]
+    up: Mapping[int, BoundLinear]
+    down: Mapping[int, BoundLinear]
 
 
 class VariantExperts:
@@ -188,16 +226,17 @@ class VariantExperts:
             mixed.index_add_(0, rows, (y * weights[rows, places, None]).float())
         return mixed.to(x.dtype)
 
-    def _linear(self, name: str, expert: int, x: Tensor, terms: LinearTerms | None) -> Tensor:
+    def _linear(self, name: str, expert: int, x: Tensor, bound: BoundLinear | None) -> Tensor:
         weight: Tensor = getattr(self._module, name)[expert]
         bias: Tensor | None = getattr(self._module, f"{name}_bias")[expert] if self._module.has_bias else None
-        return _linear_with_terms(x, weight.T if self._module.is_transposed else weight, bias, terms)
+        return _linear_with_terms(x, weight.T if self._module.is_transposed else weight, bias, bound)
 
 
-def _linear_with_terms(x: Tensor, weight: Tensor, bias: Tensor | None, terms: LinearTerms | None) -> Tensor:
+def _linear_with_terms(x: Tensor, weight: Tensor, bias: Tensor | None, bound: BoundLinear | None) -> Tensor:
     """x [n, K], weight [N, K], bias [N] -> [n, N]"""
-    if terms is None:
+    if bound is None:
         return F.linear(x, weight, bias)
+    terms, signs = bound
     y = F.linear(x if terms.input_scale is None else (x * terms.input_scale).to(x.dtype), weight)
     if terms.output_scale is not None:
         y *= terms.output_scale
@@ -205,10 +244,11 @@ def _linear_with_terms(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Li
         y += bias
     if terms.a is not None and terms.b is not None:
         y += F.linear(F.linear(x, terms.a), terms.b)
-    if terms.dense is not None:
-        y += F.linear(x, terms.dense)
-    if terms.bias is not None:
-        y += terms.bias
+    _add_matrices(x, y, terms)
+    if signs:
+        plan = SegmentPlan.of([(0, len(x))], num_rows=len(x), max_rank=0, device=x.device)
+        table = None if x.device.type == "cpu" else to_device(planes_table(signs, len(signs))[None], x.device)
+        add_signs(x, y, [signs], plan, table)
     return y
 
 

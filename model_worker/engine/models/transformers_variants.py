@@ -12,16 +12,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from delta.merge_terms import merge_linear
-from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
+from delta.variant_terms import EmbeddingTerms, LinearTerms, SignPlane, SparseMatrix, VariantTerms
 from model_worker.engine.layers.linear import Linear, LinearMethod
 from model_worker.engine.layers.row_axes import RowAxes
 from model_worker.engine.layers.variants import (
+    BoundLinear,
     ExpertsTerms,
     VariantEmbedding,
     VariantExperts,
@@ -33,6 +35,7 @@ from model_worker.engine.layers.variants import (
 )
 from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.ops.low_rank import SegmentPlan, table_rows, to_device
+from model_worker.engine.ops.sign_matmul import SignMatrix, planes_table
 from registry.errors import UnsupportedModelError
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -48,18 +51,24 @@ class TransformersVariant:
         linears, embeddings, experts: terms by module; of embeddings, `a` is [V, r].
         modules: of other modules, the copies that have the variant's weights.
         table: [number of the model's linears, columns] of `table_rows`, on the host; None where the model is on a CPU.
+        signs_table: [number of the model's linears, its most planes, columns] of `planes_table`, likewise.
     """
 
     num_bytes: int = 0
-    linears: dict[Linear, LinearTerms] = field(default_factory=dict)
+    linears: dict[Linear, BoundLinear] = field(default_factory=dict)
     embeddings: dict[nn.Embedding, EmbeddingTerms] = field(default_factory=dict)
     experts: dict[nn.Module, ExpertsTerms] = field(default_factory=dict)
     modules: dict[nn.Module, nn.Module] = field(default_factory=dict)
     table: Tensor | None = None
+    signs_table: Tensor | None = None
 
     @property
     def max_rank(self) -> int:
-        return max((terms.rank for terms in self.linears.values()), default=0)
+        return max((bound.terms.rank for bound in self.linears.values()), default=0)
+
+    @property
+    def max_planes(self) -> int:
+        return max((len(bound.signs) for bound in self.linears.values()), default=0)
 
 
 class TransformersVariants:
@@ -99,7 +108,11 @@ class TransformersVariants:
         binder = _Binder(self._causal_lm, self._axes, self._device)
         bound = binder.bind(terms)
         if self._device.type != "cpu":
-            bound.table = table_rows([factors_of(bound.linears.get(linear)) for linear in self._places])
+            of_places = [bound.linears.get(linear) for linear in self._places]
+            bound.table = table_rows([factors_of(each) for each in of_places])
+            bound.signs_table = torch.stack(
+                [planes_table(() if each is None else each.signs, bound.max_planes) for each in of_places]
+            )
         return bound
 
     def in_decoder(self, segments: VariantSegments, num_rows: int) -> AbstractContextManager[None]:
@@ -133,15 +146,26 @@ class TransformersVariants:
         tables = [variant.table for _, variant in variants if variant.table is not None]
         places = [self._places[linear] for linear in linears]
         table = to_device(torch.stack([rows[places] for rows in tables], dim=1), self._device) if tables else None
+        signs_table = self._signs_table(places, [variant for _, variant in variants])
         return {
             linear: VariantMethod(
                 linear.method,
                 [variant.linears.get(linear) for _, variant in variants],
                 plan,
                 None if table is None else table[place : place + 1],
+                None if signs_table is None else signs_table[place],
             )
             for place, linear in enumerate(linears)
         }
+
+    def _signs_table(self, places: Sequence[int], variants: Sequence[TransformersVariant]) -> Tensor | None:
+        """[layers, S, P, columns] on the device; None: on a CPU, or there are no planes."""
+        most = max((variant.max_planes for variant in variants), default=0)
+        tables = [variant.signs_table for variant in variants if variant.signs_table is not None]
+        if most == 0 or not tables:
+            return None
+        padded = [functional.pad(rows[places], (0, 0, 0, most - rows.shape[1])) for rows in tables]
+        return to_device(torch.stack(padded, dim=1), self._device)
 
     def _find(self, module: str) -> nn.Module:
         try:
@@ -174,8 +198,7 @@ class _Binder:
             self._replace(path, name, vector)
         for module, parameters in self._parameters.items():
             self._bound.modules[module] = with_parameters(module, parameters)
-        shared = {tensor.data_ptr() for tensor in terms.tensors()}
-        self._bound.num_bytes = sum(tensor.nbytes for tensor in self._taken if tensor.data_ptr() not in shared)
+        self._bound.num_bytes += sum(tensor.nbytes for tensor in self._taken)
         return self._bound
 
     def _bind_linear(self, path: str, terms: LinearTerms) -> None:
@@ -190,7 +213,7 @@ class _Binder:
         axes = self._axes.get(module)
         if axes is None or not axes.rows_lead:
             raise _refusal(path, module)
-        self._bound.linears[module] = self._moved(terms, axes.dtype)
+        self._bound.linears[module] = self._moved(terms, module.in_features, axes.dtype)
 
     def _bind_embedding(self, path: str, terms: EmbeddingTerms) -> None:
         module = self._causal_lm.get_submodule(path)
@@ -203,6 +226,7 @@ class _Binder:
             rows=self._take(terms.rows, dtype),
             a=self._take(None if terms.a is None else terms.a.T, dtype),
             b=self._take(terms.b, dtype),
+            signs=tuple(map(self._moved_plane, terms.signs)),
         )
 
     def _bind_experts(self, parameter: str, terms: Mapping[int, LinearTerms]) -> None:
@@ -211,8 +235,9 @@ class _Binder:
         known = hasattr(module, "has_gate") and not module.has_post_expert_norm
         if not known or name not in ("gate_up_proj", "up_proj", "down_proj"):
             raise _refusal(path, module)
-        dtype = getattr(module, name).dtype
-        moved = {expert: self._moved(of_expert, dtype) for expert, of_expert in terms.items()}
+        weights: Tensor = getattr(module, name)
+        num_inputs = weights.shape[1 if module.is_transposed else 2]
+        moved = {expert: self._moved(of_expert, num_inputs, weights.dtype) for expert, of_expert in terms.items()}
         others = self._bound.experts.get(module, ExpertsTerms({}, {}))
         changed = others._replace(down=moved) if name == "down_proj" else others._replace(up=moved)
         self._bound.experts[module] = changed
@@ -222,20 +247,42 @@ class _Binder:
         own = module._parameters.get(name)
         if own is None or module not in self._axes or isinstance(module, (Linear, nn.Embedding)):
             raise _refusal(f"{path}.{name}", module)
-        taken = self._take(tensor, own.dtype)
-        assert taken is not None
-        self._parameters[module][name] = taken
+        self._parameters[module][name] = self._take(tensor, own.dtype)
 
-    def _moved(self, terms: LinearTerms, dtype: torch.dtype) -> LinearTerms:
-        return LinearTerms(
+    def _moved(self, terms: LinearTerms, num_inputs: int, dtype: torch.dtype) -> BoundLinear:
+        signs = tuple(SignMatrix(plane, num_inputs, dtype=dtype, device=self._device) for plane in terms.signs)
+        self._bound.num_bytes += sum(plane.num_bytes for plane in signs)
+        moved = LinearTerms(
             a=self._take(terms.a, dtype),
             b=self._take(terms.b, dtype),
             output_scale=self._take(terms.output_scale, torch.float32),
             input_scale=self._take(terms.input_scale, torch.float32),
             dense=self._take(terms.dense, dtype),
+            sparse=self._moved_sparse(terms.sparse, dtype),
             bias=self._take(terms.bias, torch.float32),
         )
+        return BoundLinear(moved, signs)
 
+    def _moved_sparse(self, matrix: SparseMatrix | None, dtype: torch.dtype) -> SparseMatrix | None:
+        if matrix is None:
+            return None
+        return SparseMatrix(
+            self._take(matrix.row_starts, torch.int64),
+            self._take(matrix.columns, torch.int32),
+            self._take(matrix.values, dtype),
+        )
+
+    def _moved_plane(self, plane: SignPlane) -> SignPlane:
+        return SignPlane(
+            self._take(plane.bits, torch.uint8),
+            self._take(plane.row_scale, torch.float32),
+            self._take(plane.column_scale, torch.float32),
+        )
+
+    @overload
+    def _take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+    @overload
+    def _take(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
     def _take(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if tensor is None:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from model_worker.engine.layers import variants
 from model_worker.engine.layers.linear import DenseMethod, Linear, choose_method
 from model_worker.engine.layers.row_axes import RowAxes
 from model_worker.engine.layers.variants import (
+    BoundLinear,
     VariantEmbedding,
     VariantMethod,
     VariantModule,
@@ -25,6 +27,8 @@ from model_worker.engine.layers.variants import (
     with_parameters,
 )
 from model_worker.engine.ops.low_rank import LowRankFactors, SegmentPlan, table_rows
+from model_worker.engine.ops.sign_matmul import SignMatrix
+from tests.fakes.random_terms import random_plane, random_sparse
 
 CPU = torch.device("cpu")
 BOUNDS = [(1, 3), (3, 4), (4, 4), (6, 10)]
@@ -53,13 +57,27 @@ def _terms(kind: str) -> LinearTerms:
         "inputs": LinearTerms(input_scale=torch.rand(20)),
         "whole": LinearTerms(output_scale=torch.zeros(24), dense=torch.randn(24, 20), bias=torch.randn(24)),
         "all": LinearTerms(a, b, torch.rand(24), torch.rand(20), torch.randn(24, 20), torch.randn(24)),
+        "signs": LinearTerms(signs=(random_plane(24, 20), random_plane(24, 20))),
+        "sparse and signs": LinearTerms(a, b, signs=(random_plane(24, 20),), sparse=random_sparse(24, 20)),
     }[kind]
+
+
+def _bound(terms: LinearTerms | None) -> BoundLinear | None:
+    if terms is None:
+        return None
+    signs = tuple(SignMatrix(plane, 20, dtype=torch.float32, device=CPU) for plane in terms.signs)
+    return BoundLinear(replace(terms, signs=()), signs)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "kinds",
-    [("low rank", "bias", "outputs", "inputs"), ("whole", None, "all", "all"), (None, None, None, "low rank")],
+    [
+        ("low rank", "bias", "outputs", "inputs"),
+        ("whole", None, "all", "all"),
+        (None, None, None, "low rank"),
+        ("signs", "sparse and signs", "low rank", "sparse and signs"),
+    ],
 )
 def test_each_row_of_a_linear_has_the_merged_weights(kinds: tuple[str | None, ...], bias: bool) -> None:
     layer = _linear(bias=bias)
@@ -70,7 +88,7 @@ def test_each_row_of_a_linear_has_the_merged_weights(kinds: tuple[str | None, ..
     plan = SegmentPlan.of(BOUNDS, num_rows=NUM_ROWS, max_rank=5, device=CPU)
     x = torch.randn(1, NUM_ROWS, 20)
     base = layer(x)
-    method = VariantMethod(layer.method, terms, plan, None)
+    method = VariantMethod(layer.method, [_bound(part) for part in terms], plan, None)
     with substituted({layer: method}, {}):
         y = layer(x)
     assert torch.equal(method.weight(layer), weight)
@@ -87,7 +105,8 @@ def test_the_kernels_for_gpus_get_what_they_need(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     pytest.importorskip("triton")
     kernels = importlib.import_module("model_worker.engine.ops.low_rank.triton")
-    layer, terms = _linear(bias=True), [_terms("low rank"), None, None, _terms("outputs")]
+    layer, kinds = _linear(bias=True), ("low rank", None, None, "outputs")
+    terms = [None if kind is None else _bound(_terms(kind)) for kind in kinds]
     x = torch.randn(NUM_ROWS, 20)
     plan = SegmentPlan.of(BOUNDS, num_rows=NUM_ROWS, max_rank=5, device=CPU)
     expected = VariantMethod(DenseMethod(), terms, plan, None).apply(layer, x, layer.bias)
@@ -105,7 +124,7 @@ def test_all_rows_have_to_be_there() -> None:
     layer = _linear(bias=False)
     plan = SegmentPlan.of([(0, 1)], num_rows=3, max_rank=5, device=CPU)
     with pytest.raises(AssertionError):
-        VariantMethod(layer.method, [_terms("low rank")], plan, None).apply(layer, torch.randn(2, 20), None)
+        VariantMethod(layer.method, [_bound(_terms("low rank"))], plan, None).apply(layer, torch.randn(2, 20), None)
 
 
 class _ScaledEmbedding(nn.Embedding):

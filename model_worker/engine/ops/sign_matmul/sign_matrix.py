@@ -1,0 +1,89 @@
+"""A plane of signs in the form in which torch or Triton compute with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from delta.merge_terms import unpack_signs
+from delta.variant_terms import SignPlane
+
+TABLE_COLUMNS = 4
+"""Address of the bits, of u, of v, and how many words of 32 bits a row of S has."""
+
+_INT4_ROWS, _INT4_COLUMNS = 16, 32
+_PLUS, _MINUS = 9, 7  # four bits are numbers minus 8
+_WORD_BYTES = 4
+_ALIGNMENT_BYTES = 16
+
+
+class SignMatrix:
+    """One plane [N, K].
+
+    On a GPU it is one bit a number. On a CPU it is four, the fewest that torch multiplies with; where the shape does
+    not suit that product, it is a matrix of the dtype.
+
+    Args:
+        plane: on any device.
+        num_inputs: K.
+        dtype: of the rows that it is multiplied with.
+
+    Attributes:
+        bits: [N, words] int32, on GPUs.
+        int4: what `_convert_weight_to_int4pack_for_cpu` makes of it, on CPUs.
+        int4_scales: [K / group, N, 2] of 1 and 0, which change nothing.
+        matrix: [N, K] of -1 and +1 where there is no such product.
+        row_scale: u [N] float32.
+        column_scale: v [K] float32; None, on CPUs only: all 1.
+    """
+
+    def __init__(self, plane: SignPlane, num_inputs: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_inputs = num_inputs
+        self.num_outputs = len(plane.bits)
+        self.row_scale = plane.row_scale.to(device, torch.float32).contiguous()
+        scale = plane.column_scale
+        self.column_scale = None if scale is None else scale.to(device, torch.float32).contiguous()
+        self.bits: Tensor | None = None
+        self.int4: Tensor | None = None
+        self.int4_scales: Tensor | None = None
+        self.matrix: Tensor | None = None
+        if device.type != "cpu":
+            if self.column_scale is None:
+                self.column_scale = torch.ones(num_inputs, device=device)
+            missing = -plane.bits.shape[1] % _WORD_BYTES
+            self.bits = functional.pad(plane.bits, (0, missing)).view(torch.int32).to(device).contiguous()
+        elif self.num_outputs % _INT4_ROWS == 0 and num_inputs % _INT4_COLUMNS == 0:
+            numbers = torch.where(unpack_signs(plane.bits, num_inputs), _PLUS, _MINUS).to(torch.int32)
+            self.int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
+            self.int4_scales = torch.zeros(num_inputs // self.group, self.num_outputs, 2, dtype=dtype)
+            self.int4_scales[..., 0] = 1
+        else:
+            self.matrix = torch.where(unpack_signs(plane.bits, num_inputs), 1.0, -1.0).to(dtype)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share one of the four-bit product's scales."""
+        return next(size for size in (256, 128, 64, 32) if self.num_inputs % size == 0)
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self.bits, self.int4, self.int4_scales, self.matrix, self.row_scale, self.column_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def planes_table(planes: Sequence[SignMatrix], num_planes: int) -> Tensor:
+    """What kernels have to know of the planes of one segment. -> [num_planes, TABLE_COLUMNS] int64
+
+    The addresses hold as long as the planes live. A row of zeros says that there is no further plane.
+    """
+    rows = torch.zeros(num_planes, TABLE_COLUMNS, dtype=torch.int64)
+    for row, plane in zip(rows, planes, strict=False):
+        assert plane.bits is not None
+        assert plane.column_scale is not None
+        addresses = [plane.bits.data_ptr(), plane.row_scale.data_ptr(), plane.column_scale.data_ptr()]
+        assert all(address % _ALIGNMENT_BYTES == 0 for address in addresses)
+        row.copy_(torch.tensor([*addresses, plane.bits.shape[1]]))
+    return rows
