@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from controller.catalog_access import record_models
 from controller.errors_http import validation_error
-from controller.protocol import WORKER_TOKEN_HEADER, HeartbeatRequest, RegisterReply, RegisterRequest
+from controller.protocol import WORKER_TOKEN_HEADER, HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest
 from controller.state import ControllerState
 from controller.trusted_networks import TrustedNetworks, is_loopback
 from controller.workers import check_protocol_version
@@ -88,7 +88,7 @@ def create_router(state: ControllerState, trusted: TrustedNetworks) -> APIRouter
         if worker is None:
             raise UnknownWorkerError(f"this controller does not know the worker {worker_id!r}; register again")
         state.reconciler.nudge(worker)
-        return Response(status_code=204)
+        return _json(HeartbeatReply(report_number=worker.reported.number))
 
     @router.post("/{worker_id}/leave")
     async def leave(worker_id: str) -> Response:

@@ -5,7 +5,7 @@ other's dependencies. All messages are JSON over HTTP.
 
     worker → controller
         POST /internal/workers/register          RegisterRequest   → RegisterReply
-        POST /internal/workers/{id}/heartbeat    HeartbeatRequest  → 204; 404: register again
+        POST /internal/workers/{id}/heartbeat    HeartbeatRequest  → HeartbeatReply; 404: register again
         POST /internal/workers/{id}/leave        no body           → 204
     controller → worker
         POST /internal/generate                  GenerateRequest   → NDJSON, one GenerateEvent a line
@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 WORKER_TOKEN_HEADER = "x-rootgraft-worker-token"
 
 FinishReason = Literal["stop", "length"]
@@ -104,6 +104,21 @@ class VariantsReply(Message):
     variants: list[VariantStatus]
 
 
+class VariantReport(Message):
+    """What a worker says of its variants: all of them, or what is different since an earlier report.
+
+    A worker numbers its reports upwards, and no two alike. The controller takes one that is complete and newer than
+    what it knows, and one that continues exactly what it knows. A registration's is complete. A heartbeat is answered
+    with the number of the report that the controller knows then; if that is not the number that was sent, the next
+    report is complete.
+    """
+
+    number: int = Field(ge=1)
+    since: int | None = None  # number of the report that this one continues; None: it is complete
+    variants: list[VariantStatus] = Field(default_factory=list)  # new or different ones; one of each name
+    gone: list[str] = Field(default_factory=list)  # names that `since` had
+
+
 class WorkerStats(Message):
     """A snapshot of one worker's engine. Counters (`*_total`) only grow during the life of the process."""
 
@@ -141,7 +156,7 @@ class RegisterRequest(Message):
     url: str  # where the controller reaches the worker
     models: list[ServedModel]
     stats: WorkerStats
-    variants: list[VariantStatus] = Field(default_factory=list)
+    variants: VariantReport
 
 
 class RegisterReply(Message):
@@ -150,7 +165,11 @@ class RegisterReply(Message):
 
 class HeartbeatRequest(Message):
     stats: WorkerStats
-    variants: list[VariantStatus] = Field(default_factory=list)
+    variants: VariantReport
+
+
+class HeartbeatReply(Message):
+    report_number: int  # of the variants that the controller knows now
 
 
 # ---------------------------------------------------------------------------------------------- generation

@@ -11,12 +11,20 @@ restarted controller needs nothing but the next heartbeats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from controller.protocol import PROTOCOL_VERSION, RegisterRequest, ServedModel, VariantStatus, WorkerStats
+from controller.protocol import (
+    PROTOCOL_VERSION,
+    RegisterRequest,
+    ServedModel,
+    VariantReport,
+    VariantStatus,
+    WorkerStats,
+)
+from controller.reported_variants import ReportedVariants
 from registry.errors import InvalidRequestError
 
 WorkerState = Literal["ready", "draining", "suspect"]
@@ -36,8 +44,8 @@ class Worker:
         suspect: a request to it failed at the connection since `last_heartbeat`.
         num_in_flight: requests that this controller has open on it now.
         num_in_flight_at_heartbeat: the same when `stats` arrived; those are already counted in `stats`.
-        variants: by name, as of `last_heartbeat` or of the worker's answer to a change since then. Of two with one
-            name, one was replaced and drains; the other is here.
+        reported: the variants as of `last_heartbeat`.
+        variants: by name, as reported or as in the worker's answer to a change since then.
         answers: to changes of variants, by name, and when they came; None: it has none of that name any more.
     """
 
@@ -49,6 +57,7 @@ class Worker:
     suspect: bool = False
     num_in_flight: int = 0
     num_in_flight_at_heartbeat: int = 0
+    reported: ReportedVariants = field(default_factory=ReportedVariants)
     variants: dict[str, VariantStatus] = field(default_factory=dict)
     answers: dict[str, tuple[float, VariantStatus | None]] = field(default_factory=dict)
 
@@ -110,7 +119,8 @@ class WorkerTable:
         for worker in replaced:
             del self._workers[worker.worker_id]
         added = Worker(request.worker_id, request.url, tuple(request.models), request.stats, self._clock())
-        added.variants = _by_name(request.variants)
+        added.reported.take(request.variants)
+        added.variants = dict(added.reported.by_name)
         self._workers[added.worker_id] = added
         return added, replaced
 
@@ -136,7 +146,7 @@ class WorkerTable:
     def _check_variant_names(self, request: RegisterRequest) -> None:
         others = [worker for worker in self._workers.values() if not _is_same(worker, request)]
         models = {model.name for model in request.models}
-        variants = {status.name for status in request.variants}
+        variants = {status.name for status in request.variants.variants}
         clash = models & variants
         for worker in others:
             clash |= models & worker.variants.keys() | variants & {model.name for model in worker.models}
@@ -146,7 +156,7 @@ class WorkerTable:
                 param="variants",
             )
 
-    def heartbeat(self, worker_id: str, stats: WorkerStats, variants: Iterable[VariantStatus] = ()) -> Worker | None:
+    def heartbeat(self, worker_id: str, stats: WorkerStats, variants: VariantReport) -> Worker | None:
         """Take a worker's sign of life; None when it is unknown and must register again."""
         worker = self._workers.get(worker_id)
         if worker is None:
@@ -156,7 +166,8 @@ class WorkerTable:
         worker.answers = {
             name: answer for name, answer in worker.answers.items() if worker.last_heartbeat - answer[0] <= SETTLE_S
         }
-        worker.variants = _by_name(variants)
+        worker.reported.take(variants)
+        worker.variants = dict(worker.reported.by_name)
         for name, (_, answer) in worker.answers.items():
             _correct(worker, name, answer)
         worker.suspect = False
@@ -232,11 +243,6 @@ def check_protocol_version(version: int) -> None:
             "install the same release of rootgraft on both",
             param="protocol_version",
         )
-
-
-def _by_name(variants: Iterable[VariantStatus]) -> dict[str, VariantStatus]:
-    ordered = sorted(variants, key=lambda status: status.state != "draining")
-    return {status.name: status for status in ordered}
 
 
 def _correct(worker: Worker, name: str, answer: VariantStatus | None) -> None:

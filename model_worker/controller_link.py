@@ -15,6 +15,7 @@ from controller.protocol import (
     PROTOCOL_VERSION,
     WORKER_TOKEN_HEADER,
     ErrorEvent,
+    HeartbeatReply,
     HeartbeatRequest,
     RegisterReply,
     RegisterRequest,
@@ -22,6 +23,7 @@ from controller.protocol import (
     VariantStatus,
     WorkerStats,
 )
+from model_worker.variant_reports import VariantReports
 from registry.errors import RootgraftError, UpstreamError, error_from_code
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ FIRST_RETRY_S = 0.2
 MAX_RETRY_S = 5.0
 REFUSALS = frozenset({400, 401, 403, 409, 422})
 """Answers to a registration that no retry will change: wrong token, untrusted address, another protocol version."""
+_NO_CONTROLLER = "its answer is none of a rootgraft controller"
 
 
 class ControllerLink:
@@ -64,6 +67,7 @@ class ControllerLink:
         self._models = list(models)
         self._stats = stats
         self._variants = variants
+        self._reports = VariantReports()
         self._sleep = sleep
         self._jitter = jitter or random.Random()
         self._max_retry_s = MAX_RETRY_S
@@ -82,8 +86,13 @@ class ControllerLink:
     async def heartbeat(self) -> bool:
         """Report stats and variants now; False: the controller does not know this worker (any more) or is not there."""
         try:
-            message = HeartbeatRequest(stats=self._stats(), variants=await self._variants())
-            await self._post(f"/{self._worker_id}/heartbeat", message)
+            report = self._reports.next(await self._variants())
+            message = HeartbeatRequest(stats=self._stats(), variants=report)
+            body = await self._post(f"/{self._worker_id}/heartbeat", message)
+            self._reports.answered(HeartbeatReply.model_validate_json(body).report_number)
+        except ValidationError:
+            self._lost(_NO_CONTROLLER)
+            return False
         except _Unreachable as error:
             self._lost(str(error))
             return False
@@ -100,13 +109,14 @@ class ControllerLink:
 
     async def _register(self) -> float:
         """Register, however long it takes; returns the heartbeat interval in seconds."""
+        self._reports.forget()
         request = RegisterRequest(
             protocol_version=PROTOCOL_VERSION,
             worker_id=self._worker_id,
             url=self._worker_url,
             models=self._models,
             stats=self._stats(),
-            variants=await self._variants(),
+            variants=self._reports.next(await self._variants()),
         )
         delay_s = FIRST_RETRY_S
         warned = False
@@ -115,7 +125,7 @@ class ControllerLink:
                 body = await self._post("/register", request)
                 interval_s = RegisterReply.model_validate_json(body).heartbeat_interval_s
             except ValidationError:
-                reason = "its answer is none of a rootgraft controller"
+                reason = _NO_CONTROLLER
             except _Unreachable as error:
                 reason = str(error)
             except _Refused as error:
@@ -123,6 +133,7 @@ class ControllerLink:
                     raise error.reported() from error
                 reason = str(error)
             else:
+                self._reports.answered(request.variants.number)
                 self._max_retry_s = min(MAX_RETRY_S, interval_s)
                 self.registered = True
                 logger.info("registered with the controller at %s", self._base)
@@ -132,7 +143,8 @@ class ControllerLink:
                 logger.warning("cannot register at %s: %s; trying on", self._base, reason)
             await self._sleep(delay_s * self._jitter.uniform(0.5, 1.0))
             delay_s = min(delay_s * 2, self._max_retry_s)
-            request = request.model_copy(update={"stats": self._stats(), "variants": await self._variants()})
+            report = self._reports.next(await self._variants())
+            request = request.model_copy(update={"stats": self._stats(), "variants": report})
 
     async def _heartbeat_until_lost(self, interval_s: float) -> None:
         while True:

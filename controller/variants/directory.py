@@ -48,10 +48,12 @@ class VariantDirectory:
         self.wanted: Mapping[str, VariantRecord] = {}
         self.version = 0
 
-    def refresh(self, records: Iterable[VariantRecord], version: int) -> None:
-        """Take over what was read from the catalog while `version` was current, unless it is outdated."""
-        if version == self.version:
-            self.wanted = {record.name: record for record in records}
+    def refresh(self, records: Iterable[VariantRecord], version: int) -> bool:
+        """Take over what was read from the catalog while `version` was current; False: it is outdated, and ignored."""
+        if version != self.version:
+            return False
+        self.wanted = {record.name: record for record in records}
+        return True
 
     def put(self, record: VariantRecord) -> None:
         self.version += 1

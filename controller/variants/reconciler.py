@@ -48,6 +48,7 @@ class VariantReconciler:
         self._directory = directory
         self._failures = failures
         self._client = client
+        self._revision: int | None = None  # of the catalog, as the directory has it
         self._read: TTLCache[None, None] = TTLCache(ttl_s=REFRESH_S, max_entries=1, clock=clock)
         self._tasks: dict[str, asyncio.Task[None]] = {}  # worker id → its task
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -88,11 +89,17 @@ class VariantReconciler:
             logger.warning("worker %s could not be asked for variants: %s", worker.worker_id, error.message)
 
     async def refresh(self) -> None:
-        """Read the catalog, if it was not read within the last REFRESH_S. Raises: InternalError."""
+        """Read the catalog if it has changed; asks at most every REFRESH_S. Raises: InternalError."""
+
+        def read_changes() -> tuple[int, list[VariantRecord] | None]:
+            revision = self._catalog.revision()  # first: what changes in between is read again
+            return revision, None if revision == self._revision else self._catalog.list_variants()
 
         async def read() -> None:
             version = self._directory.version
-            self._directory.refresh(await asyncio.to_thread(self._catalog.list_variants), version)
+            revision, records = await asyncio.to_thread(read_changes)
+            if records is not None and self._directory.refresh(records, version):
+                self._revision = revision
 
         await self._read.get(None, read)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from registry.catalog import schema
 from registry.catalog.records import VariantRecord
@@ -127,6 +127,11 @@ class VariantOperations(CatalogTransactions):
         """Raises ModelNotFoundError when there is none of that name."""
         with self._read() as connection:
             return self._require_variant(connection, name)
+
+    def revision(self) -> int:
+        """A number that every change of the catalog changes: that of the newest entry of the audit log."""
+        with self._read() as connection:
+            return connection.execute(select(func.max(schema.audit_log.c.id))).scalar() or 0
 
     def list_variants(self) -> list[VariantRecord]:
         """All variants by name."""

@@ -31,7 +31,7 @@ async def test_register_heartbeat_leave(start_controller: StartController) -> No
         response = await worker.register(controller.url)
         assert RegisterReply.model_validate_json(await response.text()).heartbeat_interval_s == 7.0
         worker.stats = WorkerStats(num_running=3)
-        assert (await worker.heartbeat(controller.url)).status == 204
+        assert (await worker.heartbeat(controller.url)).status == 200
         (entry,) = controller.state.workers
         assert entry.stats.num_running == 3
         assert (await worker.leave(controller.url)).status == 204
@@ -90,7 +90,7 @@ async def test_with_a_token_only_those_who_know_it_may_join(start_controller: St
             assert "ROOTGRAFT_WORKER_TOKEN" in (await error_of(response)).message
         worker.token = "right"
         assert (await worker.register(controller.url)).status == 200
-        assert (await worker.heartbeat(controller.url)).status == 204
+        assert (await worker.heartbeat(controller.url)).status == 200
         response = await controller.post(f"/internal/workers/{worker.worker_id}/leave", headers=JSON)
         assert response.status == 401
         assert len(controller.state.workers) == 1

@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 from hypothesis import given, strategies as st
 
-from controller.protocol import PROTOCOL_VERSION, RegisterRequest, ServedModel, VariantStatus, WorkerStats
+from controller.protocol import (
+    PROTOCOL_VERSION,
+    RegisterRequest,
+    ServedModel,
+    VariantReport,
+    VariantStatus,
+    WorkerStats,
+)
 from controller.workers import SETTLE_S, WorkerTable
 from registry.errors import InvalidRequestError
 
@@ -30,7 +39,16 @@ def request(
         url=f"http://127.0.0.1:{port}",
         models=[ServedModel(name=model, family="llama", max_model_len=64, chat=True, dtype="fp32", digest=digest)],
         stats=stats or WorkerStats(),
+        variants=report(),
     )
+
+
+_numbers = count(1)
+
+
+def report(*variants: VariantStatus) -> VariantReport:
+    """A complete one, newer than those before it."""
+    return VariantReport(number=next(_numbers), variants=list(variants))
 
 
 @pytest.fixture
@@ -85,13 +103,13 @@ def test_expiry_counts_from_the_last_heartbeat(table: WorkerTable, clock: Clock)
     worker, _ = table.register(request())
     clock.now += 3.0
     assert table.expire() == []
-    assert table.heartbeat("w1", WorkerStats(num_running=2))
+    assert table.heartbeat("w1", WorkerStats(num_running=2), report())
     clock.now += 3.5
     assert table.serving("m") == []  # not routed to, even before anybody calls expire
     assert table.models() == {}
     assert table.expire() == [worker]
     assert table.expire() == []
-    assert not table.heartbeat("w1", WorkerStats())
+    assert not table.heartbeat("w1", WorkerStats(), report())
 
 
 def test_nobody_expires_once_heartbeats_cannot_arrive(table: WorkerTable, clock: Clock) -> None:
@@ -110,10 +128,10 @@ def test_leave(table: WorkerTable) -> None:
 
 def test_draining_workers_are_not_routed_to(table: WorkerTable) -> None:
     worker, _ = table.register(request())
-    table.heartbeat("w1", WorkerStats(draining=True))
+    table.heartbeat("w1", WorkerStats(draining=True), report())
     assert worker.state == "draining"
     assert table.serving("m") == []
-    table.heartbeat("w1", WorkerStats())
+    table.heartbeat("w1", WorkerStats(), report())
     assert table.serving("m") == [worker]
 
 
@@ -122,7 +140,7 @@ def test_a_failed_worker_is_suspect_until_its_next_heartbeat(table: WorkerTable)
     table.mark_failed(worker)
     assert worker.state == "suspect"
     assert table.serving("m") == []
-    table.heartbeat("w1", WorkerStats())
+    table.heartbeat("w1", WorkerStats(), report())
     assert table.serving("m") == [worker]
 
 
@@ -143,15 +161,15 @@ def test_an_answer_outweighs_heartbeats_that_may_be_older(table: WorkerTable, cl
     worker, _ = table.register(request())
     table.note_variant(worker, "sql", sql(pinned=True))
     for stale in ([], [sql()], [sql(digest="older", pinned=True)]):
-        table.heartbeat("w1", WorkerStats(), stale)
+        table.heartbeat("w1", WorkerStats(), report(*stale))
         assert worker.variants == {"sql": sql(pinned=True)}
-    table.heartbeat("w1", WorkerStats(), [sql(pinned=True, state="active")])
+    table.heartbeat("w1", WorkerStats(), report(sql(pinned=True, state="active")))
     assert worker.variants["sql"].state == "active"  # what else has changed is news
     table.note_variant(worker, "sql", None)
-    table.heartbeat("w1", WorkerStats(), [sql()])
+    table.heartbeat("w1", WorkerStats(), report(sql()))
     assert worker.variants == {}
     clock.now += SETTLE_S + 0.1
-    table.heartbeat("w1", WorkerStats(), [sql()])
+    table.heartbeat("w1", WorkerStats(), report(sql()))
     assert worker.variants == {"sql": sql()}
     assert worker.answers == {}
 
@@ -159,8 +177,8 @@ def test_an_answer_outweighs_heartbeats_that_may_be_older(table: WorkerTable, cl
 def test_names_of_models_and_variants_are_apart(table: WorkerTable) -> None:
     variant = sql(name="m", parent="other", from_command_line=True)
     with pytest.raises(InvalidRequestError, match="m would be the name of a model and of a variant"):
-        table.register(request("w1", 1).model_copy(update={"variants": [variant]}))
-    table.register(request("w1", 1, model="other").model_copy(update={"variants": [variant]}))
+        table.register(request("w1", 1).model_copy(update={"variants": report(variant)}))
+    table.register(request("w1", 1, model="other").model_copy(update={"variants": report(variant)}))
     with pytest.raises(InvalidRequestError, match="give one of them another name"):
         table.register(request("w2", 2))
     table.register(request("w1", 1))  # the first one started again, without the variant
@@ -172,7 +190,7 @@ def test_requests_since_the_heartbeat_add_to_the_reported_ones(table: WorkerTabl
     assert worker.num_requests == 5
     with table.acquire(worker):
         assert worker.num_requests == 6
-        table.heartbeat("w1", WorkerStats(num_running=4, num_waiting=2))  # has seen ours
+        table.heartbeat("w1", WorkerStats(num_running=4, num_waiting=2), report())  # has seen ours
         assert worker.num_requests == 6
         with table.acquire(worker):
             assert worker.num_requests == 7
@@ -200,5 +218,5 @@ def test_load_is_exact_when_the_reports_are(steps: list[str]) -> None:
         elif step == "end" and held:
             held.pop(0).__exit__(None, None, None)
         elif step == "heartbeat":
-            table.heartbeat("w1", WorkerStats(num_running=len(held)))
+            table.heartbeat("w1", WorkerStats(num_running=len(held)), report())
         assert worker.num_requests == worker.num_in_flight == len(held)

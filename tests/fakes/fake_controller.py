@@ -12,12 +12,15 @@ from controller.protocol import (
     PROTOCOL_VERSION,
     WORKER_TOKEN_HEADER,
     ErrorEvent,
+    HeartbeatReply,
     HeartbeatRequest,
     RegisterReply,
     RegisterRequest,
+    VariantReport,
     VariantStatus,
     WorkerStats,
 )
+from controller.reported_variants import ReportedVariants
 
 
 class FakeController:
@@ -27,7 +30,8 @@ class FakeController:
         workers: last registration of each worker that is registered.
         calls: all calls in order: "register", "heartbeat", "leave".
         stats: those of each heartbeat, in order.
-        variants: those of the last heartbeat.
+        reports: of variants, those of registrations and heartbeats, in order.
+        variants: by name, of the worker that spoke last.
         fail_with: answer everything with this status.
     """
 
@@ -35,7 +39,9 @@ class FakeController:
         self.workers: dict[str, RegisterRequest] = {}
         self.calls: list[str] = []
         self.stats: list[WorkerStats] = []
-        self.variants: list[VariantStatus] = []
+        self.reports: list[VariantReport] = []
+        self.variants: dict[str, VariantStatus] = {}
+        self._reported: dict[str, ReportedVariants] = {}  # by worker
         self.fail_with: int | None = None
         self._worker_token = worker_token
         self._heartbeat_interval_s = heartbeat_interval_s
@@ -77,6 +83,9 @@ class FakeController:
         if message.protocol_version != PROTOCOL_VERSION:
             return _error(400, "invalid_request", "Another protocol version.")
         self.workers[message.worker_id] = message
+        self.reports.append(message.variants)
+        self._reported[message.worker_id] = ReportedVariants()
+        self._reported[message.worker_id].take(message.variants)
         return web.json_response(RegisterReply(heartbeat_interval_s=self._heartbeat_interval_s).model_dump())
 
     async def _heartbeat(self, request: web.Request) -> web.Response:
@@ -87,8 +96,11 @@ class FakeController:
             return _error(404, "invalid_request", "Register again.")
         message = HeartbeatRequest.model_validate_json(await request.read())
         self.stats.append(message.stats)
-        self.variants = message.variants
-        return web.Response(status=204)
+        self.reports.append(message.variants)
+        reported = self._reported[request.match_info["id"]]
+        reported.take(message.variants)
+        self.variants = reported.by_name
+        return web.json_response(HeartbeatReply(report_number=reported.number).model_dump())
 
     async def _leave(self, request: web.Request) -> web.Response:
         self.calls.append("leave")

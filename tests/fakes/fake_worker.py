@@ -26,6 +26,7 @@ from controller.protocol import (
     DoneEvent,
     ErrorEvent,
     GenerateRequest,
+    HeartbeatReply,
     HeartbeatRequest,
     Message,
     NamedVariantRequest,
@@ -37,6 +38,7 @@ from controller.protocol import (
     VariantsReply,
     WorkerStats,
 )
+from model_worker.variant_reports import VariantReports
 from tests.fakes.fake_variants import FakeVariants, VariantRefused
 
 
@@ -87,6 +89,7 @@ class FakeWorker:
     url: str = ""
     stats_delay_s: float = 0.0
     _runner: web.AppRunner | None = None
+    _reports: VariantReports = field(default_factory=VariantReports)
     _connections: set[asyncio.Transport] = field(default_factory=set)
 
     async def __aenter__(self) -> Self:
@@ -130,16 +133,20 @@ class FakeWorker:
             url=self.url,
             models=list(self.models),
             stats=self.stats,
-            variants=list(self.variants.statuses.values()),
+            variants=self._reports.next(self.variants.statuses.values()),
         )
 
     async def register(self, controller_url: str) -> aiohttp.ClientResponse:
+        self._reports.forget()
         return await self._call(f"{controller_url}/internal/workers/register", self.registration())
 
     async def heartbeat(self, controller_url: str) -> aiohttp.ClientResponse:
         url = f"{controller_url}/internal/workers/{self.worker_id}/heartbeat"
-        message = HeartbeatRequest(stats=self.stats, variants=list(self.variants.statuses.values()))
-        return await self._call(url, message)
+        report = self._reports.next(self.variants.statuses.values())
+        response = await self._call(url, HeartbeatRequest(stats=self.stats, variants=report))
+        if response.status == 200:
+            self._reports.answered(HeartbeatReply.model_validate_json(await response.text()).report_number)
+        return response
 
     async def leave(self, controller_url: str) -> aiohttp.ClientResponse:
         return await self._call(f"{controller_url}/internal/workers/{self.worker_id}/leave", None)

@@ -103,7 +103,9 @@ async def test_registers_and_heartbeats_at_the_controllers_interval(
     assert registration.url == "http://here:1"
     assert registration.models == [MODEL]
     assert registration.stats.num_running == 3
-    assert registration.variants == controller.variants == [PIRATE]
+    assert registration.variants.variants == list(controller.variants.values()) == [PIRATE]
+    assert registration.variants.since is None
+    assert all(report.since is not None and not report.variants for report in controller.reports[1:])
     assert controller.stats[0].num_running == 3
     assert set(sleep.slept) == {0.5}
     assert controller.calls.count("register") == 1

@@ -102,8 +102,8 @@ async def test_adapters_of_the_command_line_are_there_before_the_worker_register
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    assert registration.variants == controller.variants
-    assert [(v.name, v.parent, v.state, v.from_command_line) for v in registration.variants] == [
+    assert registration.variants.variants == list(controller.variants.values())
+    assert [(v.name, v.parent, v.state, v.from_command_line) for v in registration.variants.variants] == [
         ("poet", "fake", "in_host_memory", True),
         ("pirate", "fake", "active", True),
     ]

@@ -23,6 +23,29 @@ def add_variant(catalog: Catalog, name: str = "org/sql", path: str = "sql", **va
     return catalog.add_variant(name, parent="smol", path=path, actor="ann", **values)
 
 
+def test_every_change_is_another_revision_and_reading_is_none(catalog: Catalog) -> None:
+    revisions = [catalog.revision()]
+
+    def changed() -> bool:
+        revisions.append(catalog.revision())
+        return revisions[-1] not in revisions[:-1]
+
+    assert revisions == [0]
+    record = add_variant(catalog)
+    assert changed()
+    catalog.list_variants()
+    catalog.pin_variant("org/sql", False, actor="ann")  # as it is already
+    assert not changed()
+    known = catalog.set_variant_digest(record, D1, actor="ann")
+    assert changed()
+    add_variant(catalog, path="sql-2", replace=True)
+    assert changed()
+    catalog.restore_variant(known, actor="ann")
+    assert changed()
+    catalog.remove_variant("org/sql", actor="ann")
+    assert changed()
+
+
 def test_a_life_of_a_variant(catalog: Catalog) -> None:
     added = add_variant(catalog, pinned=True)
     assert (added.kind, added.parent, added.path, added.digest, added.pinned) == ("lora", "smol", "sql", None, True)
