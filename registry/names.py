@@ -84,6 +84,12 @@ def is_name(text: str) -> bool:
     return len(text) <= MAX_NAME_LENGTH and _NAME.fullmatch(text) is not None
 
 
+def is_variant_name(text: str) -> bool:
+    """A plain name, or a version of one (name@vN): what workers serve variants as."""
+    name, at, reference = text.partition("@")
+    return len(text) <= MAX_NAME_LENGTH and is_name(name) and (not at or _VERSION.fullmatch(reference) is not None)
+
+
 def is_alias(text: str) -> bool:
     return _ALIAS.fullmatch(text) is not None
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from registry.atomic_file import TEMPORARY_PREFIX, disk_errors, publish, sync_directory, temporary_file
+from registry.blob_receiver import BlobReceiver, receiving
 from registry.errors import InternalError, InvalidRequestError
 from registry.names import is_digest
 
@@ -67,6 +69,10 @@ class Store:
             destination = self._location(digest)
             publish(file, temporary, destination, mode=0o444)
         return Blob(digest, destination, num_bytes)
+
+    def receive(self, digest: str, *, wait: bool = False) -> AbstractContextManager[BlobReceiver]:
+        """Receive a blob whose digest is known, going on where a sender broke off. Args and Raises: as `receiving`."""
+        return receiving(digest, self._location(digest), self._blobs, wait=wait)
 
     def get(self, digest: str) -> Blob:
         """The blob of that digest; raises InvalidRequestError when it is not in the store."""

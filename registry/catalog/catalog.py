@@ -6,145 +6,25 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, insert, select, update
+from sqlalchemy import Row, insert, select, update
 
 from registry.catalog import schema
-from registry.catalog.records import Alias, ApiKey, AuditEntry, ModelRecord, Role, VariantRecord
-from registry.catalog.transactions import changes
-from registry.catalog.variants import VariantOperations
-from registry.errors import InvalidRequestError, ModelNotFoundError
-from registry.names import ModelName
+from registry.catalog.aliases import AliasOperations
+from registry.catalog.records import ApiKey, AuditEntry, Role
+from registry.errors import InvalidRequestError
 
 _KEY_PREFIX = "rg-"
 _KEY_BYTES = 32
 
 
-class Catalog(VariantOperations):
+class Catalog(AliasOperations):
     """An open catalog; safe to use from several threads, and with other processes on the same database.
 
     `actor` of a changing method is who asked for it: an API key's id, or "cli:" and a user name. Every method raises
     InternalError when the database fails; nothing is changed then.
     """
-
-    # Models
-
-    def upsert_model(
-        self,
-        name: str,
-        *,
-        family: str,
-        digest: str,
-        path: str,
-        actor: str,
-        kind: Literal["base"] = "base",
-        source: str | None = None,
-        chat_template: str | None = None,
-        max_model_len: int | None = None,
-    ) -> ModelRecord:
-        """Add the model, or replace what is known of it; its time of creation stays.
-
-        Raises:
-            InvalidRequestError: name or digest do not fit the grammar, or a variant has the name.
-        """
-        name = ModelName(name, digest=digest).name
-        values: dict[str, Any] = {
-            "kind": kind, "family": family, "digest": digest, "path": path, "source": source,
-            "chat_template": chat_template, "max_model_len": max_model_len,
-        }  # fmt: skip
-        with self._write() as connection:
-            now = self._clock()
-            if self._variant(connection, name) is not None:
-                raise InvalidRequestError(
-                    f"{name} is the name of a variant; give the model another one, or remove the variant", param="model"
-                )
-            before = self._model(connection, name)
-            if before is None:
-                connection.execute(insert(schema.models).values(name=name, created_at=now, updated_at=now, **values))
-                detail: dict[str, Any] = values
-            else:
-                statement = update(schema.models).where(schema.models.c.name == name)
-                connection.execute(statement.values(updated_at=now, **values))
-                detail = changes(before, values)
-            self._audit(connection, actor, "models.add" if before is None else "models.update", name, detail)
-            record = self._model(connection, name)
-        assert record is not None
-        return record
-
-    def get_model(self, name: str) -> ModelRecord:
-        """Raises ModelNotFoundError when there is none of that name."""
-        with self._read() as connection:
-            return self._require_model(connection, name)
-
-    def list_models(self) -> list[ModelRecord]:
-        """All models by name."""
-        with self._read() as connection:
-            rows = connection.execute(select(schema.models).order_by(schema.models.c.name))
-            return [ModelRecord(**row._mapping) for row in rows]
-
-    def remove_model(self, name: str, *, actor: str) -> None:
-        """Forget the model; its files stay.
-
-        Raises:
-            ModelNotFoundError: there is none of that name.
-            InvalidRequestError: an alias still points to it.
-        """
-        with self._write() as connection:
-            record = self._require_model(connection, name)
-            self._refuse_while_aliased(connection, name)
-            connection.execute(delete(schema.models).where(schema.models.c.name == name))
-            self._audit(connection, actor, "models.remove", name, {"digest": record.digest, "path": record.path})
-
-    # Aliases and names
-
-    def set_alias(self, name: str, alias: str, target: ModelName, *, actor: str) -> Alias:
-        """Make `name@alias` stand for `target`, in one step for every reader.
-
-        Raises:
-            InvalidRequestError: name or alias do not fit the grammar, or the target is an alias or a version.
-            ModelNotFoundError: the target does not exist now.
-        """
-        subject = ModelName(name, alias=alias)
-        if target.alias is not None or target.version is not None:
-            raise InvalidRequestError(f"an alias points to a model or a digest, not to {target}", param="target")
-        with self._write() as connection:
-            self._resolve(connection, target)
-            before = self._alias(connection, subject)
-            if before is not None:
-                connection.execute(delete(schema.aliases).where(*_is_alias(subject)))
-            row = {"name": name, "alias": alias, "target_name": target.name, "target_digest": target.digest}
-            connection.execute(insert(schema.aliases).values(updated_at=self._clock(), **row))
-            detail = {"from": None if before is None else str(before.target), "to": str(target)}
-            self._audit(connection, actor, "aliases.set", str(subject), detail)
-            record = self._alias(connection, subject)
-        assert record is not None
-        return record
-
-    def remove_alias(self, name: str, alias: str, *, actor: str) -> None:
-        """Raises ModelNotFoundError when there is no such alias."""
-        subject = ModelName(name, alias=alias)
-        with self._write() as connection:
-            before = self._alias(connection, subject)
-            if before is None:
-                raise _not_found(subject)
-            connection.execute(delete(schema.aliases).where(*_is_alias(subject)))
-            self._audit(connection, actor, "aliases.remove", str(subject), {"from": str(before.target)})
-
-    def list_aliases(self) -> list[Alias]:
-        """All aliases by name."""
-        with self._read() as connection:
-            order = schema.aliases.c.name, schema.aliases.c.alias
-            return [_alias_record(row) for row in connection.execute(select(schema.aliases).order_by(*order))]
-
-    def resolve(self, name: ModelName) -> ModelRecord | VariantRecord:
-        """The model or variant that a public name stands for now.
-
-        Raises:
-            ModelNotFoundError: there is no such model, variant, alias or version, or it has another digest by now.
-        """
-        with self._read() as connection:
-            return self._resolve(connection, name)
 
     # API keys
 
@@ -222,45 +102,6 @@ class Catalog(VariantOperations):
         with self._read() as connection:
             return [AuditEntry(**row._mapping) for row in connection.execute(statement)]
 
-    # Within a transaction
-
-    def _model(self, connection: Connection, name: str) -> ModelRecord | None:
-        row = connection.execute(select(schema.models).where(schema.models.c.name == name)).one_or_none()
-        return None if row is None else ModelRecord(**row._mapping)
-
-    def _require_model(self, connection: Connection, name: str) -> ModelRecord:
-        record = self._model(connection, name)
-        if record is None:
-            raise _not_found(ModelName(name))
-        return record
-
-    def _alias(self, connection: Connection, name: ModelName) -> Alias | None:
-        row = connection.execute(select(schema.aliases).where(*_is_alias(name))).one_or_none()
-        return None if row is None else _alias_record(row)
-
-    def _resolve(self, connection: Connection, name: ModelName) -> ModelRecord | VariantRecord:
-        if name.version is not None:
-            raise _not_found(name)
-        if name.alias is not None:
-            alias = self._alias(connection, name)
-            if alias is None:
-                raise _not_found(name)
-            name = alias.target
-        record = self._variant(connection, name.name) or self._require_model(connection, name.name)
-        if name.digest is not None and name.digest != record.digest:
-            raise ModelNotFoundError(
-                f"the model {str(name)!r} does not exist: {name.name} now has the digest {record.digest}", param="model"
-            )
-        return record
-
-
-def _is_alias(name: ModelName) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    return schema.aliases.c.name == name.name, schema.aliases.c.alias == name.alias
-
-
-def _alias_record(row: Row[Any]) -> Alias:
-    return Alias(row.name, row.alias, ModelName(row.target_name, digest=row.target_digest), row.updated_at)
-
 
 def _key_record(row: Row[Any]) -> ApiKey:
     return ApiKey(row.id, row.name, row.prefix, row.role, row.created_at, row.revoked_at)
@@ -269,9 +110,3 @@ def _key_record(row: Row[Any]) -> ApiKey:
 def _key_hash(plaintext: str) -> str:
     # A client can send any text; a surrogate that UTF-8 cannot hold still has to give a hash, of no key.
     return hashlib.sha256(plaintext.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _not_found(name: ModelName) -> ModelNotFoundError:
-    return ModelNotFoundError(
-        f"the model {str(name)!r} does not exist; list the models to see what does", param="model"
-    )

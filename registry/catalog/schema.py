@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from sqlalchemy import JSON, Boolean, Column, DateTime, Dialect, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 from sqlalchemy.types import TypeDecorator
 
 from registry.names import MAX_NAME_LENGTH
@@ -65,6 +79,32 @@ variants = Table(
     Column("pinned", Boolean, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("files", JSON(none_as_null=True)),
+)
+
+releases = Table(
+    "releases",
+    metadata,
+    Column("name", String(MAX_NAME_LENGTH), primary_key=True),
+    Column("last_number", Integer, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+versions = Table(
+    "versions",
+    metadata,
+    Column("release", String(MAX_NAME_LENGTH), ForeignKey("releases.name"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("parent", String(MAX_NAME_LENGTH), nullable=False),
+    Column("digest", String(71), nullable=False),
+    Column("files", JSON, nullable=False),
+    Column("quality", JSON(none_as_null=True)),
+    Column("state", String(16), nullable=False),
+    Column("error", Text),
+    Column("created_by", String(200), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("updated_at", UtcDateTime, nullable=False),
 )
 
 aliases = Table(
@@ -75,6 +115,10 @@ aliases = Table(
     Column("target_name", String(MAX_NAME_LENGTH), nullable=False),
     Column("target_digest", String(71)),
     Column("updated_at", UtcDateTime, nullable=False),
+    Column("target_version", Integer),
+    Column("canary_version", Integer),
+    Column("canary_weight", Float),
+    Column("shadow_version", Integer),
     Index("ix_aliases_target_name", "target_name"),
 )
 

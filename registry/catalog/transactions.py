@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy import Connection, Engine, Table, insert, select
 
 from registry.catalog import schema
 from registry.catalog.database import database_errors, open_engine, write_transaction
@@ -59,6 +59,12 @@ class CatalogTransactions:
     def _audit(self, connection: Connection, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> None:
         values = {"actor": actor, "action": action, "subject": subject, "detail": dict(detail)}
         connection.execute(insert(schema.audit_log).values(at=self._clock(), **values))
+
+    def _refuse_taken(self, connection: Connection, name: str, *, by: Mapping[str, Table]) -> None:
+        """Raises InvalidRequestError when a table of `by`, which are called by what they hold, has `name`."""
+        for what, table in by.items():
+            if connection.execute(select(table.c.name).where(table.c.name == name)).first():
+                raise InvalidRequestError(f"{name} is the name of a {what} already; choose another one", param="name")
 
     def _refuse_while_aliased(self, connection: Connection, name: str) -> None:
         """Raises InvalidRequestError when an alias points to `name`, which is about to go."""

@@ -10,7 +10,7 @@ from registry.catalog import schema
 from registry.catalog.records import VariantRecord
 from registry.catalog.transactions import CatalogTransactions, changes
 from registry.errors import InvalidRequestError, ModelNotFoundError
-from registry.names import ModelName
+from registry.names import ModelName, is_digest
 
 _TABLE = schema.variants
 
@@ -33,16 +33,15 @@ class VariantOperations(CatalogTransactions):
             replace: one of that name may be there and is then replaced; its time of creation stays.
 
         Raises:
-            InvalidRequestError: a name does not fit the grammar, the path is empty, a model has the name, or a variant
-                has it and `replace` is not given.
+            InvalidRequestError: a name does not fit the grammar, the path is empty, a model or a release has the name,
+                or a variant has it and `replace` is not given.
         """
         name, parent = ModelName(name).name, ModelName(parent).name
         if not path or "\0" in path:
             raise InvalidRequestError("the path of a variant must not be empty or hold a NUL", param="path")
         values: dict[str, Any] = {"kind": kind, "parent": parent, "path": path, "digest": None, "pinned": pinned}
         with self._write() as connection:
-            if connection.execute(select(schema.models.c.name).where(schema.models.c.name == name)).first():
-                raise InvalidRequestError(f"{name} is the name of a model; give the variant another one", param="name")
+            self._refuse_taken(connection, name, by={"model": schema.models, "release": schema.releases})
             now = self._clock()
             before = self._variant(connection, name)
             if before is None:
@@ -85,7 +84,8 @@ class VariantOperations(CatalogTransactions):
             InvalidRequestError: the digest does not fit the grammar.
             ModelNotFoundError: the variant is no longer wanted.
         """
-        digest = ModelName(record.name, digest=digest).digest or digest
+        if not is_digest(digest):
+            raise InvalidRequestError(f"{digest[:80]!a} is no digest: give sha256: and 64 lower-case hex digits")
         with self._write() as connection:
             found = self._require_variant(connection, record.name)
             unchanged = (found.path, found.updated_at) == (record.path, record.updated_at)
@@ -113,10 +113,12 @@ class VariantOperations(CatalogTransactions):
 
         Raises:
             ModelNotFoundError: there is none of that name.
-            InvalidRequestError: an alias still points to it.
+            InvalidRequestError: an alias still points to it, or it is a version of a release.
         """
         with self._write() as connection:
             record = self._require_variant(connection, name)
+            if record.files is not None:
+                raise InvalidRequestError(f"{name} is a version of a release; remove it there", param="name")
             self._refuse_while_aliased(connection, name)
             connection.execute(delete(_TABLE).where(_TABLE.c.name == name))
             detail = {"parent": record.parent, "path": record.path, "digest": record.digest}

@@ -124,7 +124,7 @@ def test_a_pinned_alias_does_not_follow_changed_content(catalog: Catalog) -> Non
 def test_impossible_aliases(catalog: Catalog) -> None:
     add(catalog)
     catalog.set_alias("smol", "a", ModelName("smol"), actor="test")
-    for alias, target in (("v1", "smol"), ("a b", "smol"), ("b", "smol@a"), ("b", "smol@v1")):
+    for alias, target in (("v1", "smol"), ("a b", "smol"), ("b", "smol@a")):
         with pytest.raises(InvalidRequestError):
             catalog.set_alias("smol", alias, parse_name(target), actor="test")
     for target in ("none", f"smol@{D2}"):
@@ -214,4 +214,5 @@ def test_many_threads_write_at_once(catalog: Catalog) -> None:
 
 def test_every_table_of_the_schema_is_there(catalog: Catalog) -> None:
     names = inspect(catalog._engine).get_table_names()
-    assert set(names) == {"models", "variants", "aliases", "api_keys", "audit_log", "alembic_version"}
+    tables = {"models", "variants", "releases", "versions", "aliases", "api_keys", "audit_log"}
+    assert set(names) == tables | {"alembic_version"}
