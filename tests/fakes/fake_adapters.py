@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from model_worker.engine.config import LoraConfig
-from model_worker.engine.lora.lora_loader import LoraSource
 from model_worker.engine.lora.lora_manager import LoraManager
+from model_worker.engine.lora.lora_source import LoraSource
 from registry.errors import CheckpointError, RootgraftError
 from tests.fakes.fake_clock import FakeClock
 
@@ -103,9 +104,11 @@ def make_manager(
     max_loras: int = 2,
     max_cpu_loras: int | None = None,
     patience_s: float = 1.0,
+    binds_in_place: bool = False,
 ) -> LoraManager:
     config = LoraConfig(max_loras=max_loras, max_cpu_loras=max_cpu_loras, lora_patience_s=patience_s)
-    source = LoraSource(adapters.read, adapters.compose, adapters.bind)
+    hold, bind = (adapters.bind, _itself) if binds_in_place else (_itself, adapters.bind)
+    source = LoraSource(adapters.read, adapters.compose, hold, bind, binds_in_place)
     return LoraManager(
         config, source, memory_bytes=memory_bytes, work=work or ManualWork(at_once=True), clock=adapters.clock
     )
@@ -119,3 +122,7 @@ def settle(manager: LoraManager, work: ManualWork | None = None, *, limit: int =
             work.work()
         if not manager.loader.num_in_flight:
             break
+
+
+def _itself(held: Any) -> Any:
+    return held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 from adapters.memory import available_memory_bytes
 from delta.peft.compose import compose
@@ -11,13 +12,15 @@ from delta.variant_terms import VariantTerms
 from model_worker.engine.config import LoraConfig
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost
 from model_worker.engine.lora.loader_thread import loader_thread
-from model_worker.engine.lora.lora_loader import LoraSource
 from model_worker.engine.lora.lora_manager import LoraManager
+from model_worker.engine.lora.lora_source import LoraSource
 from model_worker.engine.lora.served_base import ServedBase
 from model_worker.engine.models.causal_model import CausalModel
 from registry.errors import UnsupportedModelError
 
 _SHARE_OF_FREE = 0.25
+
+T = TypeVar("T")
 
 
 def make_lora_manager(config: LoraConfig, model: CausalModel, *, base_digest: str) -> LoraManager:
@@ -37,5 +40,12 @@ def make_lora_manager(config: LoraConfig, model: CausalModel, *, base_digest: st
         memory_bytes = int(available_memory_bytes() * _SHARE_OF_FREE)
     else:
         memory_bytes = int(config.lora_memory_gib * 2**30)
-    source = LoraSource(read, compose, bind)
+    if isinstance(model, VariantHost) and not model.binds_in_host_memory:
+        source = LoraSource(read, compose, hold=_itself, bind=bind, binds_in_place=False)
+    else:
+        source = LoraSource(read, compose, hold=bind, bind=_itself, binds_in_place=True)
     return LoraManager(config, source, memory_bytes=memory_bytes, work=loader_thread())
+
+
+def _itself(variant: T) -> T:
+    return variant

@@ -36,6 +36,11 @@ VariantSegments = tuple[VariantSegment, ...]
 class VariantHost(Protocol):
     """A model whose rows can use variants. `context.variants` names the rows of the next call that do."""
 
+    @property
+    def binds_in_host_memory(self) -> bool:
+        """What it computes with is in host memory, so that a variant need be kept there in no other form."""
+        ...
+
     def base_weight(self, module: str) -> Tensor:
         """The weight of a linear layer or embedding, as the model computes with it. -> [N, K] or [V, H] float32
 

@@ -17,20 +17,11 @@ from registry.errors import RootgraftError
 _FIRST = (-math.inf,)
 
 
-class Terms(Protocol):
-    """What the manager has to know of `delta.variant_terms.VariantTerms`."""
-
-    @property
-    def digest(self) -> str: ...
+class Held(Protocol):
+    """A variant in host memory: what its model binds, or has bound there."""
 
     @property
     def num_bytes(self) -> int: ...
-
-    @property
-    def max_rank(self) -> int: ...
-
-    @property
-    def adds_only(self) -> bool: ...
 
 
 class LoraEntry:
@@ -38,24 +29,26 @@ class LoraEntry:
 
     A name that is given other files gets another entry; sequences keep the variant of theirs.
 
-        on disk ──read──► terms, in host memory ──bind──► bound, active
+        on disk ──load──► held, in host memory ──bind──► bound, active
 
-    What is active is in host memory too. Bytes are those of the last time that it was there.
+    What is active is in host memory too, and where the model computes there, it is the same. Bytes are those of the
+    last time that it was there.
 
     Attributes:
         variant: what sequences know of it.
         name: public name; a combination has none that anybody could ask for.
         parts: of a combination, with their scales.
-        active_bytes: None until it was active for the first time.
+        active_bytes: what being active takes beside host_bytes; None: not known yet.
         adds_only: it can be a part of a combination.
-        terms: what is in host memory.
+        held: what is in host memory.
         in_flight: the loader works on it.
         removed: no new request gets it.
         error: why it cannot be loaded.
         waiting, running: the sequences that hold it.
         closing_for: the entry that is to get its place: only sequences that go before it may still begin to run.
         activations: answers that are due when it is active.
-        read_s, bind_s: what each took when it was done last; 0: never done.
+        load_s, bind_s: what each took when it was done last; 0: never done.
+        total_load_s: what all loads took.
     """
 
     def __init__(
@@ -65,6 +58,7 @@ class LoraEntry:
         path: Path,
         *,
         parent: str,
+        active_bytes: int | None,
         pinned: bool = False,
         from_command_line: bool = False,
         parts: tuple[tuple[LoraEntry, float], ...] = (),
@@ -79,8 +73,8 @@ class LoraEntry:
         self.rank = 0
         self.adds_only = False
         self.host_bytes = 0
-        self.active_bytes: int | None = None
-        self.terms: Terms | None = None
+        self.active_bytes = active_bytes
+        self.held: Held | None = None
         self.in_flight = False
         self.removed = False
         self.error: RootgraftError | None = None
@@ -90,10 +84,10 @@ class LoraEntry:
         self.closing_for: LoraEntry | None = None
         self.activations: list[Future[VariantStatus]] = []
         self.request_rate = RequestRate()
-        self.read_s = 0.0
+        self.load_s = 0.0
         self.bind_s = 0.0
         self.num_loads = 0
-        self.load_s = 0.0
+        self.total_load_s = 0.0
         self.num_activations = 0
         self.num_evictions = 0
         self.num_hits = 0
@@ -127,7 +121,7 @@ class LoraEntry:
             return "registered"
         if self.variant.bound is not None:
             return "active"
-        return "on_disk" if self.terms is None else "in_host_memory"
+        return "on_disk" if self.held is None else "in_host_memory"
 
     def as_active(self, now_s: float) -> Resident[LoraEntry]:
         """What keeping it active is worth, rather than only in host memory."""
@@ -135,7 +129,7 @@ class LoraEntry:
 
     def as_in_host_memory(self, now_s: float) -> Resident[LoraEntry]:
         """What keeping it in host memory is worth, rather than only on disk."""
-        return self._resident(now_s, self.read_s, self.host_bytes)
+        return self._resident(now_s, self.load_s, self.host_bytes)
 
     def status(self) -> VariantStatus:
         return VariantStatus(
@@ -147,12 +141,12 @@ class LoraEntry:
             pinned=self.pinned,
             from_command_line=self.from_command_line,
             rank=self.rank,
-            host_bytes=0 if self.terms is None else self.host_bytes,
-            active_bytes=0 if self.variant.bound is None else self.variant.bound.num_bytes,
+            host_bytes=0 if self.held is None else self.host_bytes,
+            active_bytes=0 if self.variant.bound is None else self.likely_active_bytes,
             num_running=len(self.running),
             num_waiting=len(self.waiting),
             loads_total=self.num_loads,
-            load_s_total=self.load_s,
+            load_s_total=self.total_load_s,
             activations_total=self.num_activations,
             evictions_total=self.num_evictions,
             hits_total=self.num_hits,

@@ -1,17 +1,18 @@
-"""Reading and binding adapters beside the engine's thread."""
+"""Loading adapters beside the engine's thread."""
 
 from __future__ import annotations
 
 import logging
 import queue
 import time
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from model_worker.engine.freed_memory import return_freed_memory
-from model_worker.engine.lora.lora_entry import LoraEntry, Terms
+from model_worker.engine.lora.lora_entry import Held, LoraEntry
+from model_worker.engine.lora.lora_source import LoraSource, Terms
 from model_worker.engine.lora.variant import Bound
 from registry.errors import CheckpointError, InternalError, RootgraftError
 
@@ -19,18 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class LoraSource:
-    """Where adapters come from; all three are called on the loader's thread.
+class Loaded:
+    """What was read, and is now in host memory.
 
     Attributes:
-        read: a directory, strictly, for this base model.
-        compose: terms and their scales to one.
-        bind: terms to the form in which the model computes with them.
+        digest, rank, adds_only: as of `VariantTerms`.
+        seconds: that it took.
     """
 
-    read: Callable[[Path], Terms]
-    compose: Callable[[SequenceOf[tuple[Any, float]]], Terms]
-    bind: Callable[[Any], Bound]
+    held: Held
+    digest: str
+    rank: int
+    adds_only: bool
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,15 +40,14 @@ class LoadResult:
     """What became of a load.
 
     Attributes:
-        terms, bound: what was made; None: it was not asked for, or failed.
-        read_s, bind_s: what it took.
+        loaded, bound: what was made; None: it was not asked for, or failed.
+        bind_s: that binding took.
         error: why it failed.
     """
 
     entry: LoraEntry
-    terms: Terms | None = None
+    loaded: Loaded | None = None
     bound: Bound | None = None
-    read_s: float = 0.0
     bind_s: float = 0.0
     error: RootgraftError | None = None
 
@@ -77,22 +78,20 @@ class LoraLoader:
         self._results: queue.SimpleQueue[LoadResult] = queue.SimpleQueue()
 
     def start(self, entry: LoraEntry, *, bind: bool) -> None:
-        """Read the terms of an entry, unless it has them, and bind them if wanted."""
+        """Bring an entry into host memory, unless it is there, and bind it if wanted."""
         assert not entry.in_flight
         entry.in_flight = True
         self.num_in_flight += 1
-        terms, digest = entry.terms, entry.variant.digest
-        parts = [(part.terms, part.path, part.variant.digest, scale) for part, scale in entry.parts]
+        held, digest = entry.held, entry.variant.digest
+        parts = [(part.path, part.variant.digest, scale) for part, scale in entry.parts]
 
         def read() -> Terms:
             if not parts:
                 return self._read(entry.path, digest)
-            return self._source.compose(
-                [(terms or self._read(path, digest), scale) for terms, path, digest, scale in parts]
-            )
+            return self._source.compose([(self._read(path, digest), scale) for path, digest, scale in parts])
 
         def work() -> None:
-            self._results.put(self._load(entry, terms, read, bind=bind))
+            self._results.put(self._load(entry, held, read, bind=bind))
             self.on_result()
 
         self._work.submit(work)
@@ -118,19 +117,21 @@ class LoraLoader:
     def close(self) -> None:
         self._work.shutdown(wait=False, cancel_futures=True)
 
-    def _load(self, entry: LoraEntry, terms: Terms | None, read: Callable[[], Terms], *, bind: bool) -> LoadResult:
+    def _load(self, entry: LoraEntry, held: Held | None, read: Callable[[], Terms], *, bind: bool) -> LoadResult:
         if entry.removed and not entry.used:  # given up in the meantime
             return LoadResult(entry)
-        read_s = bind_s = 0.0
-        new_terms = bound = None
+        loaded = bound = None
+        bind_s = 0.0
         try:
-            if terms is None:
+            if held is None:
                 start_s = self._clock()
-                terms = new_terms = read()
-                read_s = self._clock() - start_s
+                terms = read()
+                held = self._source.hold(terms)
+                seconds = self._clock() - start_s
+                loaded = Loaded(held, terms.digest, terms.max_rank, terms.adds_only, seconds)
             if bind:
                 start_s = self._clock()
-                bound = self._source.bind(terms)
+                bound = self._source.bind(held)
                 bind_s = self._clock() - start_s
         except RootgraftError as error:
             return LoadResult(entry, error=error)
@@ -140,7 +141,7 @@ class LoraLoader:
                 entry,
                 error=InternalError(f"Adapter {entry.name} could not be loaded ({type(error).__name__}); see the log."),
             )
-        return LoadResult(entry, new_terms, bound, read_s, bind_s)
+        return LoadResult(entry, loaded, bound, bind_s)
 
     def _read(self, path: Path, digest: str) -> Terms:
         """Read an adapter whose digest is known already, or is "" for a new one."""

@@ -1,6 +1,6 @@
 """LoRA adapters while the engine runs: named, loaded, pinned, evicted, removed. Pure Python; no torch.
 
-Everything here happens in the engine's thread, between steps; only reading and binding do not (see lora_loader.py).
+Everything here happens in the engine's thread, between steps; only loading does not (see lora_loader.py).
 Whoever needs an adapter that is not active has a claim to a place. Claims are served in the order of the requests that
 wait, operators' before them; a place comes from the residency policy. Where all places are in use, a claim that is
 older than the patience has one emptied: nobody else begins to run there until it is free. So every request runs in the
@@ -19,10 +19,11 @@ from pathlib import Path
 
 from model_worker.engine.config import LoraConfig
 from model_worker.engine.lora.lora_entry import LoraEntry
-from model_worker.engine.lora.lora_loader import LoadResult, LoraLoader, LoraSource, WorkQueue
+from model_worker.engine.lora.lora_loader import Loaded, LoadResult, LoraLoader, WorkQueue
+from model_worker.engine.lora.lora_source import LoraSource
 from model_worker.engine.lora.lora_tiers import LoraTiers, TierLimits
 from model_worker.engine.lora.lora_weight import LoraWeight
-from model_worker.engine.lora.variant import Variant
+from model_worker.engine.lora.variant import Bound, Variant
 from model_worker.engine.lora.variant_status import VariantStatus
 from model_worker.engine.sequence import Sequence
 from registry.errors import (
@@ -48,7 +49,7 @@ class LoraManager:
 
     Args:
         config: limits.
-        source: reads, composes and binds adapters.
+        source: of adapters.
         memory_bytes: for all of them.
         work: the loader's thread.
         clock: seconds, monotonic.
@@ -65,6 +66,7 @@ class LoraManager:
     ) -> None:
         self._patience_s = config.lora_patience_s
         self._clock = clock
+        self._source = source
         self._loader = LoraLoader(source, work, clock=clock)
         self._tiers = LoraTiers(TierLimits(config.max_loras, config.most_in_host_memory, memory_bytes), clock)
         self._numbers = count(1)
@@ -87,7 +89,13 @@ class LoraManager:
         everything as it is, but for `pinned`. An adapter that is refused leaves nothing behind.
         """
         entry = LoraEntry(
-            next(self._numbers), name, path, parent=parent, pinned=pinned, from_command_line=from_command_line
+            next(self._numbers),
+            name,
+            path,
+            parent=parent,
+            active_bytes=self._source.active_bytes,
+            pinned=pinned,
+            from_command_line=from_command_line,
         )
         reply = self._additions[entry] = Future()
         return reply
@@ -238,7 +246,7 @@ class LoraManager:
         for result in self._loader.results():
             self._take(result)
         if self._claimants or self._additions:
-            self._start_loads()
+            self._serve()
         doomed, self._doomed = self._doomed, []
         return doomed
 
@@ -280,18 +288,20 @@ class LoraManager:
             assert set(entry.waiting) == entry.waiting_since_s.keys()
             assert entry.used or not entry.removed
             assert entry.variant.bound is None or entry in self._tiers.active
-            assert entry.terms is None or entry in self._tiers.in_host
+            assert entry.held is None or entry in self._tiers.in_host
         held = set(self._entries.values())
         assert self._tiers.in_host.keys() <= held
         assert {*self._by_name.values(), *self._combinations.values()} <= held
 
     # ------------------------------------------------------------------------------------------ internal: loads
 
-    def _start_loads(self) -> None:
-        while self._loader.num_in_flight < _MAX_IN_FLIGHT:
-            addition = next((entry for entry in self._additions if not entry.in_flight), None)
+    def _serve(self) -> None:
+        """Activate and load what can be."""
+        while True:
+            may_load = self._loader.num_in_flight < _MAX_IN_FLIGHT
+            addition = next((entry for entry in self._additions if not entry.in_flight), None) if may_load else None
             turn = addition is not None and self._num_claims_served >= _CLAIMS_PER_ADDITION
-            if not turn and self._serve_a_claim():
+            if self._serve_claims(may_load=may_load and not turn):
                 self._num_claims_served += 1
             elif addition is not None:
                 self._num_claims_served = 0
@@ -299,10 +309,11 @@ class LoraManager:
             else:
                 return
 
-    def _serve_a_claim(self) -> bool:
-        """Start to load for the first claim for which something can be done; False: there is none.
+    def _serve_claims(self, *, may_load: bool) -> bool:
+        """Activate what needs no load, and start the first load for which there is room; False: none was started.
 
-        Who comes later never gets what an earlier one needs: once something is refused, nobody else asks for it.
+        Who comes later never gets what an earlier one needs: once something is refused, nobody else asks for it. Only
+        who waits for the loader lets others have a place, until patience ends.
         """
         for entry in [e for e in self._claimants if not (e.waiting or e.activations or e.pinned)]:
             self._give_up_claim(entry)
@@ -311,14 +322,21 @@ class LoraManager:
         for entry in sorted(open_claims, key=lambda entry: entry.claim_rank):
             if entry.in_flight or not self._still_fits(entry):
                 continue
+            ready = entry.held if self._source.binds_in_place else None
+            if ready is None and not may_load:
+                may_have_place &= not self._has_lost_patience(entry)
+                continue
             if may_have_place and self._tiers.make_place(entry):
                 self._tiers.stop_emptying(entry)
-                self._start(entry, bind=True)
-                return True
+                if ready is None:
+                    self._start(entry, bind=True)
+                    return True
+                self._activate(entry, self._source.bind(ready))
+                continue
             may_have_place = False
             if self._has_lost_patience(entry):
                 self._tiers.empty_place(entry)
-            if entry.terms is None and may_have_room:
+            if entry.held is None and may_have_room:
                 may_have_room = self._tiers.make_room(entry)
                 if may_have_room:
                     self._start(entry, bind=False)
@@ -351,14 +369,12 @@ class LoraManager:
         elif result.error is not None:
             self._fail(entry, result.error)
         else:
-            self._take_terms(entry, result)
+            if result.loaded is not None:
+                self._take_loaded(entry, result.loaded)
             if result.bound is not None:
-                entry.variant.bound = result.bound
-                entry.active_bytes = result.bound.num_bytes
+                entry.active_bytes = 0 if result.bound is entry.held else result.bound.num_bytes
                 entry.bind_s = result.bind_s
-                entry.num_activations += 1
-                for reply in _taken(entry.activations):
-                    reply.set_result(entry.status())
+                self._activate(entry, result.bound)
             self._tiers.shrink()
             self._forget_if_useless(entry)
 
@@ -367,15 +383,15 @@ class LoraManager:
         if result.error is not None:
             reply.set_exception(result.error)
             return
-        assert result.terms is not None
+        assert result.loaded is not None
         old = self._by_name.get(entry.name)
         try:
-            if old is not None and old.error is None and old.variant.digest == result.terms.digest:
+            if old is not None and old.error is None and old.variant.digest == result.loaded.digest:
                 (self._pin if entry.pinned else self._unpin)(old)
                 reply.set_result(old.status())
                 return
-            entry.variant.digest = result.terms.digest
-            self._take_terms(entry, result)
+            entry.variant.digest = result.loaded.digest
+            self._take_loaded(entry, result.loaded)
             others = [other for other in self._pinned() if other is not old] if entry.pinned else []
             self._tiers.check_fits(entry, others)
         except RootgraftError as error:
@@ -387,20 +403,26 @@ class LoraManager:
         if self._tiers.has_room(entry):
             self._tiers.in_host[entry] = None
         else:
-            entry.terms = None
+            entry.held = None
         if entry.pinned:
             self._claimants[entry] = None
         reply.set_result(entry.status())
 
-    def _take_terms(self, entry: LoraEntry, result: LoadResult) -> None:
-        if result.terms is not None:
-            entry.terms = result.terms
-            entry.host_bytes = result.terms.num_bytes
-            entry.rank = result.terms.max_rank
-            entry.adds_only = result.terms.adds_only
-            entry.read_s = result.read_s
-            entry.num_loads += 1
-            entry.load_s += result.read_s
+    def _take_loaded(self, entry: LoraEntry, loaded: Loaded) -> None:
+        entry.held = loaded.held
+        entry.host_bytes = loaded.held.num_bytes
+        entry.rank = loaded.rank
+        entry.adds_only = loaded.adds_only
+        entry.load_s = loaded.seconds
+        entry.num_loads += 1
+        entry.total_load_s += loaded.seconds
+
+    def _activate(self, entry: LoraEntry, bound: Bound) -> None:
+        """It has a place."""
+        entry.variant.bound = bound
+        entry.num_activations += 1
+        for reply in _taken(entry.activations):
+            reply.set_result(entry.status())
 
     def _fail(self, entry: LoraEntry, error: RootgraftError) -> None:
         """It cannot be loaded, and will not be tried again until somebody asks for that."""
@@ -486,7 +508,14 @@ class LoraManager:
             return known
         self._forget_useless_combinations()  # among them those whose requests were refused
         name = " + ".join(f"{scale:g} * {entry.name}" for entry, scale in parts)
-        combination = LoraEntry(next(self._numbers), name, Path(), parent=parts[0][0].parent, parts=tuple(parts))
+        combination = LoraEntry(
+            next(self._numbers),
+            name,
+            Path(),
+            parent=parts[0][0].parent,
+            active_bytes=self._source.active_bytes,
+            parts=tuple(parts),
+        )
         combination.variant.digest = digest
         combination.host_bytes = sum(entry.host_bytes for entry, _ in parts)
         return combination
@@ -512,10 +541,10 @@ class LoraManager:
 
     def _forget_if_useless(self, entry: LoraEntry) -> None:
         """Once nobody uses it: what is removed, and combinations that are not in memory."""
-        gone = entry.parts and entry.terms is None and not entry.in_flight
+        gone = entry.parts and entry.held is None and not entry.in_flight
         if entry.used or not (entry.removed or gone):
             return
-        if entry.terms is not None:
+        if entry.held is not None:
             self._loader.return_memory()
         self._give_up_claim(entry)
         self._tiers.drop(entry)

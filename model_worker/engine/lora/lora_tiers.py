@@ -30,7 +30,8 @@ class LoraTiers:
         in host memory   [ only there: may be dropped | active: running, pinned and loading ones stay ]
         bytes              host_bytes                   host_bytes + active_bytes
 
-    So dropping all that is not active always makes room for what may become active.
+    So dropping all that is not active always makes room for what may become active. Where the model computes in host
+    memory, active_bytes are 0: being active is a place and nothing more.
 
     Attributes:
         active, in_host: ordered sets.
@@ -70,7 +71,7 @@ class LoraTiers:
             )
 
     def has_room(self, entry: LoraEntry) -> bool:
-        """Its terms fit without anybody's making room."""
+        """It fits into host memory without anybody's making room."""
         return (
             len(self.in_host) < self.limits.max_in_host and self.num_bytes + entry.host_bytes <= self.limits.max_bytes
         )
@@ -155,8 +156,8 @@ class LoraTiers:
             self.deactivate(entry)
         if entry in self.in_host:
             del self.in_host[entry]
-        if entry.terms is not None:
-            entry.terms = None
+        if entry.held is not None:
+            entry.held = None
             entry.num_evictions += 1
 
     def check_integrity(self) -> None:
@@ -164,7 +165,7 @@ class LoraTiers:
         assert len(self.active) <= self.limits.max_active
         assert len(self.in_host) <= self.limits.max_in_host
         for entry in self.in_host:
-            assert entry.terms is not None or entry.in_flight
+            assert entry.held is not None or entry.in_flight
         for entry in self.active:
             assert entry.variant.bound is not None or entry.in_flight
             assert entry.closing_for is None or entry.closing_for not in self.active

@@ -172,6 +172,11 @@ class NativeDecoder:
     def _unpacked(self, name: str) -> Tensor:
         return self._weights.unpack(name, {part: len(tensor) for part, tensor in self._parameters.items()})
 
+    @property
+    def binds_in_host_memory(self) -> bool:
+        """See `VariantHost.binds_in_host_memory`."""
+        return True
+
     def bind(self, terms: VariantTerms) -> PackedVariant:
         """See `VariantHost.bind`."""
         return self._variants.bind(terms)

@@ -62,6 +62,7 @@ class NativeVariants:
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         # Float32 weights are served for exactness; others are rounded themselves, to no more digits than these.
         self._dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        self._packer = LinearPacker(self._dtype)
         self._embedding = embedding
         self._places = {name: _Place(fusion, part) for fusion in fusions for part, name in enumerate(fusion.names)}
         if head not in self._places:
@@ -81,19 +82,18 @@ class NativeVariants:
 
     def bind(self, terms: VariantTerms) -> PackedVariant:
         """See `VariantHost.bind`."""
-        packer = LinearPacker(self._dtype)
         parts: dict[str, dict[int, LinearTerms]] = {}  # by the fused layer and the part
         for module, linear in terms.linears.items():
             place = self._place(f"{module}.weight", self._linears)
             parts.setdefault(place.fusion.key, {})[place.part] = linear
         linears = {}
         for key, of_layer in parts.items():
-            linears[self._linears[key]] = self._pack(packer, self._fusions[key], of_layer)
+            linears[self._linears[key]] = self._pack(self._fusions[key], of_layer)
         for name, experts in terms.experts.items():
             fusion = self._place(name, self._linears).fusion
             assert fusion.num_experts is not None
             for expert, linear in experts.items():
-                linears[self._linears[fusion.key] + expert] = self._pack(packer, fusion, {0: linear})
+                linears[self._linears[fusion.key] + expert] = self._pack(fusion, {0: linear})
         norms = {}
         for name, vector in terms.vectors.items():
             fusion = self._place(name, self._norms).fusion
@@ -146,7 +146,7 @@ class NativeVariants:
                 if isinstance(operation, Embedding):
                     yield AddEmbedding(f"{operation.name}.add", operation.out, operation.multiplier)
 
-    def _pack(self, packer: LinearPacker, fusion: Fusion, terms: Mapping[int, LinearTerms]) -> PackedLinear:
+    def _pack(self, fusion: Fusion, terms: Mapping[int, LinearTerms]) -> PackedLinear:
         """Terms of a fused layer, or of one expert, from those of its parts."""
         for linear in terms.values():
             if linear.input_scale is None:
@@ -160,7 +160,7 @@ class NativeVariants:
         parts = [
             LinearPart(self._shapes[name][-2], terms.get(part, LinearTerms())) for part, name in enumerate(fusion.names)
         ]
-        return packer.pack(parts, gated=fusion.gated)
+        return self._packer.pack(parts, gated=fusion.gated)
 
     def _place(self, name: str, known: Mapping[str, int]) -> _Place:
         place = self._places.get(name)

@@ -136,6 +136,11 @@ class TransformersModel:
         """
         return self._variants.bias(module)
 
+    @property
+    def binds_in_host_memory(self) -> bool:
+        """See `VariantHost.binds_in_host_memory`."""
+        return self.device.type == "cpu"
+
     def bind(self, terms: VariantTerms) -> BoundVariant:
         """See `VariantHost.bind`."""
         return self._variants.bind(terms)

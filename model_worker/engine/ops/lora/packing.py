@@ -23,7 +23,9 @@ class LinearPart(NamedTuple):
 
 
 class LinearPacker:
-    """Packs the layers of one variant.
+    """Packs layers of variants, and keeps the table of units of each combination of shape and ranks for the next one.
+
+    Several threads may use it.
 
     Args:
         dtype: of A, B and Z.
@@ -60,9 +62,10 @@ class LinearPacker:
     def _layout(self, parts: Sequence[LinearPart], *, gated: bool) -> UnitLayout:
         sizes, ranks = tuple(part.num_outputs for part in parts), tuple(part.terms.rank for part in parts)
         key = (sizes, ranks, gated)
-        if key not in self._layouts:
-            self._layouts[key] = UnitLayout(sizes, ranks, gated=gated, dtype=self._dtype)
-        return self._layouts[key]
+        layout = self._layouts.get(key)
+        if layout is None:
+            layout = self._layouts.setdefault(key, UnitLayout(sizes, ranks, gated=gated, dtype=self._dtype))
+        return layout
 
 
 def interleave_pairs(numbers: Tensor) -> Tensor:

@@ -420,6 +420,51 @@ def test_an_activation_waits_for_a_place_and_gets_it() -> None:
     assert reply.result(0).state == "active"
 
 
+# ---------------------------------------------------------------------------------------------- in place
+
+
+def test_what_is_bound_in_host_memory_is_active_at_once_and_takes_nothing_more() -> None:
+    work = ManualWork()
+    adapters = FakeAdapters()
+    manager = make_manager(adapters, work, max_loras=1, memory_bytes=20, binds_in_place=True)
+    for name in "ab":
+        manager.add(name, adapters.write(name))
+    settle(manager, work)
+    for name, other in ("ab", "ba"):
+        reply = manager.activate(name)
+        manager.advance()
+        assert reply.result(0).active_bytes == 0
+        assert states(manager) == {name: "active", other: "in_host_memory"}
+    assert adapters.num_reads == {Path("a"): 1, Path("b"): 1}
+    manager.check_integrity((), ())
+
+
+def test_who_needs_no_load_passes_those_who_wait_for_the_loader_until_their_patience_ends() -> None:
+    work = ManualWork()
+    adapters = FakeAdapters()
+    manager = make_manager(adapters, work, max_loras=3, binds_in_place=True, patience_s=1.0)
+    for name in "abcd":
+        manager.add(name, adapters.write(name))
+    settle(manager, work)
+    for name in "ab":
+        manager.evict(name)
+        request(manager, name)
+    manager.evict("c")
+    slow = request(manager, "c")
+    quick = request(manager, "d")
+    manager.add("e", adapters.write("e"))
+    manager.advance()  # a and b are being loaded, which keeps their places; nothing is free to load c
+    assert manager.admits(quick)
+    manager.leave(quick)
+    manager.deactivate("d").result(0)
+    adapters.clock.advance(1.0)
+    late = request(manager, "d")
+    manager.advance()
+    assert not manager.admits(late)
+    settle(manager, work)
+    assert manager.admits(slow)
+
+
 # ---------------------------------------------------------------------------------------------- failures
 
 

@@ -25,13 +25,20 @@ MAX_LORAS, MAX_CPU_LORAS, MEMORY_BYTES = 2, 3, 130
 class ManagerMachine(RuleBasedStateMachine):
     """Plays operators, the scheduler and the loader."""
 
+    BINDS_IN_PLACE = False
+
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
         self.adapters = FakeAdapters(self.clock, read_s=0.1, bind_s=0.01)
         self.work = ManualWork()
         self.manager = make_manager(
-            self.adapters, self.work, max_loras=MAX_LORAS, max_cpu_loras=MAX_CPU_LORAS, memory_bytes=MEMORY_BYTES
+            self.adapters,
+            self.work,
+            max_loras=MAX_LORAS,
+            max_cpu_loras=MAX_CPU_LORAS,
+            memory_bytes=MEMORY_BYTES,
+            binds_in_place=self.BINDS_IN_PLACE,
         )
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -195,5 +202,13 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.leave(sequence)
 
 
-ManagerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+class InPlaceMachine(ManagerMachine):
+    """What is in host memory is what the model computes with."""
+
+    BINDS_IN_PLACE = True
+
+
+for machine in (ManagerMachine, InPlaceMachine):
+    machine.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
 TestManager = ManagerMachine.TestCase
+TestManagerInPlace = InPlaceMachine.TestCase
