@@ -7,6 +7,7 @@ import ipaddress
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,9 +23,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True)
-class GivenAdapter:
-    """An adapter of the command line: NAME=PATH[,pin]."""
+class GivenVariant:
+    """A fine-tune of the command line: FLAG NAME=PATH[,pin]."""
 
+    flag: str
     name: str
     path: Path
     pinned: bool
@@ -43,8 +45,8 @@ class WorkerConfig:
         advertise_url: where the controller reaches this worker; None: made from host and port.
         worker_token: the secret shared with the controller, checked in both directions; None: no check.
         dtype, quantization, chat_template, max_model_len, deltas: as in `adapters.plan_load`.
-        loras: adapters that are loaded before the worker registers.
-        adapter_root: directory below which adapters named over HTTP must be; None: there can be none.
+        variants: adapters and deltas that are loaded before the worker registers.
+        adapter_root: directory below which those named over HTTP must be; None: there can be none.
         drain_timeout_s: how long running requests may go on after SIGTERM.
         log_level: of the worker's own log lines on stderr.
         engine: configuration of the engine.
@@ -63,7 +65,7 @@ class WorkerConfig:
     chat_template: str | None
     max_model_len: int | None
     deltas: tuple[Path, ...]
-    loras: tuple[GivenAdapter, ...]
+    variants: tuple[GivenVariant, ...]
     adapter_root: Path | None
     drain_timeout_s: float
     log_level: str
@@ -82,22 +84,23 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument(
         "--chat-template",
         metavar="NAME|FILE",
-        help="instead of the model's own, and its adapters' own; `python -m adapters list` names them",
+        help="instead of the model's own, and its fine-tunes' own; `python -m adapters list` names them",
     )
-    adapters = parser.add_argument_group("adapters")
-    adapters.add_argument(
-        "--lora",
-        type=_given_adapter,
-        action="append",
-        default=[],
-        metavar="NAME=PATH[,pin]",
-        help="PEFT directory to serve under this name; pin: always ready to run; may be repeated",
-    )
-    adapters.add_argument(
+    variants = parser.add_argument_group("fine-tunes served beside the model")
+    for flag, what in (("--lora", "LoRA adapter in PEFT's format"), ("--delta", "delta (python -m delta)")):
+        variants.add_argument(
+            flag,
+            type=partial(_given_variant, flag),
+            action="append",
+            default=[],
+            metavar="NAME=PATH[,pin]",
+            help=f"{what} to serve under this name; pin: always ready to run; may be repeated",
+        )
+    variants.add_argument(
         "--adapter-root",
         type=Path,
         metavar="DIR",
-        help="adapters named over HTTP are read below this directory only (default: none are)",
+        help="those named over HTTP are read below this directory only (default: none are)",
     )
     where = parser.add_argument_group("network")
     controller = where.add_mutually_exclusive_group()
@@ -162,12 +165,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="most tokens of prompt and output together (default: the model's context length)",
     )
     model.add_argument(
-        "--delta",
+        "--apply-delta",
         type=Path,
         action="append",
         default=[],
         metavar="PATH",
-        help="delta to add to the weights while loading; may be repeated",
+        help="delta to add to the weights while loading, so that the fine-tune is the model; may be repeated",
     )
     return model
 
@@ -176,11 +179,12 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
     """Read the command line; `worker_token` is what the environment says, and a flag wins over it.
 
     Raises:
-        InvalidRequestError: a token that no header can hold, or none for a worker that a network can reach; adapters
+        InvalidRequestError: a token that no header can hold, or none for a worker that a network can reach; fine-tunes
             of one name; a directory that does not exist.
     """
     args = build_parser().parse_args(argv)
-    _check_adapters(args.lora, args.adapter_root)
+    variants = (*args.lora, *args.delta)
+    _check_variants(variants, args.adapter_root)
     token = _token(args.worker_token if args.worker_token is not None else worker_token)
     if token is None and not _is_loopback(args.host):
         raise InvalidRequestError(
@@ -199,8 +203,8 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
         quantization=args.quantization,
         chat_template=args.chat_template,
         max_model_len=args.max_model_len,
-        deltas=tuple(args.delta),
-        loras=tuple(args.lora),
+        deltas=tuple(args.apply_delta),
+        variants=variants,
         adapter_root=args.adapter_root,
         drain_timeout_s=args.drain_timeout,
         log_level=args.log_level,
@@ -209,13 +213,13 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
     )
 
 
-def _check_adapters(loras: Sequence[GivenAdapter], adapter_root: Path | None) -> None:
-    names = [given.name for given in loras]
-    for given in loras:
+def _check_variants(variants: Sequence[GivenVariant], adapter_root: Path | None) -> None:
+    names = [given.name for given in variants]
+    for given in variants:
         if names.count(given.name) > 1:
-            raise InvalidRequestError(f"--lora {given.name} is given more than once; give each adapter its own name.")
+            raise InvalidRequestError(f"{given.flag} {given.name} is given more than once; give each its own name.")
         if not given.path.is_dir():
-            raise InvalidRequestError(f"--lora {given.name}: {given.path} is no directory; check the path.")
+            raise InvalidRequestError(f"{given.flag} {given.name}: {given.path} is no directory; check the path.")
     if adapter_root is not None and not adapter_root.is_dir():
         raise InvalidRequestError(f"--adapter-root {adapter_root} is no directory; make it or check the path.")
 
@@ -235,12 +239,12 @@ def _token(text: str | None) -> str | None:
     return text
 
 
-def _given_adapter(text: str) -> GivenAdapter:
+def _given_variant(flag: str, text: str) -> GivenVariant:
     name, equals, path = text.partition("=")
     without_pin = path.removesuffix(",pin")
     if not (equals and without_pin and is_name(name)):
         raise argparse.ArgumentTypeError(f"expected NAME=PATH or NAME=PATH,pin, got {text!r}")
-    return GivenAdapter(name, Path(without_pin), pinned=without_pin != path)
+    return GivenVariant(flag, name, Path(without_pin), pinned=without_pin != path)
 
 
 def _url(text: str) -> str:

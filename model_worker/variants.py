@@ -17,7 +17,7 @@ from adapters.prompt_format import PromptFormat, read_prompt_format
 from adapters.tokenizer import Tokenizer
 from controller.protocol import AddVariantRequest, VariantStatus
 from model_worker.adapter_root import AdapterRoot
-from model_worker.config import GivenAdapter
+from model_worker.config import GivenVariant
 from model_worker.engine.lora import variant_status
 from registry.errors import (
     InternalError,
@@ -93,7 +93,7 @@ class Variants:
 
     # ------------------------------------------------------------------------------------------ operators
 
-    async def load(self, given: Sequence[GivenAdapter], report: Callable[[str], None]) -> None:
+    async def load(self, given: Sequence[GivenVariant], report: Callable[[str], None]) -> None:
         """Load the adapters of the command line, and activate those that are pinned.
 
         Raises:
@@ -113,7 +113,7 @@ class Variants:
                 if adapter.pinned:
                     status = await self._message(self._engine.activate(adapter.name))
             except RootgraftError as error:
-                raise type(error)(f"--lora {adapter.name}={adapter.path}: {error.message}") from error
+                raise type(error)(f"{adapter.flag} {adapter.name}={adapter.path}: {error.message}") from error
             mib = max(status.host_bytes, status.active_bytes) / 2**20
             state = "pinned" if status.pinned else status.state.replace("_", " ")
             seconds = time.perf_counter() - start_s
@@ -130,8 +130,7 @@ class Variants:
         known = self._adapters.get(request.name)
         if known is not None and known.from_command_line:
             raise PermissionDeniedError(
-                f"This worker has {request.name} from its command line (--lora); choose another name, or start the "
-                "worker without it.",
+                f"This worker has {request.name} from its command line; choose another name, or start it without that.",
                 param="name",
             )
         path = await asyncio.to_thread(self._root.find, request.path)
@@ -144,7 +143,7 @@ class Variants:
         async with self._changing:
             if self._known(name).from_command_line:
                 raise PermissionDeniedError(
-                    f"This worker has {name} from its command line (--lora); start it without that to remove it.",
+                    f"This worker has {name} from its command line; start it without that to remove it.",
                     param="name",
                 )
             status = await self._message(self._engine.remove(name))

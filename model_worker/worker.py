@@ -129,7 +129,7 @@ class Worker:
         """
         await self._engine.start()
         try:
-            await self._service.variants.load(self._config.loras, report)
+            await self._service.variants.load(self._config.variants, report)
             return await self._run()
         finally:
             await self._engine.stop()

@@ -99,7 +99,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     )
     cache_dir = default_cache_dir(environ)
     source = find_model(
-        args.model_path, name="inspected", cache_dir=cache_dir, report=_say, has_deltas=bool(args.delta)
+        args.model_path, name="inspected", cache_dir=cache_dir, report=_say, has_deltas=bool(args.apply_delta)
     )
     has_kernels = config.model_impl != "transformers" and (
         find_kernels(cache_dir) is not None or find_compiler() is not None
@@ -109,7 +109,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         dtype=args.dtype,
         quantization=args.quantization,
         max_model_len=args.max_model_len,
-        deltas=args.delta,
+        deltas=args.apply_delta,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         native_model_types=NATIVE_MODEL_TYPES if has_kernels else (),
         # What is not loaded may be larger than this machine.

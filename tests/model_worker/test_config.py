@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model_worker.config import DEFAULT_CONTROLLER, GivenAdapter, parse_config
+from model_worker.config import DEFAULT_CONTROLLER, GivenVariant, parse_config
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from registry.errors import InvalidRequestError
 
@@ -17,7 +17,7 @@ def test_defaults() -> None:
     assert config.port is None
     assert config.worker_token is None
     assert config.deltas == ()
-    assert config.loras == ()
+    assert config.variants == ()
     assert config.adapter_root is None
     assert config.quantization == "auto"
     assert config.engine == EngineConfig()
@@ -31,7 +31,18 @@ def test_engine_flags_are_generated_from_its_config() -> None:
 
 
 def test_worker_flags() -> None:
-    flags = ["--controller", "http://c:1/", "--port", "0", "--delta", "a", "--delta", "b", "--drain-timeout", "2.5"]
+    flags = [
+        "--controller",
+        "http://c:1/",
+        "--port",
+        "0",
+        "--apply-delta",
+        "a",
+        "--apply-delta",
+        "b",
+        "--drain-timeout",
+        "2.5",
+    ]
     config = parse_config([*MODEL, *flags, "--quantization", "int4"], worker_token=None)
     assert config.controller == "http://c:1"
     assert config.port == 0
@@ -40,12 +51,13 @@ def test_worker_flags() -> None:
     assert config.quantization == "int4"
 
 
-def test_adapter_flags(tmp_path: Path) -> None:
-    flags = ["--lora", f"org/pirate={tmp_path}", "--lora", f"poet={tmp_path},pin", "--adapter-root", str(tmp_path)]
-    config = parse_config([*MODEL, *flags], worker_token=None)
-    assert config.loras == (
-        GivenAdapter("org/pirate", tmp_path, pinned=False),
-        GivenAdapter("poet", tmp_path, pinned=True),
+def test_fine_tunes_of_the_command_line(tmp_path: Path) -> None:
+    flags = ["--lora", f"org/pirate={tmp_path}", "--delta", f"sage={tmp_path}", "--lora", f"poet={tmp_path},pin"]
+    config = parse_config([*MODEL, *flags, "--adapter-root", str(tmp_path)], worker_token=None)
+    assert config.variants == (
+        GivenVariant("--lora", "org/pirate", tmp_path, pinned=False),
+        GivenVariant("--lora", "poet", tmp_path, pinned=True),
+        GivenVariant("--delta", "sage", tmp_path, pinned=False),
     )
     assert config.adapter_root == tmp_path
 
@@ -54,6 +66,7 @@ def test_adapter_flags(tmp_path: Path) -> None:
     ("flags", "remedy"),
     [
         (["--lora", "a=.", "--lora", "a=..,pin"], "more than once"),
+        (["--lora", "a=.", "--delta", "a=.."], "more than once"),
         (["--lora", "a=no-such-directory"], "no-such-directory"),
         (["--lora", "a=., pin"], "is no directory"),
         (["--adapter-root", "no-such-directory"], "--adapter-root"),
@@ -99,6 +112,7 @@ def test_a_token_that_no_header_can_hold_is_refused(token: str) -> None:
         ["--lora", "a=,pin"],
         ["--lora", "a b=path"],
         ["--lora", "a@v1=path"],
+        ["--delta", "path"],
         ["--controller", "http://c", "--no-controller"],
     ],
 )

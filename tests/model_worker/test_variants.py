@@ -9,7 +9,7 @@ import pytest
 from controller.protocol import AddVariantRequest
 from model_worker import variants as variants_module
 from model_worker.adapter_root import AdapterRoot
-from model_worker.config import GivenAdapter
+from model_worker.config import GivenVariant
 from model_worker.variants import Variants
 from registry.errors import (
     CheckpointError,
@@ -141,8 +141,8 @@ async def test_without_a_root_there_are_only_those_of_the_command_line(engine: F
     variants = make(engine, None)
     lines: list[str] = []
     given = [
-        GivenAdapter("pirate", root / "pirate", pinned=True),
-        GivenAdapter("plain", root / "plain", pinned=False),
+        GivenVariant("--lora", "pirate", root / "pirate", pinned=True),
+        GivenVariant("--lora", "plain", root / "plain", pinned=False),
     ]
     await variants.load(given, lines.append)
     assert await states(variants) == {"pirate": "active", "plain": "in_host_memory"}
@@ -155,10 +155,10 @@ async def test_without_a_root_there_are_only_those_of_the_command_line(engine: F
 
 
 async def test_what_the_command_line_gave_is_neither_replaced_nor_removed(variants: Variants, root: Path) -> None:
-    await variants.load([GivenAdapter("pirate", root / "pirate", pinned=False)], print)
-    with pytest.raises(PermissionDeniedError, match="--lora"):
+    await variants.load([GivenVariant("--lora", "pirate", root / "pirate", pinned=False)], print)
+    with pytest.raises(PermissionDeniedError, match="command line"):
         await variants.add(addition("pirate", "poet"))
-    with pytest.raises(PermissionDeniedError, match="--lora"):
+    with pytest.raises(PermissionDeniedError, match="command line"):
         await variants.remove("pirate")
     assert (await variants.pin("pirate")).pinned
 
@@ -166,9 +166,9 @@ async def test_what_the_command_line_gave_is_neither_replaced_nor_removed(varian
 async def test_a_bad_adapter_of_the_command_line_is_named(variants: Variants, engine: FakeLoras, root: Path) -> None:
     engine.refuse_with = CheckpointError("It holds NaN.")
     with pytest.raises(CheckpointError, match=r"--lora pirate=.*pirate: It holds NaN\."):
-        await variants.load([GivenAdapter("pirate", root / "pirate", pinned=False)], print)
+        await variants.load([GivenVariant("--lora", "pirate", root / "pirate", pinned=False)], print)
     with pytest.raises(InvalidRequestError, match=r"--lora base=.*own name"):
-        await variants.load([GivenAdapter("base", root / "pirate", pinned=False)], print)
+        await variants.load([GivenVariant("--lora", "base", root / "pirate", pinned=False)], print)
 
 
 async def test_the_prompts_of_an_adapter_are_its_own(variants: Variants) -> None:
