@@ -16,6 +16,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
+from controller.file_errors import hide_files, hide_files_of_event
 from controller.protocol import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -121,6 +122,8 @@ class Gateway:
             stream, events = await self._try_replicas(request.model, names, affinity, open_stream, in_flight)
             try:
                 while True:
+                    if (last := events[-1]).kind == "error":
+                        events = [*events[:-1], hide_files_of_event(last, names)]
                     yield events
                     if events[-1].kind in ("done", "error"):
                         return
@@ -222,7 +225,7 @@ class Gateway:
                     raise
                 except RootgraftError as error:
                     self._failed(worker, error)
-                    errors.append(error)
+                    errors.append(hide_files(error, variants))
                 else:
                     in_flight.push(attempted.pop_all())
                     return result
@@ -256,8 +259,9 @@ class Gateway:
         for name in variants:
             on = [self._variants.on(worker, name) for worker in serving]
             if not any(variant.usable for variant in on):
-                error = next((variant.error for variant in on if variant.error is not None), None)
-                reason = "its workers have not read it yet" if error is None else error.message
+                reason = "its workers have not read it yet"
+                if any(variant.error is not None for variant in on):
+                    reason = "its workers could not load it; an operator finds the reason in GET /admin/variants"
                 break
         else:
             name, reason = ", ".join(variants), "no worker has all of them"

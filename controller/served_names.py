@@ -28,7 +28,8 @@ class ServedModelInfo:
     """A model or variant that live workers serve, merged over its replicas.
 
     Attributes:
-        root: where it comes from: a variant's path, a model's own name.
+        root: what it is: the digest of a variant's files, a model's own name. (vLLM says a variant's path here; where
+            its files are is for operators, in GET /admin/variants.)
         parent: a variant's base model, from which it has the fields below.
         created: Unix time, seconds, at which this name was first served.
         max_model_len: tokens; the least of the replicas'.
@@ -150,7 +151,7 @@ class ServedNames:
         return replace(
             model,
             name=name,
-            root=status.path,
+            root=status.digest or name,
             parent=model.name,
             digest=status.digest,
             created=created,

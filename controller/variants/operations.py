@@ -50,7 +50,7 @@ class VariantOperations:
         Raises:
             InvalidRequestError: the name is taken, `parent` is needed and not given, or the worker's own error.
             ModelNotFoundError: no worker serves `parent`.
-            OverloadedError: no worker of `parent` can be asked now.
+            OverloadedError: no worker, or none of `parent`, can be asked now.
         """
         await self._reconciler.refresh()
         parent = self._base_model(parent)
@@ -77,6 +77,17 @@ class VariantOperations:
                 raise _told_first(errors)
             await self._identify(record, statuses)
         return self._directory.on_workers(name)
+
+    async def roll_out(self, record: VariantRecord) -> None:
+        """Let all workers read at once what the catalog wants already; what fails shows in the directory."""
+        async with self._reconciler.changing(record.name):
+            self._directory.put(record)
+            self._failures.forget_all(record.name)
+            statuses, _ = await _everywhere(
+                self._workers.serving(record.parent),
+                lambda worker: self._reconciler.take(worker, record.name, "add", record),
+            )
+            await self._identify(record, statuses)
 
     async def pin(self, name: str, pinned: bool, *, actor: str) -> list[OnWorker]:
         """Want a variant to be kept ready on all workers, or no longer. What every worker refuses is not kept.
@@ -152,17 +163,19 @@ class VariantOperations:
 
     def _base_model(self, parent: str | None) -> str:
         served = sorted(self._workers.models())
+        if not served:
+            raise OverloadedError("no worker is ready, so nothing can be loaded now; try again", retry_after_s=2.0)
         if parent is None:
             if len(served) == 1:
                 return served[0]
             raise InvalidRequestError(
-                f"{len(served)} base models are served ({', '.join(served) or 'none'}); say which one the adapter "
-                "belongs to in base_model_name",
+                f"{len(served)} base models are served ({', '.join(served)}); say which one the adapter belongs to in "
+                "base_model_name",
                 param="base_model_name",
             )
         if not self._workers.knows(parent):
             raise ModelNotFoundError(
-                f"the base model {parent[:80]!a} is not served; models served now: {', '.join(served) or 'none'}",
+                f"the base model {parent[:80]!a} is not served; models served now: {', '.join(served)}",
                 param="base_model_name",
             )
         return parent

@@ -210,7 +210,7 @@ async def test_models_list_variants_with_root_and_parent(fleet: Fleet, catalog: 
     await fleet.post("/admin/variants", {"name": "team/sql", "path": "sql"})
     base, variant = (await (await fleet.controller.get("/v1/models")).json())["data"]
     assert (base["id"], base["root"], base["parent"]) == ("m", "m", None)
-    assert (variant["id"], variant["root"], variant["parent"]) == ("team/sql", "sql", "m")
+    assert (variant["id"], variant["root"], variant["parent"]) == ("team/sql", FILES["sql"], "m")
     assert variant["created"] == int(catalog.get_variant("team/sql").created_at.timestamp())
     assert await (await fleet.controller.get("/v1/models/team/sql")).json() == variant
 
@@ -253,6 +253,14 @@ async def test_scales_must_be_finite(fleet: Fleet, scale: str) -> None:
     headers = {"content-type": "application/json"}
     response = await fleet.controller.post("/v1/completions", data=body, headers=headers)
     assert response.status == 400
+
+
+@pytest.mark.parametrize("parent", [{}, {"base_model_name": "m"}])
+async def test_loading_waits_for_a_worker(start_controller: StartController, parent: dict[str, str]) -> None:
+    controller = await start_controller()
+    response = await controller.post(LOAD, json={"lora_name": "sql", "lora_path": "sql", **parent})
+    assert (response.status, response.headers["retry-after"]) == (503, "2")
+    assert "no worker is ready" in (await response.json())["error"]["message"]
 
 
 async def test_requests_follow_the_variant(fleet: Fleet) -> None:

@@ -541,11 +541,28 @@ async def test_an_adapter_that_is_removed_while_a_request_is_on_its_way_is_not_f
         await fleet.events("sql")
 
 
+@pytest.mark.parametrize("code", ["checkpoint_invalid", "model_unsupported"])
+async def test_errors_about_files_do_not_name_them(fleet: Fleet, code: str) -> None:
+    error = ErrorEvent(code=code, message="/srv/adapters/sql/adapter_config.json is not JSON")
+    worker = await fleet.add(variants=variants(sql="active"))
+    worker.scripts += [Script(refuse=error), Script(fail_first=error)]
+    for _ in range(2):
+        with pytest.raises(UpstreamError, match="the files of sql cannot be used") as caught:
+            await fleet.events("sql")
+        assert "/srv" not in caught.value.message
+    prompt, done = PromptEvent(num_prompt_tokens=3), error
+    worker.scripts.append(Script(raw=[event.model_dump_json().encode() + b"\n" for event in (prompt, done)]))
+    last = (await fleet.events("sql"))[-1]
+    assert last.kind == "error"
+    assert last.code == "worker_failed"
+    assert "/srv" not in last.message
+
+
 async def test_variants_are_listed_after_their_model(fleet: Fleet) -> None:
     await fleet.add(variants=variants(sql="active", broken="failed"))
     await fleet.add(variants=variants(sql="on_disk", chat="on_disk"))
     model, chat, sql = fleet.gateway.models()
     assert (model.name, model.parent, model.root) == ("m", None, "m")
-    assert (chat.name, chat.parent, chat.root, chat.num_workers) == ("chat", "m", "chat", 1)
+    assert (chat.name, chat.parent, chat.root, chat.num_workers) == ("chat", "m", digest("chat"), 1)
     assert (sql.name, sql.digest, sql.max_model_len, sql.num_workers) == ("sql", digest("sql"), 128, 2)
     assert sql.created == 1700000000

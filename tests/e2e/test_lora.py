@@ -130,7 +130,7 @@ def check_answers(cluster: Cluster, reference: Reference, names: Sequence[str] =
 def test_base_and_adapters_answer_side_by_side_as_peft_does(serving: Cluster, reference: Reference) -> None:
     models = served(serving)
     assert {name: models[name]["parent"] for name in RANKS} == dict.fromkeys(RANKS, MODEL)
-    assert {name: models[name]["root"] for name in RANKS} == {name: name for name in RANKS}
+    assert len({models[name]["root"] for name in RANKS if models[name]["root"].startswith("sha256:")}) == len(RANKS)
     check_answers(serving, reference)
     check_answers(serving, reference)  # with prompts from the prefix cache, which tells the adapters apart
 
