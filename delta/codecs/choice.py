@@ -1,25 +1,137 @@
-"""Which terms a matrix gets."""
+"""Which terms a matrix gets.
+
+    p = 0            nothing                     p: share of the numbers that changed
+    p ≤ 2%           sparse                      e: share of ‖D‖² in its 64 largest components
+    e ≥ 95%          lowrank
+    p ≤ 60%          ternary, and residuals
+    else             sign, and residuals
+
+What would be no smaller than the matrix itself is stored exactly instead. Source of the rules: VARIANTS in the design
+documents, section 3.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+import torch
 from torch import Tensor
 
 from delta.codecs.codec import Term
 from delta.codecs.dense import encode_dense
+from delta.codecs.lossless import LOSSLESS
+from delta.codecs.lowrank import encode_low_rank, low_rank_term
+from delta.codecs.packed_bits import row_blocks
 from delta.codecs.policy import CodecPolicy
+from delta.codecs.registry import DIFFERENCE_CODECS
 from delta.codecs.replace import REPLACE
-from registry.errors import InvalidRequestError
+from delta.codecs.sign import encode_sign
+from delta.codecs.singular_components import SingularComponents, singular_components
+from delta.codecs.sparse import encode_sparse
+from delta.codecs.ternary import encode_ternary
+from registry.errors import CheckpointError
+
+_MAX_SPARSE = 0.02
+_MAX_TERNARY = 0.6
+_LOW_RANK = 64
+_LOW_RANK_ENERGY = 0.95
+_NEGLIGIBLE_ENERGY = 0.001
+"""Components are left out as long as all of them together have less than this share of those that were found."""
+_NUM_SAMPLED_ROWS = 128
+_SAMPLED_ENERGY = 0.9
+_SEED = 0x5EED
 
 
 def encode_matrix(base: Tensor, target: Tensor, policy: CodecPolicy) -> tuple[Term, ...]:
     """The terms of W' [N, K] given W [N, K], which differ in some bit, both in the dtypes of their checkpoints.
 
-    Terms of differences are added in the order given; a term of a whole codec is the only one.
+    Terms of differences are added in the order given; a term of a whole codec is the only one. None at all: W' is W,
+    but for the dtype and the sign of zeros.
 
     Raises:
-        InvalidRequestError: a codec that is not here yet.
+        CheckpointError: W' or W holds values that are not finite, of which only exact codecs can do something.
     """
-    if policy.codec != "dense":
-        raise InvalidRequestError(f"the codec {policy.codec} is not here yet; use dense")
-    dense = encode_dense(base, target)
-    return (Term(REPLACE.name, REPLACE.encode(base, target)) if dense is None else dense,)
+    if policy.codec == "lossless":
+        return (Term(LOSSLESS.name, LOSSLESS.encode(base, target)),)
+    if policy.codec in ("dense", "sparse") or not (base.is_floating_point() and target.is_floating_point()):
+        return (_exact(base, target, encode_sparse if policy.codec == "sparse" else encode_dense),)
+    difference = target.float() - base.float()
+    _check_finite(difference)
+    if policy.codec == "auto":
+        terms = _chosen(base, target, difference, policy)
+    elif policy.codec == "lowrank":
+        terms = (encode_low_rank(difference, policy.rank),)
+    else:
+        terms = _with_residuals(difference, encode_sign if policy.codec == "sign" else encode_ternary, policy)
+    if sum(part.nbytes for term in terms for part in term.parts.values()) < target.nbytes:
+        return terms
+    return (_exact(base, target, encode_dense),)
+
+
+def _chosen(base: Tensor, target: Tensor, difference: Tensor, policy: CodecPolicy) -> tuple[Term, ...]:
+    changed = changed_share(difference)
+    if changed == 0:
+        return ()
+    if changed <= _MAX_SPARSE and (sparse := encode_sparse(base, target)) is not None:
+        return (sparse,)
+    if (components := low_rank_components(difference)) is not None:
+        return (low_rank_term(components.a, components.b),)
+    return _with_residuals(difference, encode_ternary if changed <= _MAX_TERNARY else encode_sign, policy)
+
+
+def changed_share(difference: Tensor) -> float:
+    """p: the share of the numbers that are not 0."""
+    counts = (np.count_nonzero(difference[rows].numpy() != 0) for rows in row_blocks(difference.shape))
+    return sum(counts) / difference.numel()
+
+
+def low_rank_components(difference: Tensor) -> SingularComponents | None:
+    """The 64 largest components but for negligible ones, if they have 95% of the energy; else None.
+
+    What cannot have is told by a sample of the rows, in a small part of the time.
+    """
+    energy = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+    if _sampled_energy(difference) < _SAMPLED_ENERGY:
+        return None
+    found = singular_components(difference, _LOW_RANK)
+    total = float(found.energies.double().sum())
+    if total < _LOW_RANK_ENERGY * energy:
+        return None
+    left = total - found.energies.double().cumsum(0)
+    rank = int((left > _NEGLIGIBLE_ENERGY * total).sum()) + 1
+    return SingularComponents(found.a[:rank], found.b[:, :rank], found.energies[:rank])
+
+
+def _sampled_energy(difference: Tensor) -> float:
+    """The share of the 64 largest components in rows drawn by their energies; of few rows, more than that of all."""
+    energies = torch.linalg.vector_norm(difference, dim=1).square()
+    num_rows = min(_NUM_SAMPLED_ROWS, int(energies.count_nonzero()))
+    rows = torch.multinomial(energies, num_rows, generator=torch.Generator().manual_seed(_SEED))
+    sample = difference[rows] / energies[rows].sqrt()[:, None]
+    found = torch.linalg.eigvalsh(sample @ sample.T)
+    return float(found[-_LOW_RANK:].sum()) / num_rows
+
+
+def _with_residuals(difference: Tensor, first: Callable[[Tensor], Term], policy: CodecPolicy) -> tuple[Term, ...]:
+    terms = [first(difference)]
+    for residual in policy.residuals:
+        # What is left is minus what would have to be added to -D.
+        left = -difference
+        for term in terms:
+            DIFFERENCE_CODECS[term.codec].add_to(left, term.parts)
+        left.neg_()
+        terms.append(encode_sign(left) if residual == "sign" else encode_low_rank(left, policy.rank))
+    return tuple(terms)
+
+
+def _exact(base: Tensor, target: Tensor, encode: Callable[[Tensor, Tensor], Term | None]) -> Term:
+    term = encode(base, target)
+    return Term(REPLACE.name, REPLACE.encode(base, target)) if term is None else term
+
+
+def _check_finite(difference: Tensor) -> None:
+    if not bool(torch.stack(torch.aminmax(difference)).isfinite().all()):
+        raise CheckpointError(
+            "values that are not finite; is the checkpoint damaged? `--codec lossless` stores it as it is"
+        )

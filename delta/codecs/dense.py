@@ -43,6 +43,7 @@ def encode_dense(base: Tensor, target: Tensor) -> Term | None:
     difference = target.float() - base.float()
     for dtype in dict.fromkeys((target.dtype, torch.float32)):
         stored = difference.to(dtype)
-        if same_bits((base.float() + stored.float()).to(target.dtype), target):
+        exact = same_bits((base.float() + stored.float()).to(target.dtype), target)
+        if exact and bool(torch.stack(torch.aminmax(stored.float())).isfinite().all()):
             return Term("dense", {"difference": stored})
     return None

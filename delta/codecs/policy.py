@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 CodecChoice: TypeAlias = Literal["auto", "lossless", "sign", "ternary", "lowrank", "sparse", "dense"]
-Residual: TypeAlias = Literal["none", "sign", "lowrank"]
+Residual: TypeAlias = Literal["sign", "lowrank"]
+
+_LADDER: tuple[tuple[tuple[Residual, ...], int], ...] = (
+    ((), 16),
+    (("lowrank",), 16),
+    (("sign",), 16),
+    (("sign", "lowrank"), 64),
+    (("sign", "sign", "sign"), 64),
+)
+"""Residuals and rank: about 1, 1 and a low-rank term, 2, 2 and a larger one, and 4 bits a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +25,20 @@ class CodecPolicy:
     Attributes:
         codec: the codec of all matrices, or "auto": chosen for each by what it changed. One that was named is taken
             for every matrix that changed (sparse and dense are exact; where no difference is, the matrix is replaced).
-        residual: what follows a sign or ternary term, of what it left.
+        residuals: what follows a sign or ternary term, each of what those before it left.
         rank: of a low-rank term or residual; at most min(N, K) of the matrix is used.
     """
 
     codec: CodecChoice = "auto"
-    residual: Residual = "none"
+    residuals: tuple[Residual, ...] = ()
     rank: int = 16
+
+    def finer(self) -> CodecPolicy | None:
+        """The next of the ladder, for a delta that is not close enough to its fine-tune; None: it is exact already."""
+        if self.codec in ("lossless", "sparse", "dense"):
+            return None
+        known = [residuals for residuals, _ in _LADDER]
+        if self.codec == "lowrank" or self.residuals not in known[:-1]:
+            return CodecPolicy("dense")
+        residuals, rank = _LADDER[known.index(self.residuals) + 1]
+        return replace(self, residuals=residuals, rank=max(rank, self.rank))
