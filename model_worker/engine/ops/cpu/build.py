@@ -31,7 +31,16 @@ logger = logging.getLogger(__name__)
 _OPS = Path(__file__).parent.parent
 _COMPILERS = ("c++", "g++", "clang++")
 # Traps and errno are never looked at; that, unlike -ffast-math, changes no result and no state of the process.
-_FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-pthread", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-pthread",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility-inlines-hidden",
+)
 _MAX_LIBRARIES = 3  # that are kept of each level: those of other versions of the sources are needed no more
 _UNFINISHED = ".building-"
 _MAX_UNFINISHED_AGE_S = 3600.0

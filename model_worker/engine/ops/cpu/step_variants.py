@@ -29,7 +29,8 @@ class PackedLinear:
     Attributes:
         a: [r, K padded to 2 UNIT] float32 or bfloat16; bfloat16 as `interleave_pairs` has it.
         b: of each unit [ranks of the unit, UNIT], one unit after the other; bfloat16 as `interleave_pairs` has it.
-        units: [N / UNIT, 3] int64: where its part of b begins, its first rank, its ranks.
+        units: [N / UNIT, 3] int64: where its part of b begins, its first rank, its ranks. All layers of this shape and
+            these ranks, in whichever variant, have the same table, so that it stays in the processor's cache.
         output_scale: [N] float32
         input_scale: [K] float32
         dense: [N / 32, K, 32]
@@ -110,7 +111,7 @@ class PackedVariant:
         num_linears, num_norms: of the model.
 
     Attributes:
-        linears, norms, embedding: the same, as views of that memory.
+        linears, norms, embedding: the same, as views of that memory; tables of units are those that were given.
         num_bytes: of that memory and the tables.
         max_rank: of a linear layer.
         address: of the tables.
@@ -197,7 +198,9 @@ class StepVariants:
 
 
 def _tensors(part: PackedLinear | PackedEmbedding) -> dict[str, Tensor]:
-    return {field.name: tensor for field in fields(part) if (tensor := getattr(part, field.name)) is not None}
+    """Those that the variant has to itself."""
+    names = (field.name for field in fields(part) if field.name != "units")
+    return {name: tensor for name in names if (tensor := getattr(part, name)) is not None}
 
 
 def _replaced(part: _Part, views: Iterator[Tensor]) -> _Part:

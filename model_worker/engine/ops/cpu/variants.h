@@ -50,6 +50,8 @@ struct LinearTerms {
   int64_t rank;
   int64_t a_stride;           // K padded
   int64_t is_float32;         // a, b and dense are; otherwise they are bfloat16
+
+  bool changes_sums() const { return b != nullptr || output_scale != nullptr || dense != nullptr || bias != nullptr; }
 };
 
 // Of the embedding.

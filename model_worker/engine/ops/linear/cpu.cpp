@@ -10,6 +10,7 @@
 #include "../cpu/simd.h"
 #include "../cpu/variants.h"
 #include "../lora/expand.h"
+#include "../lora/tile_terms.h"
 #include "packed_weight.h"
 
 #if defined(__AVX512VNNI__)
@@ -46,14 +47,7 @@ struct LinearArgs {
   int64_t terms;               // index of its terms in a variant's table; -1: rows have none
 };
 
-// A linear layer and the variants of its rows.
-struct Product : LinearArgs {
-  const VariantPlan* variants;  // or null
-  const int32_t* tokens;        // the step's row of each row; null: they are the same
-
-  Product(const LinearArgs& args, const VariantPlan* step_variants, const int32_t* row_tokens = nullptr)
-      : LinearArgs(args), variants(args.terms < 0 ? nullptr : step_variants), tokens(row_tokens) {}
-};
+static_assert(kTileRows <= TileTerms::kMaxRows);
 
 // Asks for weights that are used some microseconds later: the machine's own prefetching ends at each page. They go to
 // the second level of cache, because requests for the first one wait for a few buffers, up to the memory's whole latency.
@@ -63,12 +57,23 @@ inline void fetch_ahead(const void* weights, int num_bytes) {
   for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kSecondLevel);
 }
 
+// What a product asks for each time that it has used some weights: weights further ahead, where they come from memory;
+// or else, as they are in the cache for the rows before, the memory is free to bring what the tile needs at its end.
+struct FetchWeights {
+  void operator()(const void* used, int num_bytes) const { fetch_ahead(used, num_bytes); }
+};
+struct FetchTerms {
+  TileTerms& terms;
+  void operator()(const void*, int) const { terms.fetch_line(); }
+};
+
 using Sums = PanelSums;
 
 // sums[r] += x[r, 0:K] * panel[0:K], for R rows. The widened weights are kept in `wide`, unless that is null.
 // Each sum is one chain in the order of K, for every R: a row's result does not depend on how many others there are.
-template <int R, typename W>
-inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums, float* wide) {
+template <int R, typename W, typename Fetch>
+inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums, Fetch fetch,
+                     float* wide) {
   Floats local[R][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -79,7 +84,7 @@ inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t n
   for (int i = 0; i < (R + 3) / 4; ++i) rows[i] = x + 4 * i * x_stride;
   for (int64_t k = 0; k < num_inputs; ++k) {
     Floats w[kVectors];
-    fetch_ahead(panel + k * kPanel, kPanel * sizeof(W));
+    fetch(panel + k * kPanel, kPanel * sizeof(W));
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) w[v] = load(panel + k * kPanel + v * kLanes);
     if (wide != nullptr) {
@@ -99,13 +104,15 @@ inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t n
     for (int v = 0; v < kVectors; ++v) sums[r][v] = local[r][v];
 }
 
-template <typename W, int R = kMaxRows>
+template <typename W, typename Fetch, int R = kMaxRows>
 void multiply_rows(int rows, const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums,
-                   float* wide = nullptr) {
+                   Fetch fetch, float* wide = nullptr) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_rows<W, R - 1>(rows, panel, x, x_stride, num_inputs, sums, wide);
+    if (rows < R) {
+      return multiply_rows<W, Fetch, R - 1>(rows, panel, x, x_stride, num_inputs, sums, fetch, wide);
+    }
   }
-  multiply<R>(panel, x, x_stride, num_inputs, sums, wide);
+  multiply<R>(panel, x, x_stride, num_inputs, sums, fetch, wide);
 }
 
 // Cuts `rows` into blocks of nearly equal size, at most `most` each, and calls f(first row, number of rows).
@@ -194,40 +201,40 @@ void finish(const LinearArgs& a, int64_t panel, int64_t row, const Sums& sums) {
 }
 
 template <typename W>
-void add_dense(const Product& a, const LinearTerms& terms, int64_t panel, int64_t row, int rows, Sums* sums) {
+void add_dense(const LinearArgs& a, const LinearTerms& terms, int64_t panel, int64_t row, int rows, Sums* sums) {
   const W* const weights = static_cast<const W*>(terms.dense) + panel * a.num_inputs * kPanel;
   for_blocks(rows, kMaxRows, [&](int first, int count) {
-    multiply_rows(count, weights, a.x + (row + first) * a.x_stride, a.x_stride, a.num_inputs, sums + first);
+    const float* const x = a.x + (row + first) * a.x_stride;
+    multiply_rows(count, weights, x, a.x_stride, a.num_inputs, sums + first, FetchWeights());
   });
 }
 
 // Rows from the sums of their products with the base's weight.
-void finish_rows(const Product& a, int64_t panel, int64_t first_row, int rows, Sums* sums) {
-  if (a.variants != nullptr) {
-    const VariantPlan& plan = *a.variants;
-    for_segments(plan, a.tokens, first_row, rows, [&](const Variant& variant, int64_t row, int64_t count) {
-      const LinearTerms& terms = variant.linears[a.terms];
-      Sums* const of_variant = sums + (row - first_row);
-      add_terms(terms, panel, plan.t + row * plan.t_stride, plan.t_stride, static_cast<int>(count), of_variant);
-      if (terms.dense == nullptr) return;
-      if (terms.is_float32) {
-        add_dense<float>(a, terms, panel, row, static_cast<int>(count), of_variant);
-      } else {
-        add_dense<BFloat16>(a, terms, panel, row, static_cast<int>(count), of_variant);
-      }
-    });
+void finish_rows(const LinearArgs& a, const TileTerms& variants, int64_t panel, int64_t first_row, int rows,
+                 Sums* sums) {
+  for (const TileTerms::Run& run : variants) {
+    const LinearTerms& terms = *run.terms;
+    Sums* const of_run = sums + (run.row - first_row);
+    add_terms(terms, panel, run.t, variants.t_stride(), run.num_rows, of_run);
+    if (terms.dense == nullptr) continue;
+    if (terms.is_float32) {
+      add_dense<float>(a, terms, panel, run.row, run.num_rows, of_run);
+    } else {
+      add_dense<BFloat16>(a, terms, panel, run.row, run.num_rows, of_run);
+    }
   }
   for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
 }
 
 template <typename W>
-void dense_tile(const Product& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+void dense_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows, float* scratch) {
   const W* const weights = static_cast<const W*>(a.weight) + panel * a.num_inputs * kPanel;
   const float* const x = a.x + first_row * a.x_stride;
   if (rows <= kMaxRows) {
     Sums sums[kMaxRows] = {};
-    multiply_rows(rows, weights, x, a.x_stride, a.num_inputs, sums);
-    finish_rows(a, panel, first_row, rows, sums);
+    variants.fetch_rest();
+    multiply_rows(rows, weights, x, a.x_stride, a.num_inputs, sums, FetchWeights());
+    finish_rows(a, variants, panel, first_row, rows, sums);
     return;
   }
   Sums* const sums = reinterpret_cast<Sums*>(scratch + kChunk * kPanel);
@@ -237,21 +244,24 @@ void dense_tile(const Product& a, int64_t panel, int64_t first_row, int rows, fl
     const W* const chunk = weights + k * kPanel;
     for_blocks(rows, kMaxRows, [&](int first, int count) {
       const float* const block = x + first * a.x_stride + k;
-      if constexpr (sizeof(W) == sizeof(float)) {
-        multiply_rows(count, chunk, block, a.x_stride, length, sums + first);
-      } else if (first == 0) {
-        multiply_rows(count, chunk, block, a.x_stride, length, sums, scratch);
+      if (first == 0) {
+        float* const wide = sizeof(W) == sizeof(float) ? nullptr : scratch;
+        multiply_rows(count, chunk, block, a.x_stride, length, sums, FetchWeights(), wide);
+      } else if constexpr (sizeof(W) == sizeof(float)) {
+        multiply_rows(count, chunk, block, a.x_stride, length, sums + first, FetchTerms{variants});
       } else {
-        multiply_rows<float>(count, scratch, block, a.x_stride, length, sums + first);
+        multiply_rows<float>(count, scratch, block, a.x_stride, length, sums + first, FetchTerms{variants});
       }
     });
   }
-  finish_rows(a, panel, first_row, rows, sums);
+  variants.fetch_rest();
+  finish_rows(a, variants, panel, first_row, rows, sums);
 }
 
 // Quantized weights, float activations: for machines without integer dot products.
 template <typename Group>
-void widened_tile(const Product& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+void widened_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
+                  float* scratch) {
   const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
   const Group* const groups = static_cast<const Group*>(a.weight) + panel * num_groups;
   const float* const x = a.x + first_row * a.x_stride;
@@ -261,10 +271,12 @@ void widened_tile(const Product& a, int64_t panel, int64_t first_row, int rows, 
     const int64_t length = std::min<int64_t>(kChunk, a.num_inputs - k);
     for (int64_t i = 0; i < length; i += kGroup) widen_group(groups[(k + i) / kGroup], scratch + i * kPanel);
     for_blocks(rows, kMaxRows, [&](int first, int count) {
-      multiply_rows<float>(count, scratch, x + first * a.x_stride + k, a.x_stride, length, sums + first);
+      const float* const block = x + first * a.x_stride + k;
+      multiply_rows<float>(count, scratch, block, a.x_stride, length, sums + first, FetchTerms{variants});
     });
   }
-  finish_rows(a, panel, first_row, rows, sums);
+  variants.fetch_rest();
+  finish_rows(a, variants, panel, first_row, rows, sums);
 }
 
 #if ROOTGRAFT_VNNI
@@ -273,9 +285,9 @@ void widened_tile(const Product& a, int64_t panel, int64_t first_row, int rows, 
 //     sum over k of (s q + m) (t x)        = s t * dot(q, x) + m t sum(x)                int4
 constexpr int kMaxIntegerRows = 5;
 
-template <typename Group, int R>
+template <typename Group, int R, typename Fetch>
 inline void multiply_integers(const Group* groups, int64_t num_groups, const int8_t* x, const float* scales,
-                              const int32_t* x_sums, Sums* sums) {
+                              const int32_t* x_sums, Sums* sums, Fetch fetch) {
   constexpr bool kIsInt8 = sizeof(Group) == sizeof(Int8Group);
   const int64_t x_stride = num_groups * kGroup;
   Floats local[R][kVectors] = {};
@@ -293,7 +305,7 @@ inline void multiply_integers(const Group* groups, int64_t num_groups, const int
     if constexpr (kIsInt8) {
       for (int quad = 0; quad < 8; ++quad) {
         __m512i w[kVectors];
-        fetch_ahead(groups[g].values[quad], 128);
+        fetch(groups[g].values[quad], sizeof(groups[g].values[quad]));
         for (int v = 0; v < kVectors; ++v) w[v] = bits_of<__m512i>(groups[g].values[quad][v * kLanes]);
         add(quad, w);
       }
@@ -301,7 +313,7 @@ inline void multiply_integers(const Group* groups, int64_t num_groups, const int
       const __m512i low = _mm512_set1_epi8(0x0f);
       for (int quad = 0; quad < 4; ++quad) {
         __m512i w[kVectors], high[kVectors];
-        fetch_ahead(groups[g].values[quad], 128);
+        fetch(groups[g].values[quad], sizeof(groups[g].values[quad]));
         for (int v = 0; v < kVectors; ++v) {
           const __m512i both = bits_of<__m512i>(groups[g].values[quad][v * kLanes]);
           w[v] = _mm512_and_si512(both, low);
@@ -326,35 +338,44 @@ inline void multiply_integers(const Group* groups, int64_t num_groups, const int
     for (int v = 0; v < kVectors; ++v) sums[r][v] = local[r][v];
 }
 
-template <typename Group, int R = kMaxIntegerRows>
+template <typename Group, typename Fetch, int R = kMaxIntegerRows>
 void multiply_integer_rows(int rows, const Group* groups, int64_t num_groups, const int8_t* x, const float* scales,
-                           const int32_t* x_sums, Sums* sums) {
+                           const int32_t* x_sums, Sums* sums, Fetch fetch) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_integer_rows<Group, R - 1>(rows, groups, num_groups, x, scales, x_sums, sums);
+    if (rows < R) {
+      return multiply_integer_rows<Group, Fetch, R - 1>(rows, groups, num_groups, x, scales, x_sums, sums, fetch);
+    }
   }
-  multiply_integers<Group, R>(groups, num_groups, x, scales, x_sums, sums);
+  multiply_integers<Group, R>(groups, num_groups, x, scales, x_sums, sums, fetch);
 }
 
 template <typename Group>
-void integer_tile(const Product& a, int64_t panel, int64_t first_row, int rows) {
+void integer_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
+                  float* scratch) {
   const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
   const Group* const groups = static_cast<const Group*>(a.weight) + panel * num_groups;
+  Sums* const sums = reinterpret_cast<Sums*>(scratch);
+  if (rows <= kMaxIntegerRows) variants.fetch_rest();
   for_blocks(rows, kMaxIntegerRows, [&](int first, int count) {
     const int64_t row = first_row + first;
-    Sums sums[kMaxIntegerRows];
-    multiply_integer_rows(count, groups, num_groups, a.quantized_x + row * num_groups * kGroup,
-                          a.x_scales + row * num_groups, a.x_sums + row * num_groups, sums);
-    finish_rows(a, panel, row, count, sums);
+    const auto multiply = [&](auto fetch) {
+      multiply_integer_rows(count, groups, num_groups, a.quantized_x + row * num_groups * kGroup,
+                            a.x_scales + row * num_groups, a.x_sums + row * num_groups, sums + first, fetch);
+    };
+    first == 0 ? multiply(FetchWeights()) : multiply(FetchTerms{variants});
   });
+  variants.fetch_rest();
+  finish_rows(a, variants, panel, first_row, rows, sums);
 }
 #endif
 
 template <typename Group>
-void quantized_tile(const Product& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+void quantized_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
+                    float* scratch) {
 #if ROOTGRAFT_VNNI
-  if (a.quantized_x != nullptr) return integer_tile<Group>(a, panel, first_row, rows);
+  if (a.quantized_x != nullptr) return integer_tile<Group>(a, variants, panel, first_row, rows, scratch);
 #endif
-  widened_tile<Group>(a, panel, first_row, rows, scratch);
+  widened_tile<Group>(a, variants, panel, first_row, rows, scratch);
 }
 
 }  // namespace
@@ -364,13 +385,16 @@ using namespace rootgraft;
 
 namespace {
 
-void compute_tile(const Product& a, int64_t panel, int64_t first_row, int rows, float* scratch) {
+// A panel times a block of rows; variants: those of the rows.
+void compute_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
+                  float* scratch) {
+  variants.begin_panel(panel);
   switch (a.format) {
-    case kFloat32: dense_tile<float>(a, panel, first_row, rows, scratch); break;
-    case kBFloat16: dense_tile<BFloat16>(a, panel, first_row, rows, scratch); break;
-    case kFloat16: dense_tile<Float16>(a, panel, first_row, rows, scratch); break;
-    case kInt8: quantized_tile<Int8Group>(a, panel, first_row, rows, scratch); break;
-    case kInt4: quantized_tile<Int4Group>(a, panel, first_row, rows, scratch); break;
+    case kFloat32: dense_tile<float>(a, variants, panel, first_row, rows, scratch); break;
+    case kBFloat16: dense_tile<BFloat16>(a, variants, panel, first_row, rows, scratch); break;
+    case kFloat16: dense_tile<Float16>(a, variants, panel, first_row, rows, scratch); break;
+    case kInt8: quantized_tile<Int8Group>(a, variants, panel, first_row, rows, scratch); break;
+    case kInt4: quantized_tile<Int4Group>(a, variants, panel, first_row, rows, scratch); break;
   }
 }
 
@@ -386,14 +410,20 @@ struct ExpertLinearArgs {
 }  // namespace
 
 extern "C" void rootgraft_linear(const void* args, const Step& step, Worker& worker) {
-  const Product a(*static_cast<const LinearArgs*>(args), step.variants);
+  const LinearArgs& a = *static_cast<const LinearArgs*>(args);
   const int64_t num_panels = (a.num_outputs + kPanel - 1) / kPanel;
   const int64_t num_blocks = (step.num_rows + kTileRows - 1) / kTileRows;
+  TileTerms variants;
+  int64_t block_of_variants = -1;
   for (int64_t tile; (tile = worker.take(num_panels * num_blocks)) >= 0;) {
     const int64_t panel = tile % num_panels, block = tile / num_panels;
     const int64_t first = step.num_rows * block / num_blocks;
     const int rows = static_cast<int>(step.num_rows * (block + 1) / num_blocks - first);
-    compute_tile(a, panel, first, rows, worker.scratch<float>());
+    if (step.variants != nullptr && a.terms >= 0 && block != block_of_variants) {
+      variants.look_up(*step.variants, nullptr, a.terms, first, rows);
+      block_of_variants = block;
+    }
+    compute_tile(a, variants, panel, first, rows, worker.scratch<float>());
   }
 }
 
@@ -404,6 +434,7 @@ extern "C" void rootgraft_expert_linear(const void* args, const Step& step, Work
   for (int64_t e = 0; e < a.num_experts; ++e) {
     num_tiles += (a.starts[e + 1] - a.starts[e] + kTileRows - 1) / kTileRows * num_panels;
   }
+  TileTerms variants;
   int64_t expert = 0, first_tile = 0;  // tiles of earlier experts come first
   for (int64_t tile; (tile = worker.take(num_tiles)) >= 0;) {
     if (tile < first_tile) expert = first_tile = 0;
@@ -413,12 +444,14 @@ extern "C" void rootgraft_expert_linear(const void* args, const Step& step, Work
       num_blocks = (num_rows + kTileRows - 1) / kTileRows;
       if (tile < first_tile + num_blocks * num_panels) break;
     }
-    Product linear(a.linear, step.variants, a.tokens);
+    LinearArgs linear(a.linear);
     linear.weight = static_cast<const std::byte*>(a.linear.weight) + expert * a.expert_bytes;
-    linear.terms += expert;
     const int64_t panel = (tile - first_tile) % num_panels, block = (tile - first_tile) / num_panels;
-    const int64_t first = num_rows * block / num_blocks;
-    const int rows = static_cast<int>(num_rows * (block + 1) / num_blocks - first);
-    compute_tile(linear, panel, a.starts[expert] + first, rows, worker.scratch<float>());
+    const int64_t first = a.starts[expert] + num_rows * block / num_blocks;
+    const int rows = static_cast<int>(a.starts[expert] + num_rows * (block + 1) / num_blocks - first);
+    if (step.variants != nullptr && linear.terms >= 0) {
+      variants.look_up(*step.variants, a.tokens, linear.terms + expert, first, rows);
+    }
+    compute_tile(linear, variants, panel, first, rows, worker.scratch<float>());
   }
 }

@@ -10,58 +10,77 @@ namespace rootgraft {
 using PanelSums = Floats[kPanel / kLanes];
 
 constexpr int kUnitVectors = kUnit / kLanes;
-constexpr int kExpandRows = kLanes == 16 ? 8 : (kLanes == 8 ? 2 : 1);  // rows whose sums fit the registers
+// Units of a panel and rows that are computed together, whose sums fit the registers.
+constexpr int kMaxUnits = kLanes == 16 ? 2 : 1;
+constexpr int kExpandRows = kLanes == 16 ? 6 : (kLanes == 8 ? 2 : 1);
 
-// Asks for what a later panel will read. Inline at all costs: a compiler that sees a function without effects drops its
-// calls.
-__attribute__((always_inline)) inline void fetch_unit(const void* b, int64_t num_bytes) {
-  constexpr int kUnitsAhead = 4, kForRead = 0, kSecondLevel = 2;
-  const char* const start = static_cast<const char*>(b) + kUnitsAhead * num_bytes;
-  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kSecondLevel);
-}
-
+// Adds the products of U units that have as many ranks, for R rows; `sums` are those of the first row and unit.
 // Even and odd ranks are summed apart, each one after the other: a row's bits do not depend on how many rows there are.
-template <typename W, int R = kExpandRows>
-inline void expand(int rows, const W* b, int64_t num_ranks, const float* t, int64_t t_stride, PanelSums* sums,
-                   int unit) {
-  if constexpr (R > 1) {
-    if (rows < R) return expand<W, R - 1>(rows, b, num_ranks, t, t_stride, sums, unit);
+template <typename W, int U, int R>
+inline void expand(const W* b, const Unit* units, const float* t, int64_t t_stride, Floats* sums) {
+  constexpr int kVectors = kPanel / kLanes;
+  const int64_t num_ranks = units[0].num_ranks;
+  const W* of_unit[U];
+  const float* of_row[U][R];
+  Floats even[R][U][kUnitVectors], odd[R][U][kUnitVectors] = {};
+  for (int u = 0; u < U; ++u) {
+    of_unit[u] = b + units[u].offset;
+    for (int r = 0; r < R; ++r) {
+      of_row[u][r] = t + r * t_stride + units[u].first_rank;
+      for (int v = 0; v < kUnitVectors; ++v) even[r][u][v] = sums[r * kVectors + u * kUnitVectors + v];
+    }
   }
-  Floats even[R][kUnitVectors], odd[R][kUnitVectors] = {};
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kUnitVectors; ++v) even[r][v] = sums[r][unit * kUnitVectors + v];
   int64_t i = 0;
   for (; i + 2 <= num_ranks; i += 2) {
-    for (int v = 0; v < kUnitVectors; ++v) {
-      Floats first, second;
-      load_pair(b + i * kUnit, v, first, second);
-      for (int r = 0; r < R; ++r) {
-        even[r][v] += broadcast(t[r * t_stride + i]) * first;
-        odd[r][v] += broadcast(t[r * t_stride + i + 1]) * second;
+    for (int u = 0; u < U; ++u) {
+      for (int v = 0; v < kUnitVectors; ++v) {
+        Floats first, second;
+        load_pair(of_unit[u] + i * kUnit, v, first, second);
+        for (int r = 0; r < R; ++r) {
+          even[r][u][v] += broadcast(of_row[u][r][i]) * first;
+          odd[r][u][v] += broadcast(of_row[u][r][i + 1]) * second;
+        }
       }
     }
   }
   if (i < num_ranks) {
-    for (int v = 0; v < kUnitVectors; ++v) {
-      const Floats last = load_first(b + i * kUnit, v);
-      for (int r = 0; r < R; ++r) even[r][v] += broadcast(t[r * t_stride + i]) * last;
+    for (int u = 0; u < U; ++u) {
+      for (int v = 0; v < kUnitVectors; ++v) {
+        const Floats last = load_first(of_unit[u] + i * kUnit, v);
+        for (int r = 0; r < R; ++r) even[r][u][v] += broadcast(of_row[u][r][i]) * last;
+      }
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kUnitVectors; ++v) sums[r][unit * kUnitVectors + v] = even[r][v] + odd[r][v];
+    for (int u = 0; u < U; ++u)
+      for (int v = 0; v < kUnitVectors; ++v)
+        sums[r * kVectors + u * kUnitVectors + v] = even[r][u][v] + odd[r][u][v];
+}
+
+template <typename W, int U, int R = kExpandRows>
+inline void expand_rows(int rows, const W* b, const Unit* units, const float* t, int64_t t_stride, Floats* sums) {
+  if constexpr (R > 1) {
+    if (rows < R) return expand_rows<W, U, R - 1>(rows, b, units, t, t_stride, sums);
+  }
+  expand<W, U, R>(b, units, t, t_stride, sums);
 }
 
 template <typename W>
-void add_low_rank(const LinearTerms& terms, int64_t panel, const float* t, int64_t t_stride, int rows,
-                  PanelSums* sums) {
+inline void add_low_rank(const LinearTerms& terms, int64_t panel, const float* t, int64_t t_stride, int rows,
+                         PanelSums* sums) {
   constexpr int kUnits = kPanel / kUnit;
-  for (int u = 0; u < kUnits; ++u) {
-    const Unit& unit = terms.units[panel * kUnits + u];
-    const W* const b = static_cast<const W*>(terms.b) + unit.offset;
-    fetch_unit(b, unit.num_ranks * kUnit * sizeof(W));
-    for (int first = 0; first < rows; first += kExpandRows) {
-      expand(std::min(rows - first, kExpandRows), b, unit.num_ranks, t + first * t_stride + unit.first_rank, t_stride,
-             sums + first, u);
+  const W* const b = static_cast<const W*>(terms.b);
+  const Unit* const units = terms.units + panel * kUnits;
+  const bool together = kMaxUnits == kUnits && units[0].num_ranks == units[kUnits - 1].num_ranks;
+  for (int first = 0; first < rows; first += kExpandRows) {
+    const int count = std::min(rows - first, kExpandRows);
+    const float* const of_rows = t + first * t_stride;
+    if (together) {
+      expand_rows<W, kMaxUnits>(count, b, units, of_rows, t_stride, sums[first]);
+    } else {
+      for (int u = 0; u < kUnits; ++u) {
+        expand_rows<W, 1>(count, b, units + u, of_rows, t_stride, sums[first] + u * kUnitVectors);
+      }
     }
   }
 }
