@@ -21,6 +21,7 @@ from adapters.plan import plan_load
 from adapters.plan_report import plan_rows, plan_to_json
 from adapters.quantization import QUANTIZATIONS
 from adapters.template_library import load_named_template, template_entries, template_names
+from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 from registry.families import families
 
@@ -44,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m adapters", description="Model adapters and conversation templates")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog="python -m adapters", description="Model adapters and conversation templates")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = verbs.add_parser("list", help="list the model families and the conversation templates")
     verb.add_argument("--json", action="store_true", help="print JSON")

@@ -17,6 +17,7 @@ from controller.server import serve
 from controller.trusted_networks import is_loopback
 from controller.variants.commands import add_variant, list_variants, pin_variant, remove_variant
 from registry.catalog import Catalog
+from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 from registry.flags import add_flags, config_from_args
 from registry.paths import default_database_url
@@ -28,8 +29,8 @@ _Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 TOKEN_VARIABLE = "ROOTGRAFT_WORKER_TOKEN"
 
 
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def create_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m controller",
         description="Serve the OpenAI-compatible API and route its requests to the model workers that register here.",
         allow_abbrev=False,

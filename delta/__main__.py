@@ -13,6 +13,7 @@ from typing import Any
 from delta.artifact import TENSORS_FILE, DeltaConfig, open_delta
 from delta.make import make_delta
 from delta.merge import merge_delta
+from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 
 
@@ -30,8 +31,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m delta", description="Full fine-tunes as deltas of their base model"
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

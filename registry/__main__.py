@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 
 from registry import commands
 from registry.catalog import Catalog
+from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 from registry.fetch import fetch_model
 from registry.listing import format_listing, format_record
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     return 0
 
 
-def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m registry", description=__doc__)
+def _parser(environment: Mapping[str, str]) -> CommandParser:
+    parser = CommandParser(prog="python -m registry", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     database = argparse.ArgumentParser(add_help=False)
     database.add_argument("--database", metavar="URL", default=default_database_url(environment),
