@@ -26,6 +26,15 @@ def test_an_unknown_flag_is_named(arguments: str, capsys: pytest.CaptureFixture[
     assert "unrecognized arguments: --typo" in capsys.readouterr().err
 
 
+def test_arguments_are_those_of_the_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["thing", "--typo", "1"])
+    with pytest.raises(SystemExit):
+        parser().parse_args()
+    assert "unrecognized arguments: --typo" in capsys.readouterr().err
+
+
 def test_everything_else_is_argparses(capsys: pytest.CaptureFixture[str]) -> None:
     options = parser().parse_args(["--por", "1", "keys", "create", "--name", "--a b"])
     assert (options.port, options.command, options.action, options.name) == (1, "keys", "create", "--a b")
