@@ -34,22 +34,22 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: absent, truncated, not safetensors, or a header that contradicts itself or the file's size.
     """
-    header, _, data_start, size = _read_header(path)
+    return read_safetensors_header_and_metadata(path)[0]
+
+
+def read_safetensors_header_and_metadata(path: Path) -> tuple[dict[str, TensorHeader], dict[str, str]]:
+    """As `read_safetensors_header`, and what the writer of `path` had to say.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    header, metadata, data_start, size = _read_header(path)
     tensors = sorted(
         (_tensor(path, name, entry, data_start) for name, entry in header.items()),
         key=lambda tensor: (tensor.offset_bytes, tensor.num_bytes),
     )
     _check_layout(path, tensors, data_start, size)
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def read_safetensors_metadata(path: Path) -> dict[str, str]:
-    """What the writer of `path` had to say.
-
-    Raises:
-        CheckpointError: absent, truncated or not safetensors.
-    """
-    return _read_header(path)[1]
+    return {tensor.name: tensor for tensor in tensors}, metadata
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, str], int, int]:

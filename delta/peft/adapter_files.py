@@ -1,29 +1,28 @@
-"""The two files of an adapter: where they are, their digest, and their tensors."""
+"""The two files of an adapter: where they are, their content, its digest, and their tensors."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from io import FileIO
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from delta.peft.adapter_config import CONFIG_FILE
 from registry.errors import CheckpointError
-from registry.safetensors_header import read_safetensors_header, read_safetensors_metadata
+from registry.safetensors_header import read_safetensors_header_and_metadata
 from registry.tensor_header import TensorHeader
 
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 """The first that exists is read, as by PEFT."""
 
 _PREFIX = "base_model.model."
-_CHUNK_BYTES = 2**20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -40,21 +39,40 @@ def weights_file(directory: Path) -> Path:
     raise CheckpointError(f"{directory} holds no {' or '.join(WEIGHTS_FILES)}; is this an adapter's directory?")
 
 
-def adapter_digest(directory: Path) -> str:
-    """Identity of an adapter: SHA-256 over name, size and bytes of its two files. -> "sha256:..."
+class FileContent(NamedTuple):
+    """A file of an adapter, read once, so that what is hashed is what is computed with.
+
+    Attributes:
+        data: [size] uint8
+    """
+
+    file: Path
+    data: Tensor
+
+
+def read_content(file: Path) -> FileContent:
+    """Read, not mapped: touching a mapped file that has been cut short in the meantime would end the process.
 
     Raises:
-        CheckpointError: a file is missing or cannot be read.
+        CheckpointError: it cannot be read.
     """
+    try:
+        with file.open("rb", buffering=0) as opened:
+            data = torch.empty(os.fstat(opened.fileno()).st_size, dtype=torch.uint8)
+            rest = data.numpy().data
+            while num_read := opened.readinto(rest):
+                rest = rest[num_read:]
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    return FileContent(file, data[: len(data) - len(rest)])
+
+
+def adapter_digest(files: Iterable[FileContent]) -> str:
+    """Identity of an adapter: SHA-256 over name, size and bytes of its two files. -> "sha256:..." """
     hasher = hashlib.sha256()
-    for file in (config_file(directory), weights_file(directory)):
-        try:
-            with file.open("rb") as opened:
-                hasher.update(f"{file.name}\0{os.fstat(opened.fileno()).st_size}\0".encode())
-                while chunk := opened.read(_CHUNK_BYTES):
-                    hasher.update(chunk)
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    for file, data in files:
+        hasher.update(f"{file.name}\0{len(data)}\0".encode())
+        hasher.update(data.numpy().data)
     return f"sha256:{hasher.hexdigest()}"
 
 
@@ -65,6 +83,10 @@ class AdapterTensors:
         file: for messages, and
         config_file: for messages.
         metadata: of the safetensors header.
+
+    Args:
+        read: a tensor by its full name.
+        known_finite: all tensors are.
     """
 
     def __init__(
@@ -73,15 +95,16 @@ class AdapterTensors:
         shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str],
+        *,
+        known_finite: bool = False,
     ) -> None:
         self.file = file
         self.config_file = file.with_name(CONFIG_FILE)
         self.metadata = metadata
         self._shapes = shapes
         self._read = read
+        self._known_finite = known_finite
         self._rest = dict.fromkeys(shapes)
-        parts = [name.split(".") for name in shapes]
-        self._paths = {".".join(path[:length]) for path in parts for length in range(1, len(path))}
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
@@ -89,6 +112,11 @@ class AdapterTensors:
     def any_below(self, path: str) -> bool:
         """Some tensor belongs to the module `path` or to one inside it."""
         return path in self._paths
+
+    @cached_property
+    def _paths(self) -> set[str]:
+        parts = [name.split(".") for name in self._shapes]
+        return {".".join(path[:length]) for path in parts for length in range(1, len(path))}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Raises CheckpointError: there is no such tensor."""
@@ -99,7 +127,7 @@ class AdapterTensors:
         return self._shapes[name]
 
     def take(self, name: str, shape: tuple[int, ...], hint: str = "") -> Tensor:
-        """A tensor: contiguous, finite, in memory of its own, in the file's dtype (float64 becomes float32).
+        """A tensor: contiguous, finite, in the file's dtype (float64 becomes float32), perhaps a part of its content.
 
         Raises:
             CheckpointError: it is missing, taken already, of another shape or type, not finite, or cannot be read.
@@ -114,7 +142,7 @@ class AdapterTensors:
         del self._rest[name]
         try:
             tensor = self._read(_PREFIX + name)
-        except (OSError, RuntimeError) as error:
+        except RuntimeError as error:
             raise CheckpointError(
                 f"{self.file}: {_PREFIX}{name} cannot be read ({error}); copy the file again"
             ) from error
@@ -122,7 +150,7 @@ class AdapterTensors:
             raise CheckpointError(
                 f"{self.file}: {_PREFIX}{name} is of type {tensor.dtype}; save the adapter in float32"
             )
-        if not all_finite(tensor):
+        if not self._known_finite and not all_finite(tensor):
             raise CheckpointError(f"{self.file}: {_PREFIX}{name} holds values that are not finite; train it again")
         dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
         return tensor.to(dtype, memory_format=torch.contiguous_format)
@@ -146,42 +174,49 @@ def all_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-@contextmanager
-def open_tensors(file: Path) -> Iterator[AdapterTensors]:
-    """Open a weights file. Raises CheckpointError: it is truncated, damaged or not an adapter's."""
-    if file.suffix == ".bin":
-        yield _load_pickle(file)
-        return
-    headers = read_safetensors_header(file)
+def open_tensors(weights: FileContent) -> AdapterTensors:
+    """The tensors of a weights file. Raises CheckpointError: it is truncated, damaged or not an adapter's."""
+    if weights.file.suffix == ".bin":
+        return _load_pickle(weights)
+    headers, metadata = read_safetensors_header_and_metadata(weights.file)
     shapes = {name: header.shape for name, header in headers.items()}
-    # Read, not mapped: touching a mapped file that has been cut short in the meantime would end the process.
-    with file.open("rb", buffering=0) as opened:
-        yield AdapterTensors(
-            file,
-            _without_prefix(file, shapes),
-            lambda name: _read_tensor(opened, headers[name]),
-            read_safetensors_metadata(file),
-        )
+    return AdapterTensors(
+        weights.file,
+        _without_prefix(weights.file, shapes),
+        lambda name: _tensor_at(weights.data, headers[name]),
+        metadata,
+        known_finite=_known_finite(weights.data, list(headers.values())),
+    )
 
 
-def _read_tensor(opened: FileIO, header: TensorHeader) -> Tensor:
-    """Raises CheckpointError: it is of a type that adapters do not have, or the file has become shorter."""
+def _tensor_at(data: Tensor, header: TensorHeader) -> Tensor:
+    """A view, but for a tensor that begins where none of its type can.
+
+    Raises:
+        CheckpointError: it is of a type that adapters do not have.
+        RuntimeError: the data ends before it.
+    """
     if header.dtype not in _DTYPES:
         raise CheckpointError(f"{header.file}: {header.name} is of type {header.dtype}; save the adapter in float32")
-    tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype])
-    data = tensor.reshape(-1).view(torch.uint8).numpy().data
-    opened.seek(header.offset_bytes)
-    while data:
-        num_read = opened.readinto(data)
-        if not num_read:
-            raise CheckpointError(f"{header.file} was cut short while it was read; copy it again")
-        data = data[num_read:]
-    return tensor
+    dtype = _DTYPES[header.dtype]
+    piece = data[header.offset_bytes : header.offset_bytes + header.num_bytes]
+    return (piece.clone() if header.offset_bytes % dtype.itemsize else piece).view(dtype).view(header.shape)
 
 
-def _load_pickle(file: Path) -> AdapterTensors:
+def _known_finite(data: Tensor, headers: Sequence[TensorHeader]) -> bool:
+    """All values are finite, as one look at those of a file of one type shows; False: each has to be looked at."""
+    if len({header.dtype for header in headers}) != 1 or headers[0].dtype not in _DTYPES:
+        return False
+    dtype = _DTYPES[headers[0].dtype]
+    values = data[headers[0].offset_bytes :]  # headers are in the order of the data, which has no holes
+    aligned = not headers[0].offset_bytes % dtype.itemsize and not len(values) % dtype.itemsize
+    return aligned and all_finite(values.view(dtype))
+
+
+def _load_pickle(weights: FileContent) -> AdapterTensors:
+    file = weights.file
     try:
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+        loaded: Any = torch.load(io.BytesIO(weights.data.numpy().data), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
         raise CheckpointError(f"{file} cannot be read ({error}); save the adapter as safetensors") from error
     if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from delta.peft.adapter_config import LoraConfig, read_adapter_config
-from delta.peft.adapter_files import AdapterTensors, adapter_digest, all_finite, config_file, open_tensors, weights_file
+from delta.peft.adapter_files import (
+    AdapterTensors,
+    adapter_digest,
+    all_finite,
+    config_file,
+    open_tensors,
+    read_content,
+    weights_file,
+)
 from delta.peft.base_model import BaseModel
 from delta.peft.ia3 import read_ia3
 from delta.peft.lora import read_lora
@@ -16,7 +24,7 @@ from registry.errors import CheckpointError
 
 
 def read_peft_adapter(directory: Path, base: BaseModel) -> VariantTerms:
-    """Read an adapter that was trained on `base`. The tensors own their memory; any thread may call this.
+    """Read an adapter that was trained on `base`. Tensors may share one piece of memory; any thread may call this.
 
     Every tensor of the file is used exactly once, and every one that the configuration calls for must be there.
 
@@ -26,24 +34,27 @@ def read_peft_adapter(directory: Path, base: BaseModel) -> VariantTerms:
     """
     config_path, weights_path = config_file(directory), weights_file(directory)
     before = _states(config_path, weights_path)
-    digest = adapter_digest(directory)
+    weights = read_content(weights_path)
+    digest = adapter_digest([read_content(config_path), weights])
     config = read_adapter_config(config_path)
     builder = TermsBuilder(config_path)
-    with open_tensors(weights_path) as tensors:
-        _check_base_digest(tensors, base)
-        if isinstance(config, LoraConfig):
-            read_lora(config, tensors, base, builder)
-        else:
-            read_ia3(config, tensors, base, builder)
-        tied = isinstance(config, LoraConfig) and config.tied
-        read_whole_modules(config.targets, tensors, base, builder, tied=tied)
-        tensors.check_all_taken()
+    tensors = open_tensors(weights)
+    _check_base_digest(tensors, base)
+    if isinstance(config, LoraConfig):
+        read_lora(config, tensors, base, builder)
+    else:
+        read_ia3(config, tensors, base, builder)
+    tied = isinstance(config, LoraConfig) and config.tied
+    read_whole_modules(config.targets, tensors, base, builder, tied=tied)
+    tensors.check_all_taken()
     if _states(config_path, weights_path) != before:
         raise CheckpointError(f"{directory} was written to while it was read; load it again")
     terms = builder.build(digest)
     if terms.num_modules == 0:
         raise CheckpointError(f"{directory} changes no module of this base; was it trained on another one?")
-    if not all(all_finite(tensor) for tensor in terms.tensors()):
+    of_file = weights.data.data_ptr()  # these are known to be finite
+    computed = (tensor for tensor in terms.tensors() if tensor.untyped_storage().data_ptr() != of_file)
+    if not all(all_finite(tensor) for tensor in computed):
         raise CheckpointError(f"{weights_path}: with its scales, values are not finite; train the adapter again")
     return terms
 

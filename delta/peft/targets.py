@@ -51,6 +51,8 @@ def rank_and_scale(config: LoraConfig, path: str) -> tuple[int, float]:
 
 def in_saved_module(rules: TargetRules, module: str) -> bool:
     """The file holds the module, or one around it, whole. As in PEFT a name may begin in the middle of a word."""
+    if not rules.saved_modules:
+        return False
     parts = module.split(".")
     around = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
     return any(path.endswith(rules.saved_modules) for path in around)

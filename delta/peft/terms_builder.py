@@ -65,6 +65,10 @@ class TermsBuilder:
 
 def scaled(tensor: Tensor, scale: float | Tensor) -> Tensor:
     """tensor * scale, in the tensor's dtype where that is exact, else in float32."""
+    if isinstance(scale, float) and scale == 1.0:
+        return tensor
     product = tensor.float() * scale
+    if tensor.dtype == torch.float32:
+        return product
     rounded = product.to(tensor.dtype)
     return rounded if torch.equal(rounded.float(), product) else product

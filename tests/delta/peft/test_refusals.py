@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from delta.peft.adapter_files import adapter_digest
 from delta.peft.reader import read_peft_adapter
 from registry.errors import CheckpointError, RootgraftError
 from tests.fakes.peft_adapters import TinyBase, make_adapter
@@ -243,14 +242,13 @@ def test_the_dtype_of_the_file_is_kept_where_scales_are_exact(tmp_path: Path) ->
 
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     base = _make("dora", tmp_path / "a")
-    digest = adapter_digest(tmp_path / "a")
+    digest = read_peft_adapter(tmp_path / "a", base).digest
     assert digest.startswith("sha256:")
-    assert read_peft_adapter(tmp_path / "a", base).digest == digest
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert adapter_digest(tmp_path / "b") == digest
+    assert read_peft_adapter(tmp_path / "b", base).digest == digest
     _set(tmp_path / "b", lora_alpha=9)
-    assert adapter_digest(tmp_path / "b") != digest
+    assert read_peft_adapter(tmp_path / "b", base).digest != digest
     with pytest.raises(RootgraftError):
-        adapter_digest(tmp_path / "c")
+        read_peft_adapter(tmp_path / "c", base)
     with safe_open(tmp_path / "a" / "adapter_model.safetensors", framework="pt") as opened:
         assert opened.metadata() is not None
