@@ -30,7 +30,6 @@ import asyncio
 import json
 import os
 import shlex
-import statistics
 import sys
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -47,6 +46,7 @@ from openai_client import RequestFailed
 from random_adapters import DTYPES, AdapterSet, linear_shapes, make_adapters
 from residency import Optimum, count_hits, zipf_trace
 from serve import LevelResult, Load, run_level
+from turns import Comparison, Side, compare
 
 RANK_16 = AdapterSet("r16", (16,), 32)
 MIXED_RANKS = AdapterSet("mixed", (8, 16, 16, 24, 32, 40, 56, 64), 8)
@@ -100,32 +100,6 @@ class Setting:
             "activation": [MOVED],
         }
         return list(dict.fromkeys(made for case in cases for made in needed.get(case, [])))
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One of the loads that are compared.
-
-    Attributes:
-        models: of the requests, in turn.
-    """
-
-    name: str
-    url: str
-    models: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Attributes:
-    ratios: throughput of each side over that of the first one, the median of the rounds.
-    rounds: by side, one result a round.
-    """
-
-    streams: int
-    tokens_per_s: dict[str, float]
-    ratios: dict[str, float]
-    rounds: dict[str, list[LevelResult]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,23 +216,11 @@ class LoraBench:
         Args:
             at: the side as it is in a round.
         """
-        results: dict[str, list[LevelResult]] = {side.name: [] for side in sides}
-        for number in range(self._setting.rounds):
-            for side in sides:
-                result = await self._level(at(side, number), streams, f"{case}/{side.name}/{number}")
-                results[side.name].append(result)
-        first = results[sides[0].name]
 
-        def median_ratio(name: str) -> float:
-            pairs = zip(results[name], first, strict=True)
-            return statistics.median(one.output_tokens_per_s / base.output_tokens_per_s for one, base in pairs)
+        def run(side: Side, number: int) -> Awaitable[LevelResult]:
+            return self._level(at(side, number), streams, f"{case}/{side.name}/{number}")
 
-        return Comparison(
-            streams,
-            {name: statistics.median(one.output_tokens_per_s for one in found) for name, found in results.items()},
-            {name: median_ratio(name) for name in results},
-            results,
-        )
+        return await compare(run, streams, sides, self._setting.rounds)
 
     async def _level(self, side: Side, streams: int, seed: str, num_requests: int | None = None) -> LevelResult:
         """Raises RequestFailed: none of the requests succeeded."""

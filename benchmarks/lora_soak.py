@@ -25,7 +25,6 @@ import json
 import random
 import re
 import shlex
-import socket
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
@@ -38,9 +37,9 @@ import aiohttp
 import psutil
 from machine import describe_machine
 from openai_client import RequestFailed
+from processes import LOG_NAME, free_ports, ready, started
 from random_adapters import ranks
 from serve import percentiles
-from serving_overhead import LOG_NAME, ready, started
 from soak_adapters import VERSIONS, make_bad_adapters, make_good_adapters
 from soak_checks import Content, Request, same_tokens
 from soak_traffic import (
@@ -202,7 +201,7 @@ async def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     root = directory / "root"
     names = make_good_adapters(root, options.model_path, options.ranks, options.num_adapters, seed=options.seed)
     bad_paths = make_bad_adapters(root, options.model_path, seed=options.seed)
-    port, worker_port = _free_ports(2)
+    port, worker_port = free_ports(2)
     url, worker_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{worker_port}"
     log = directory / LOG_NAME
     database = f"sqlite:///{directory / 'catalog.sqlite3'}"
@@ -276,16 +275,6 @@ def _worker_command(options: argparse.Namespace, root: Path, port: int, controll
 def _pair(names: Sequence[str]) -> tuple[str, str]:
     first, second = names
     return first, second
-
-
-def _free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

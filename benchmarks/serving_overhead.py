@@ -15,15 +15,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import shlex
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,11 +28,10 @@ import aiohttp
 import psutil
 from machine import describe_machine
 from openai_client import Answer, Endpoint, RequestFailed, stream_answer
+from processes import LOG_NAME, free_ports, ready, started
 from serve import percentiles
 
 MODEL = "constant"
-LOG_NAME = "processes.log"
-START_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,43 +87,6 @@ class CpuTimes:
 def _cpu_s(process: psutil.Process) -> float:
     times = process.cpu_times()
     return times.user + times.system
-
-
-@contextmanager
-def started(log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process of this Python, stopped at the end; its output is added to the file `log`."""
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    with (
-        log.open("ab") as output,
-        subprocess.Popen(
-            [sys.executable, *command], stdout=output, stderr=output, cwd=root, env=environment
-        ) as process,
-    ):
-        try:
-            yield process
-        finally:
-            process.terminate()
-
-
-async def ready(
-    session: aiohttp.ClientSession, url: str, num_workers: int, processes: Sequence[subprocess.Popen[bytes]]
-) -> None:
-    """Wait until the controller answers and has so many workers.
-
-    Raises:
-        RequestFailed: it does not within START_TIMEOUT_S, or a process has ended.
-    """
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
-        try:
-            async with session.get(url + "/health") as response:
-                if (await response.json())["workers"] == num_workers:
-                    return
-        except aiohttp.ClientError:
-            pass  # it does not listen yet
-        await asyncio.sleep(0.1)
-    raise RequestFailed(f"{url} does not have {num_workers} workers")
 
 
 async def run_level(
@@ -203,9 +161,7 @@ async def run(options: argparse.Namespace, directory: Path) -> list[LevelResult]
     Raises:
         RequestFailed: a process does not start, or a request fails; the logs are in `directory`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     results: list[LevelResult] = []
     database = f"sqlite:///{directory / 'catalog.sqlite3'}"

@@ -19,7 +19,10 @@ from delta.peft.reader import read_peft_adapter
 from tests.fakes.peft_adapters import TinyBase
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-OWN = ("lora", "lora_activation", "random_adapters", "adapter_server", "residency", "serve", "openai_client", "machine")
+OWN = (
+    "lora", "lora_activation", "random_adapters", "adapter_server", "residency", "serve", "turns", "openai_client",
+    "machine",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODULES = (
-    "lora_soak", "soak_traffic", "soak_checks", "soak_adapters", "random_adapters", "serving_overhead", "serve",
+    "lora_soak", "soak_traffic", "soak_checks", "soak_adapters", "random_adapters", "processes", "serve",
     "openai_client", "machine",
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ def serving_overhead(monkeypatch) -> ModuleType:
     """The script as it is when it is run: its own directory is on the path."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("serving_overhead")
-    for name in ("serving_overhead", "serve", "openai_client", "machine"):
+    for name in ("serving_overhead", "processes", "serve", "openai_client", "machine"):
         sys.modules.pop(name, None)
 
 
