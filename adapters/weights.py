@@ -19,8 +19,8 @@ from adapters.gguf_architectures import Rearrangement, find_architecture
 from adapters.load_plan import LoadPlan
 from compression.gguf import dequantize, read_grouped
 from compression.grouped_weight import GroupedWeight
-from delta.apply import DeltaStack
 from delta.artifact import open_delta
+from delta.delta_stack import DeltaStack
 from registry.checkpoint import Checkpoint
 from registry.errors import CheckpointError
 

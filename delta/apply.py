@@ -1,69 +1,139 @@
-"""Add deltas to the weights of their base."""
+"""Apply a delta to its base on disk: the fine-tune as an ordinary checkpoint directory again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
-from delta.artifact import Delta
-from delta.codec import add
+from compression.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter
+from delta.artifact import EXTRA_FILES, Delta, open_delta
+from delta.checkpoint_tensors import CheckpointTensors, open_checkpoint
+from delta.output_path import check_apart
+from delta.reconstruct import reconstruct
 from delta.tensor_digest import tensor_digest
+from registry.companion_files import companion_files
+from registry.digest import Progress
 from registry.errors import CheckpointError
+from registry.staged_directory import staged_directory
 
 
-class DeltaStack:
-    """One or more deltas of one base, added while its weights stream by.
+def apply_delta(
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write base + delta to the directory `out`, in the dtypes and with the files of the fine-tune.
 
-    Every tensor of the base is compared with the digest in the delta, so that a delta never runs on another base.
+    Reads one tensor at a time. Every tensor is compared with the digest of what the delta gives back.
+
+    Args:
+        dtype: of all floating-point weights that are written; None: the fine-tune's own.
+        force: replace a model's directory that is there; it stays until the new one is complete.
+        progress: called with the bytes that are done, and all.
+
+    Raises:
+        InvalidRequestError: `out` is an input.
+        CheckpointError: another base than the delta's, a damaged file, or an `out` that exists.
+        UnsupportedModelError: a base that is not safetensors.
+        InternalError: the disk is full.
     """
+    check_apart(out, base, delta)
+    with (
+        open_checkpoint(base) as ours,
+        open_delta(delta) as opened,
+        staged_directory(out, replaces=("config.json",) if force else ()) as staging,
+    ):
+        names = [*ours.names(), *opened.config.tensors, *opened.config.tied]
+        with SafetensorsWriter(staging, names, max_shard_bytes=max_shard_bytes) as writer:
+            for name, weight in given_back(ours, opened, progress):
+                writer.add(name, weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight)
+        for name, content in small_files(companion_files(base), opened).items():
+            (staging / name).write_bytes(content)
 
-    def __init__(self, deltas: Sequence[Delta]) -> None:
-        self._deltas = tuple(deltas)
-        self._seen: set[str] = set()
 
-    def apply(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """The weight `name` with all deltas added: cast(fp32(W) + fp32(D1) + fp32(D2) + ...), exact for one delta.
+def given_back(
+    base: CheckpointTensors, delta: Delta, progress: Progress | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that the delta gives back, checked against its digest, in the order of the base's files.
 
-        Raises:
-            CheckpointError: the base is not the one that a delta was made from, or two deltas that cannot be added.
-        """
-        self._seen.add(name)
-        self._check_base(name, base)
-        changing = [delta for delta in self._deltas if name in delta.config.tensors]
-        if not changing:
-            return base
-        if len(changing) > 1 and any(delta.config.tensors[name].codec == "replace" for delta in changing):
-            paths = " and ".join(str(delta.path) for delta in changing)
-            raise CheckpointError(f"{paths} both change {name!r} and one replaces it; they cannot be used together")
-        weight = base
-        for delta in changing:
-            stored, entry = delta.read(name), delta.config.tensors[name]
-            if stored.shape != base.shape:
-                raise CheckpointError(f"{delta.path}: {name!r} is {list(stored.shape)}, the base's {list(base.shape)}")
-            if entry.codec == "replace":
-                return stored
-            # Only the last sum is rounded to the fine-tune's dtype.
-            weight = add(weight, stored, entry.torch_dtype if delta is changing[-1] else torch.float32)
-        return weight
+    Raises:
+        CheckpointError: another base than the delta's, or a damaged file.
+    """
+    config = delta.config
+    check_base_names(base, delta)
+    expected = config.result_tensors()
+    by_base: dict[str | None, list[str]] = {}
+    for name, entry in config.tensors.items():
+        by_base.setdefault(entry.base, []).append(name)
+    copies: dict[str, list[str]] = {}
+    for name, other in config.tied.items():
+        copies.setdefault(other, []).append(name)
+    done = 0
+    for base_name in (*base.names(), None):
+        before = None if base_name is None else read_base(base, base_name, delta)
+        names = by_base.get(base_name, [])
+        if base_name is not None and base_name not in names and base_name not in config.dropped:
+            names = [base_name, *names]
+        for name in names:
+            weight = before if name == base_name and name not in config.tensors else _weight(before, name, delta)
+            assert weight is not None
+            if tensor_digest(weight) != expected[name]:
+                raise CheckpointError(f"{delta.path} does not give back the {name!r} that it promises; copy it again")
+            for each in (name, *copies.get(name, ())):
+                yield each, weight
+        if progress is not None and before is not None:
+            done += before.nbytes
+            progress(done, base.num_bytes)
 
-    def _check_base(self, name: str, base: torch.Tensor) -> None:
-        digest = tensor_digest(base)
-        for delta in self._deltas:
-            expected = delta.config.base_tensors.get(name)
-            if expected != digest:
-                what = "has besides" if expected is None else "differs in"
-                raise CheckpointError(
-                    f"{delta.path} was made from another base model ({delta.config.base_digest[:19]}…): "
-                    f"this one {what} {name!r}. Use the base that it was made from"
-                )
 
-    def check_complete(self) -> None:
-        """Raises CheckpointError if the base lacked a tensor that a delta's base has."""
-        for delta in self._deltas:
-            missing = sorted(delta.config.base_tensors.keys() - self._seen)
-            if missing:
-                raise CheckpointError(
-                    f"{delta.path} belongs to another base model: {len(missing)} of its tensors are not in this one "
-                    f"({', '.join(missing[:3])})"
-                )
+def small_files(base_files: Mapping[str, Path], delta: Delta) -> dict[str, bytes]:
+    """The fine-tune's config, tokenizer and template files by name.
+
+    Raises:
+        CheckpointError: one is missing or is not the one that the delta was made with.
+    """
+    found = {}
+    for name, digest in delta.config.files.items():
+        stored = delta.path / EXTRA_FILES / name
+        source = stored if stored.is_file() else base_files.get(name)
+        content = None if source is None else source.read_bytes()
+        if content is None or hashlib.sha256(content).hexdigest() != digest:
+            where = "the delta's copy is damaged" if source is stored else "the base's file is missing or was changed"
+            raise CheckpointError(f"{name} is not the file that {delta.path} was made with: {where}")
+        found[name] = content
+    return found
+
+
+def check_base_names(base: CheckpointTensors, delta: Delta) -> None:
+    ours, theirs = set(base.names()), delta.config.base.tensors.keys()
+    if ours != theirs:
+        raise CheckpointError(
+            f"{delta.path} was made from another base model, {delta.config.base.name}: tensors that only one of both "
+            f"has are {', '.join(sorted(ours ^ theirs)[:3])}. Use the base that it was made from"
+        )
+
+
+def read_base(base: CheckpointTensors, name: str, delta: Delta) -> torch.Tensor:
+    tensor = base.read(name)
+    if tensor_digest(tensor) != delta.config.base.tensors[name]:
+        raise CheckpointError(
+            f"{delta.path} was made from another base model, {delta.config.base.name} "
+            f"({delta.config.base.digest[:19]}…): this one differs in {name!r}. Use the base that it was made from"
+        )
+    return tensor
+
+
+def _weight(before: torch.Tensor | None, name: str, delta: Delta) -> torch.Tensor:
+    entry = delta.config.tensors[name]
+    try:
+        return reconstruct(before, delta.read_terms(name), entry.torch_dtype, entry.shape)
+    except ValueError as error:
+        raise CheckpointError(f"{delta.path}: {name!r}: {error}; make the delta again") from error

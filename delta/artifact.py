@@ -1,77 +1,27 @@
-"""The delta artifact: a directory with `delta_config.json` and `delta.safetensors` (docs/formats/delta.md)."""
+"""Read a delta artifact: a directory with `delta_config.json` and `delta.safetensors` (docs/formats/delta.md)."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from compression.safetensors_writer import SAFETENSORS_DTYPES
-from delta.codec import CODECS, Codec
+from delta.codecs.codec import Term
+from delta.codecs.registry import DIFFERENCE_CODECS, WHOLE_CODECS
+from delta.delta_config import ROWS, DeltaConfig, DeltaTensor, StoredPart, read_delta_config
 from delta.tensor_digest import tensor_digest
+from delta.tensor_file import read_tensor
 from registry.errors import CheckpointError
+from registry.safetensors_header import read_safetensors_header
+from registry.tensor_header import TensorHeader
 
-FORMAT = "rootgraft-delta"
-FORMAT_VERSION = 1
-CONFIG_FILE = "delta_config.json"
 TENSORS_FILE = "delta.safetensors"
 EXTRA_FILES = "files"
-
-_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaTensor:
-    """A tensor that the fine-tune changed.
-
-    Attributes:
-        codec: how the change is stored.
-        dtype: of the weight in the fine-tune, in safetensors' spelling.
-        digest: of the stored tensor, in hex.
-    """
-
-    codec: Codec
-    dtype: str
-    digest: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class DeltaConfig:
-    """delta_config.json.
-
-    Attributes:
-        base_digest, target_digest: "sha256:…" of all tensors of the base and of the fine-tune (registry.digest).
-        base_tensors: name -> digest in hex of every tensor of the base, changed or not.
-        tensors: the changed ones.
-        files: name -> SHA-256 in hex of the fine-tune's small files that differ from the base's, kept under `files/`.
-    """
-
-    base_digest: str
-    target_digest: str
-    base_tensors: Mapping[str, str]
-    tensors: Mapping[str, DeltaTensor]
-    files: Mapping[str, str]
-
-    def to_json(self) -> str:
-        document = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "base": {"digest": self.base_digest, "tensors": dict(sorted(self.base_tensors.items()))},
-            "target": {"digest": self.target_digest},
-            "tensors": {name: asdict(tensor) for name, tensor in sorted(self.tensors.items())},
-            "files": dict(sorted(self.files.items())),
-        }
-        return json.dumps(document, indent=2) + "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +30,37 @@ class Delta:
 
     path: Path
     config: DeltaConfig
-    _tensors: Any  # safetensors.safe_open, which has no public type
+    _headers: Mapping[str, TensorHeader]
+    _opened: FileIO
 
-    def read(self, name: str) -> torch.Tensor:
-        """The stored tensor of a changed weight; raises CheckpointError if it is not the one that was written."""
+    def read_terms(self, name: str) -> tuple[Term, ...]:
+        """The terms of a changed tensor, in memory of their own.
+
+        Raises:
+            CheckpointError: they are not what was written, or not what their codecs write.
+        """
+        entry = self.config.tensors[name]
+        terms = tuple(
+            Term(
+                term.codec,
+                {part: self._read_part(part_key(name, index, part), stored) for part, stored in term.parts.items()},
+            )
+            for index, term in enumerate(entry.terms)
+        )
         try:
-            tensor: torch.Tensor = self._tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path / TENSORS_FILE}: tensor {name!r} cannot be read ({error})") from error
-        if tensor_digest(tensor) != self.config.tensors[name].digest:
-            raise CheckpointError(f"{self.path / TENSORS_FILE}: tensor {name!r} is damaged; copy the delta again")
+            _check(terms, entry)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path / TENSORS_FILE}: {name!r}: {error}; make the delta again") from error
+        return terms
+
+    def _read_parts(self, name: str, index: int) -> dict[str, torch.Tensor]:
+        parts = self.config.tensors[name].terms[index].parts
+        return {part: self._read_part(part_key(name, index, part), stored) for part, stored in parts.items()}
+
+    def _read_part(self, key: str, stored: StoredPart) -> torch.Tensor:
+        tensor = read_tensor(self._opened, self._headers[key])
+        if tensor_digest(tensor) != stored.digest:
+            raise CheckpointError(f"{self.path / TENSORS_FILE}: tensor {key!r} is damaged; copy the delta again")
         return tensor
 
 
@@ -101,70 +72,46 @@ def open_delta(path: Path) -> Iterator[Delta]:
         CheckpointError: no delta, damaged, or of a format version or codec that this program does not know.
     """
     config = read_delta_config(path)
+    file = path / TENSORS_FILE
+    headers = read_safetensors_header(file)
+    expected = {key: (part.dtype, part.shape) for key, part in stored_parts(config).items()}
+    if {key: (header.dtype, header.shape) for key, header in headers.items()} != expected:
+        raise CheckpointError(f"{file} does not hold the tensors that its description names; copy the delta again")
     try:
-        opened = safe_open(path / TENSORS_FILE, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path / TENSORS_FILE} cannot be read ({error}); copy the delta again") from error
-    with opened as tensors:
-        if set(tensors.keys()) != set(config.tensors):
-            raise CheckpointError(
-                f"{path}: {TENSORS_FILE} and {CONFIG_FILE} name different tensors; copy the delta again"
-            )
-        yield Delta(path, config, tensors)
+        opened = file.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); copy the delta again") from error
+    with opened:
+        yield Delta(path, config, headers, opened)
 
 
-def read_delta_config(path: Path) -> DeltaConfig:
-    """Read and check delta_config.json of a delta directory."""
-    file = path / CONFIG_FILE
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is no delta: it has no {CONFIG_FILE}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); copy the delta again") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is not the description of a delta (its format is not {FORMAT!r})")
-    if document.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format version {document.get('format_version')!r}; this program reads version {FORMAT_VERSION}"
-        )
-    try:
-        return _config_from_document(document)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}; copy the delta again") from error
+def part_key(name: str, index: int, part: str) -> str:
+    """The name of a stored part in delta.safetensors, of term `index` of the tensor `name`."""
+    return f"{name}/{index}/{part}"
 
 
-def _config_from_document(document: dict[str, Any]) -> DeltaConfig:
-    unknown = document.keys() - {"format", "format_version", "base", "target", "tensors", "files"}
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
-    config = DeltaConfig(
-        base_digest=_set_digest(document["base"]["digest"]),
-        target_digest=_set_digest(document["target"]["digest"]),
-        base_tensors={str(name): _digest(value) for name, value in document["base"]["tensors"].items()},
-        tensors={str(name): DeltaTensor(**tensor) for name, tensor in document["tensors"].items()},
-        files={_plain_name(name): _digest(value) for name, value in document["files"].items()},
-    )
-    for name, tensor in config.tensors.items():
-        _digest(tensor.digest)
-        if tensor.codec not in CODECS or tensor.dtype not in _DTYPES:
-            raise ValueError(f"tensor {name!r} has codec {tensor.codec!r} and dtype {tensor.dtype!r}")
-        if name not in config.base_tensors:
-            raise ValueError(f"tensor {name!r} is not in the base")
-    return config
+def stored_parts(config: DeltaConfig) -> dict[str, StoredPart]:
+    """All tensors of delta.safetensors by name."""
+    return {
+        part_key(name, index, part): stored
+        for name, entry in config.tensors.items()
+        for index, term in enumerate(entry.terms)
+        for part, stored in term.parts.items()
+    }
 
 
-def _set_digest(value: str) -> str:
-    return "sha256:" + _digest(value.removeprefix("sha256:"))
-
-
-def _digest(value: str) -> str:
-    if len(value) != 64 or int(value, 16) < 0:
-        raise ValueError(f"{value!r} is no SHA-256")
-    return value
-
-
-def _plain_name(name: str) -> str:
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise ValueError(f"{name!r} is no plain file name")
-    return name
+def _check(terms: tuple[Term, ...], entry: DeltaTensor) -> None:
+    """Raises ValueError."""
+    shape = entry.shape
+    if terms and terms[-1].codec == ROWS:
+        rows = terms[-1].parts.get(ROWS)
+        if rows is None or len(terms[-1].parts) > 1 or rows.dtype != entry.torch_dtype or rows.ndim != len(shape):
+            raise ValueError("the rows that the base does not have are missing or of another type")
+        if rows.ndim == 0 or rows.shape[1:] != shape[1:] or len(rows) > shape[0]:
+            raise ValueError(f"the rows that the base does not have are {list(rows.shape)} of {list(shape)}")
+        shape = (shape[0] - len(rows), *shape[1:])
+    for term in terms:
+        if term.codec in DIFFERENCE_CODECS:
+            DIFFERENCE_CODECS[term.codec].check(term.parts, (math.prod(shape[:-1]), shape[-1]))
+        elif term.codec in WHOLE_CODECS:
+            WHOLE_CODECS[term.codec].check(term.parts, entry.torch_dtype, shape)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from delta.tensor_file import read_tensor
 from registry.checkpoint import Checkpoint, read_checkpoint
 from registry.errors import CheckpointError, UnsupportedModelError
 
 
 class CheckpointTensors:
-    """The tensors of one checkpoint, mapped from its files."""
+    """The tensors of one checkpoint; each that is read is in memory of its own."""
 
-    def __init__(self, checkpoint: Checkpoint, opened: dict[Path, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, opened: Mapping[Path, FileIO]) -> None:
         self.checkpoint = checkpoint
         self._opened = opened
 
@@ -27,14 +27,25 @@ class CheckpointTensors:
         headers = self.checkpoint.tensors.values()
         return [header.name for header in sorted(headers, key=lambda at: (order[at.file], at.offset_bytes))]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.checkpoint.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.tensors[name].shape
+
     def read(self, name: str) -> torch.Tensor:
         """Raises CheckpointError if the file was damaged since it was opened."""
-        file = self.checkpoint.tensors[name].file
-        try:
-            tensor: torch.Tensor = self._opened[file].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: tensor {name!r} cannot be read ({error})") from error
-        return tensor
+        header = self.checkpoint.tensors[name]
+        return read_tensor(self._opened[header.file], header)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(header.num_bytes for header in self.checkpoint.tensors.values())
+
+    def states(self) -> list[tuple[str, int, int, int]]:
+        """Name, size, change time and inode of each file: other ones after a file was written to or replaced."""
+        found = [(file.name, file.stat()) for file in self.checkpoint.files]
+        return [(name, at.st_size, at.st_mtime_ns, at.st_ino) for name, at in found]
 
 
 @contextmanager
@@ -52,10 +63,10 @@ def open_checkpoint(path: Path) -> Iterator[CheckpointTensors]:
             f"Convert it first: python -m adapters convert {path} DIRECTORY"
         )
     with ExitStack() as stack:
-        opened: dict[Path, Any] = {}
+        opened: dict[Path, FileIO] = {}
         for file in checkpoint.files:
             try:
-                opened[file] = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
+                opened[file] = stack.enter_context(file.open("rb", buffering=0))
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read ({error.strerror}); download it again") from error
         yield CheckpointTensors(checkpoint, opened)

@@ -181,7 +181,7 @@ class DeltaConfig:
         result_digest: "sha256:…" of the tensors that are given back: the target's if every tensor is exact.
         tensors: those of the fine-tune that are not the base's, by name.
         tied: tensors that are copies of another one of the result, by name.
-        dropped: tensors of the base, copies of others there, that the fine-tune does not have.
+        dropped: tensors of the base that the fine-tune does not have, and the base's tensor that each is a copy of.
         files: name -> SHA-256 in hex of the fine-tune's small files; those that the base does not have alike are kept
             under `files/`.
         license: of the fine-tune, as its maker gave it.
@@ -192,7 +192,7 @@ class DeltaConfig:
     result_digest: str
     tensors: Mapping[str, DeltaTensor]
     tied: Mapping[str, str]
-    dropped: tuple[str, ...]
+    dropped: Mapping[str, str]
     files: Mapping[str, str]
     lineage: Lineage
     license: str | None = None
@@ -210,8 +210,10 @@ class DeltaConfig:
                 known = tensor.base in self.base.tensors and (tensor.base == name or name not in self.base.tensors)
             if not known:
                 raise ValueError(f"tensor {name!r} does not belong to {tensor.base!r} of the base")
-        if not self.base.tensors.keys() >= set(self.dropped) or self.tensors.keys() & set(self.dropped):
-            raise ValueError("a tensor is dropped that the base does not have, or that changed")
+        digests = self.base.tensors
+        for name, other in self.dropped.items():
+            if name in self.tensors or other in self.dropped or digests.get(name, name) != digests.get(other):
+                raise ValueError(f"{name!r} is no copy of {other!r} in the base, or was not dropped")
         if self.result_digest != combine_tensor_digests(self.result_tensors()):
             raise ValueError("result_digest is not that of the tensors")
 

@@ -1,130 +1,185 @@
-"""Make a delta: what a full fine-tune changed in its base, stored so that the fine-tune comes back bit for bit."""
+"""Make a delta: what a full fine-tune changed in its base."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from compression.safetensors_writer import SAFETENSORS_DTYPES, SafetensorsWriter
-from delta.apply import DeltaStack
-from delta.artifact import CONFIG_FILE, EXTRA_FILES, TENSORS_FILE, DeltaConfig, DeltaTensor, open_delta
+from delta.artifact import EXTRA_FILES
 from delta.checkpoint_tensors import CheckpointTensors, open_checkpoint
-from delta.codec import encode
+from delta.codecs.codec import Term
+from delta.codecs.policy import CodecPolicy
+from delta.delta_config import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    DeltaBase,
+    DeltaConfig,
+    DeltaTarget,
+    DeltaTensor,
+    Lineage,
+)
+from delta.encode_tensor import encode_tensor
+from delta.make_journal import JournalEntry, MakeJournal
+from delta.model_pair import ModelPair, pair_tensors
+from delta.output_path import check_apart
 from delta.tensor_digest import tensor_digest
 from registry.companion_files import companion_files
-from registry.digest import combine_tensor_digests
+from registry.digest import Progress, combine_tensor_digests
 from registry.errors import CheckpointError, InvalidRequestError
-from registry.staged_directory import staged_directory
-
-_REPORT_EVERY_BYTES = 1 << 30
+from registry.staged_directory import resumable_directory
 
 
-@dataclass(slots=True)
-class _Differences:
-    """What one pass over both models found."""
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """What a person says about a delta.
 
-    base_digests: dict[str, str] = field(default_factory=dict)
-    target_digests: dict[str, str] = field(default_factory=dict)
-    tensors: dict[str, DeltaTensor] = field(default_factory=dict)
+    Attributes:
+        base_name, base_revision, target_name: None: the directory's name; no revision.
+        parents: digests of artifacts that it continues or replaces.
+    """
+
+    base_name: str | None = None
+    base_revision: str | None = None
+    target_name: str | None = None
+    license: str | None = None
+    parents: tuple[str, ...] = ()
 
 
-def make_delta(base: Path, target: Path, out: Path, *, report: Callable[[str], None]) -> DeltaConfig:
-    """Write the delta of the fine-tune `target` against `base` to the new directory `out`.
+def make_delta(
+    base: Path,
+    target: Path,
+    out: Path,
+    policy: CodecPolicy,
+    *,
+    labels: Labels,
+    force: bool = False,
+    report: Callable[[str], None],
+    progress: Progress | None = None,
+) -> DeltaConfig:
+    """Write the delta of the fine-tune `target` against `base` to the directory `out`.
 
-    Reads two tensors at a time. The result is read back and compared with the fine-tune before it appears under `out`.
+    Holds two tensors at a time and what their encoding needs. If it is killed, the next call with the same inputs goes
+    on where it was.
+
+    Args:
+        force: replace a delta that is there; it stays until the new one is complete.
+        progress: called with the bytes of the fine-tune that are done, and all.
 
     Raises:
         InvalidRequestError: the two models are the same.
-        CheckpointError: the two have different tensors, one cannot be read, or `out` exists.
+        CheckpointError: they are no base and fine-tune, one cannot be read or was written to, or `out` exists.
         UnsupportedModelError: a checkpoint that is not safetensors.
         InternalError: the disk is full.
     """
+    check_apart(out, base, target)
     with (
-        open_checkpoint(base) as base_tensors,
-        open_checkpoint(target) as target_tensors,
-        staged_directory(out) as staging,
+        open_checkpoint(base) as ours,
+        open_checkpoint(target) as theirs,
+        resumable_directory(out, replaces=(CONFIG_FILE,) if force else ()) as directory,
     ):
-        _check_same_tensors(base_tensors, target_tensors)
-        found = _write_differences(base_tensors, target_tensors, staging, report)
-        files = _store_files(companion_files(base), companion_files(target), staging)
-        if not found.tensors and not (staging / EXTRA_FILES).exists():
-            raise InvalidRequestError(f"{target} does not differ from {base}; there is nothing to store")
-        config = DeltaConfig(
-            base_digest=combine_tensor_digests(found.base_digests),
-            target_digest=combine_tensor_digests(found.target_digests),
-            base_tensors=found.base_digests,
-            tensors=found.tensors,
-            files=files,
-        )
-        (staging / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-        report("verifying")
-        _verify(staging, base_tensors, found)
-    codecs = Counter(tensor.codec for tensor in config.tensors.values())
-    shown = ", ".join(f"{count} {codec}" for codec, count in sorted(codecs.items())) or "none"
-    report(f"wrote {out}: {len(config.tensors)} of {len(config.base_tensors)} tensors changed ({shown}), verified")
+        inputs = {
+            "made_with": [FORMAT_VERSION, _made_with()],
+            "base": ours.states(),
+            "target": theirs.states(),
+            "policy": asdict(policy),
+        }
+        with MakeJournal(directory.scratch, inputs) as journal:
+            if journal.entries:
+                report(f"going on after {len(journal.entries)} tensors")
+            pair = pair_tensors(ours, theirs)
+            _encode_all(ours, theirs, pair, policy, journal, progress)
+            files = _store_files(companion_files(base), companion_files(target), directory.result)
+            config = _describe(ours, theirs, pair, journal, files, labels)
+            if (ours.states(), theirs.states()) != (inputs["base"], inputs["target"]):
+                raise CheckpointError("a model was written to while it was read; make the delta again")
+            if not config.tensors and not config.tied and not (directory.result / EXTRA_FILES).exists():
+                raise InvalidRequestError(f"{target} does not differ from {base}; there is nothing to store")
+            journal.write_tensors(directory.result)
+        (directory.result / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
     return config
 
 
-def _check_same_tensors(base: CheckpointTensors, target: CheckpointTensors) -> None:
-    ours, theirs = base.checkpoint.tensors, target.checkpoint.tensors
-    for owner, names in (("base", ours.keys() - theirs.keys()), ("fine-tune", theirs.keys() - ours.keys())):
-        if names:
-            raise CheckpointError(
-                f"only the {owner} has {len(names)} tensors ({', '.join(sorted(names)[:3])}): these are no base and "
-                "fine-tune, or one was saved with tied weights and the other without"
-            )
-    for name, header in ours.items():
-        if theirs[name].shape != header.shape:
-            raise CheckpointError(
-                f"{name!r} is {list(header.shape)} in the base and {list(theirs[name].shape)} in the fine-tune; a "
-                "delta needs equal shapes. Give the base the fine-tune's vocabulary size first"
-            )
+def _encode_all(
+    base: CheckpointTensors,
+    target: CheckpointTensors,
+    pair: ModelPair,
+    policy: CodecPolicy,
+    journal: MakeJournal,
+    progress: Progress | None,
+) -> None:
+    done = 0
+    for name, base_name in pair.bases.items():
+        if name not in journal.entries:
+            after = target.read(name)
+            before = None if base_name is None else base.read(base_name)
+            base_digest = None if before is None else tensor_digest(before)
+            target_digest = tensor_digest(after)
+            tensor: DeltaTensor | None = None
+            terms: tuple[Term, ...] = ()
+            if base_digest != target_digest or name != base_name:
+                terms, tensor = encode_tensor(before, after, policy, base_name=base_name, target_digest=target_digest)
+            digest_of_name = base_digest if name == base_name else None
+            journal.add(JournalEntry(name, digest_of_name, target_digest, tensor), terms)
+        done += target.checkpoint.tensors[name].num_bytes
+        if progress is not None:
+            progress(done, target.num_bytes)
 
 
-def _write_differences(
-    base: CheckpointTensors, target: CheckpointTensors, staging: Path, report: Callable[[str], None]
-) -> _Differences:
-    found = _Differences()
-    names = base.names()
-    num_bytes = next_report = 0
-    with SafetensorsWriter(staging, names, stem=Path(TENSORS_FILE).stem, max_shard_bytes=None) as writer:
-        for count, name in enumerate(names, 1):
-            before, after = base.read(name), target.read(name)
-            found.base_digests[name] = tensor_digest(before)
-            found.target_digests[name] = tensor_digest(after)
-            if found.base_digests[name] != found.target_digests[name]:
-                codec, stored = encode(before, after)
-                found.tensors[name] = DeltaTensor(codec, SAFETENSORS_DTYPES[after.dtype], tensor_digest(stored))
-                writer.add(name, stored)
-            num_bytes += after.nbytes
-            if num_bytes >= next_report or count == len(names):
-                report(f"{count} of {len(names)} tensors compared, {len(found.tensors)} differ")
-                next_report = num_bytes + _REPORT_EVERY_BYTES
-    return found
-
-
-def _store_files(base: Mapping[str, Path], target: Mapping[str, Path], staging: Path) -> dict[str, str]:
+def _store_files(base: Mapping[str, Path], target: Mapping[str, Path], directory: Path) -> dict[str, str]:
     """Digests of all small files of the fine-tune; those that the base does not have alike are copied."""
     digests: dict[str, str] = {}
     for name, file in target.items():
-        digests[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        content = file.read_bytes()
+        digests[name] = hashlib.sha256(content).hexdigest()
         if name in base and hashlib.sha256(base[name].read_bytes()).hexdigest() == digests[name]:
             continue
-        (staging / EXTRA_FILES).mkdir(exist_ok=True)
-        shutil.copyfile(file, staging / EXTRA_FILES / name)
+        (directory / EXTRA_FILES).mkdir(exist_ok=True)
+        (directory / EXTRA_FILES / name).write_bytes(content)
     return digests
 
 
-def _verify(staging: Path, base: CheckpointTensors, found: _Differences) -> None:
-    """Apply what was written to the base and compare every changed tensor with the fine-tune's digest."""
-    with open_delta(staging) as delta:
-        stack = DeltaStack([delta])
-        for name in found.tensors:
-            if tensor_digest(stack.apply(name, base.read(name))) != found.target_digests[name]:
-                raise CheckpointError(
-                    f"the delta does not give {name!r} back; were the models written to meanwhile? Make it again"
-                )
+def _describe(
+    base: CheckpointTensors,
+    target: CheckpointTensors,
+    pair: ModelPair,
+    journal: MakeJournal,
+    files: Mapping[str, str],
+    labels: Labels,
+) -> DeltaConfig:
+    entries = [journal.entries[name] for name in pair.bases]
+    base_digests = {entry.name: entry.base_digest for entry in entries if entry.base_digest is not None}
+    base_digests |= {name: tensor_digest(base.read(name)) for name in pair.dropped}
+    target_digests = {entry.name: entry.target_digest for entry in entries}
+    tensors = {entry.name: entry.tensor for entry in entries if entry.tensor is not None}
+    result = {entry.name: entry.target_digest if entry.tensor is None else entry.tensor.digest for entry in entries}
+    base_path, target_path = base.checkpoint.path, target.checkpoint.path
+    return DeltaConfig(
+        base=DeltaBase(
+            name=labels.base_name or base_path.resolve().name,
+            revision=labels.base_revision,
+            digest=combine_tensor_digests(base_digests),
+            tensors=base_digests,
+        ),
+        target=DeltaTarget(
+            name=labels.target_name or target_path.resolve().name,
+            digest=combine_tensor_digests(_with_copies(target_digests, pair.tied)),
+        ),
+        result_digest=combine_tensor_digests(_with_copies(result, pair.tied)),
+        tensors=tensors,
+        tied=pair.tied,
+        dropped=pair.dropped,
+        files=files,
+        lineage=Lineage(_made_with(), "full fine-tune", labels.parents),
+        license=labels.license,
+    )
+
+
+def _made_with() -> str:
+    return f"rootgraft {version('rootgraft')}"
+
+
+def _with_copies(digests: dict[str, str], tied: Mapping[str, str]) -> dict[str, str]:
+    return digests | {name: digests[other] for name, other in tied.items()}

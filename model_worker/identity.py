@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from adapters.load_plan import LoadPlan
-from delta.artifact import read_delta_config
+from delta.delta_config import read_delta_config
 from registry.digest_cache import cached_base_digest
 
 
@@ -16,5 +16,5 @@ def weights_digest(plan: LoadPlan, cache_dir: Path) -> str:
         CheckpointError: the checkpoint or the delta cannot be read.
     """
     if plan.deltas:
-        return read_delta_config(plan.deltas[-1]).target_digest
+        return read_delta_config(plan.deltas[-1]).result_digest
     return cached_base_digest(plan.checkpoint, cache_dir)

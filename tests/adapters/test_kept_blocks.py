@@ -15,8 +15,8 @@ from adapters.load_plan import LoadPlan
 from adapters.weights import iterate_weights, read_weights
 from compression.gguf import GROUPED_TYPES
 from compression.grouped_weight import GroupedWeight
-from delta.make import make_delta
 from registry.checkpoint import Checkpoint, read_checkpoint
+from tests.delta.models import make
 from tests.fakes.load_plans import make_plan
 from tests.fakes.tiny_gguf import write_gguf
 
@@ -98,7 +98,7 @@ def test_deltas_are_added_to_numbers(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         save_file({key: weight.contiguous() for key, weight in weights.items()}, tmp_path / name / "model.safetensors")
-    make_delta(tmp_path / "base", tmp_path / "fine-tune", tmp_path / "delta", report=lambda line: None)
+    make(tmp_path / "base", tmp_path / "fine-tune", tmp_path / "delta")
     plan = dataclasses.replace(plan, deltas=(tmp_path / "delta",))
     for name, weight in iterate_weights(plan, keep_blocks=True):
         assert isinstance(weight, torch.Tensor)

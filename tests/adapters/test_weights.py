@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from adapters.gguf import config_from_gguf
 from adapters.weights import read_weights, weight_names
 from compression.safetensors_writer import SafetensorsWriter
-from delta.codec import same_bits
+from delta.same_bits import same_bits
 from registry.checkpoint import read_checkpoint
 from registry.errors import CheckpointError
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from compression.safetensors_writer import SAFETENSORS_DTYPES, SafetensorsWriter
-from delta.codec import same_bits
+from delta.same_bits import same_bits
 from registry.checkpoint import read_checkpoint
 from registry.errors import CheckpointError
 

@@ -9,7 +9,7 @@ import pytest
 
 from registry.companion_files import companion_files
 from registry.errors import CheckpointError, InternalError
-from registry.staged_directory import staged_directory
+from registry.staged_directory import resumable_directory, staged_directory
 
 
 def test_it_appears_at_the_end(tmp_path: Path) -> None:
@@ -61,3 +61,58 @@ def test_companion_files_are_neither_weights_nor_code(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     (tmp_path / "onnx.json").mkdir()
     assert sorted(companion_files(tmp_path)) == ["chat_template.jinja", "config.json", "merges.txt", "tokenizer.model"]
+
+
+def test_a_directory_that_holds_such_a_file_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("x")
+    with pytest.raises(CheckpointError, match="exists already"), staged_directory(target, replaces=["new"]):
+        pass
+    with pytest.raises(KeyboardInterrupt), staged_directory(target, replaces=["old"]):
+        raise KeyboardInterrupt
+    assert [file.name for file in target.iterdir()] == ["old"]
+    with staged_directory(target, replaces=["old"]) as staging:
+        (staging / "new").write_text("y")
+    assert [file.name for file in target.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_renames_where_the_system_cannot_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    test_a_directory_that_holds_such_a_file_is_replaced(tmp_path)
+
+
+def test_scratch_is_kept_when_interrupted(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def start() -> None:
+        with resumable_directory(target) as directory:
+            (directory.scratch / "work").write_text("half")
+            (directory.result / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert not target.exists()
+    with resumable_directory(target) as directory:
+        assert (directory.scratch / "work").read_text() == "half"
+        assert not list(directory.result.iterdir())
+        (directory.result / "file").write_text("whole")
+        with pytest.raises(CheckpointError, match="another program"), resumable_directory(target):
+            pass
+    assert (target / "file").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_scratch_goes_when_the_work_fails(tmp_path: Path) -> None:
+    def fail(error: Exception) -> None:
+        with resumable_directory(tmp_path / "out") as directory:
+            (directory.scratch / "work").write_text("half")
+            raise error
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        fail(CheckpointError("damaged"))
+    with pytest.raises(InternalError, match="no space left"):
+        fail(OSError(errno.ENOSPC, "No space left on device"))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,62 @@
+"""`python -m delta make`: store what a fine-tune changed in its base."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from pathlib import Path
+from typing import Any
+
+from delta.codecs.policy import CodecChoice, CodecPolicy, Residual
+from delta.delta_table import delta_table
+from delta.make import Labels, make_delta
+from delta.progress_bar import progress_bar
+
+
+def add_parser(verbs: Any) -> None:
+    verb: argparse.ArgumentParser = verbs.add_parser("make", help="store what a fine-tune changed in its base")
+    verb.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base model (safetensors)")
+    verb.add_argument("--target", type=Path, required=True, metavar="DIR", help="the fine-tune (safetensors)")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the delta to write")
+    verb.add_argument(
+        "--force", action="store_true", help="replace a delta that is there, once the new one is complete"
+    )
+    verb.add_argument(
+        "--codec",
+        choices=typing.get_args(CodecChoice),
+        default="auto",
+        help="how changed matrices are stored; auto: chosen for each by what changed (default: %(default)s)",
+    )
+    verb.add_argument(
+        "--residual",
+        choices=typing.get_args(Residual),
+        action="append",
+        default=[],
+        help="what follows a sign or ternary term, of what it left; may be repeated",
+    )
+    verb.add_argument(
+        "--rank", type=int, default=CodecPolicy().rank, metavar="INT", help="of low-rank terms (default: %(default)s)"
+    )
+    verb.add_argument("--base-name", metavar="NAME", help="name of the base (default: the directory's)")
+    verb.add_argument("--base-revision", metavar="REVISION", help="revision of the base")
+    verb.add_argument("--name", metavar="NAME", help="name of the fine-tune (default: the directory's)")
+    verb.add_argument("--license", metavar="ID", help="license of the fine-tune")
+    verb.add_argument(
+        "--parent",
+        action="append",
+        default=[],
+        metavar="DIGEST",
+        help="a delta that this one continues; may be repeated",
+    )
+    verb.set_defaults(run=_make)
+
+
+def _make(args: argparse.Namespace) -> None:
+    policy = CodecPolicy(codec=args.codec, residuals=tuple(args.residual), rank=args.rank)
+    labels = Labels(args.base_name, args.base_revision, args.name, args.license, tuple(args.parent))
+    with progress_bar("making") as progress:
+        config = make_delta(
+            args.base, args.target, args.out, policy, labels=labels, force=args.force, report=print, progress=progress
+        )
+    print(delta_table(config))
+    print(f"wrote {args.out}")

@@ -1,0 +1,31 @@
+"""`python -m delta verify`: check that a delta is whole, and belongs to a base."""
+
+from __future__ import annotations
+
+import argparse
+import typing
+from pathlib import Path
+from typing import Any
+
+from delta.progress_bar import progress_bar
+from delta.verify import Level, verify_delta
+
+
+def add_parser(verbs: Any) -> None:
+    verb: argparse.ArgumentParser = verbs.add_parser("verify", help="check that a delta is whole and fits its base")
+    verb.add_argument("delta", type=Path, metavar="DIR", help="the delta")
+    verb.add_argument("--base", type=Path, metavar="DIR", help="the base model (safetensors)")
+    verb.add_argument(
+        "--level",
+        choices=typing.get_args(Level),
+        default="full",
+        help="header: names, shapes and sizes; sampled: also the data of some tensors; full: all data, and with --base "
+        "that the delta gives back what it promises (default: %(default)s)",
+    )
+    verb.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    with progress_bar("verifying") as progress:
+        verify_delta(args.delta, args.base, level=args.level, progress=progress)
+    print(f"{args.delta} is whole" + ("" if args.base is None else f" and belongs to {args.base}"))
