@@ -38,6 +38,7 @@ class LoadPlan:
         stop_token_ids: ids that end a sequence.
         max_model_len: most tokens of prompt and output together.
         memory: estimate shown to the operator and checked against the machine.
+        vocab_size: rows of the embedding; ids from here on cannot be asked for.
         kept_types: GGUF types whose blocks stay as the file has them, by whoever can compute with them.
     """
 
@@ -53,4 +54,5 @@ class LoadPlan:
     stop_token_ids: tuple[int, ...]
     max_model_len: int
     memory: MemoryEstimate
+    vocab_size: int
     kept_types: frozenset[str] = frozenset()

@@ -105,6 +105,7 @@ def plan_load(
         stop_token_ids=stop_token_ids(checkpoint, config, tokenizer, template),
         max_model_len=length,
         memory=memory,
+        vocab_size=adapter.vocab_size,
         kept_types=precision.kept_types,
     )
 

@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from adapters.chat_format import read_chat_template, special_tokens, turn_end_ids
 from adapters.chat_template import ChatTemplate
 from adapters.load_plan import LoadPlan
-from adapters.tokenizer import Tokenizer
+from adapters.tokenizer import Tokenizer, load_tokenizer
+from delta.fine_tune_files import is_delta, write_small_files
 from registry.checkpoint_file import MAX_JSON_BYTES, file_size, read_json_file
 from registry.errors import CheckpointError, UnsupportedModelError
 
@@ -27,31 +29,44 @@ class PromptFormat:
     Attributes:
         chat_template: its own; None: it has none, so that the base's holds.
         stop_token_ids: ids that end its replies and not the base's, ascending.
+        tokenizer: its own, which has tokens that the base's has not; None: the base's holds.
     """
 
     chat_template: ChatTemplate | None = None
     stop_token_ids: tuple[int, ...] = ()
+    tokenizer: Tokenizer | None = None
 
 
 def read_prompt_format(
     directory: Path, base: LoadPlan, tokenizer: Tokenizer, *, with_template: bool = True
 ) -> PromptFormat:
-    """Read the tokenizer files that training leaves beside an adapter; most adapters have none, or those of the base.
+    """Read the tokenizer files that training leaves beside an adapter, or that come with a delta.
 
-    Texts are always tokenized by the base's tokenizer. So added tokens must be tokens of the base; the rest of the
-    vocabulary, which no adapter changes, is not compared.
+    Most adapters have none, or those of the base. A tokenizer with added tokens that the base's has not is used for the
+    fine-tune's texts, if the base's embedding has rows for them; the rest of the vocabulary, which no fine-tune
+    changes, is not compared.
 
     Args:
+        directory: of the adapter or delta.
         with_template: False: another chat template was asked for, and the fine-tune's own is not even read.
 
     Raises:
         CheckpointError: one of the files cannot be read, or the template is not valid.
-        UnsupportedModelError: the tokenizer has tokens that the base's has not.
+        UnsupportedModelError: the tokenizer has tokens for which the base has no rows.
     """
+    if not is_delta(directory):
+        return _read(directory, base, tokenizer, with_template=with_template)
+    with TemporaryDirectory(prefix="rootgraft-") as files:
+        write_small_files(base.path, directory, Path(files))
+        return _read(Path(files), base, tokenizer, with_template=with_template)
+
+
+def _read(directory: Path, base: LoadPlan, tokenizer: Tokenizer, *, with_template: bool) -> PromptFormat:
     file = directory / "tokenizer_config.json"
     config = read_json_file(file) if file.exists() else {}
     own = {name: text for name in _SPECIAL if (text := _text(config.get(name))) is not None}
-    _check_added_tokens(directory, config, tokenizer, padding=own.get("pad_token"))
+    own_tokenizer = _own_tokenizer(directory, config, base, tokenizer, padding=own.get("pad_token"))
+    tokenizer = own_tokenizer or tokenizer
     template: ChatTemplate | None = None
     stop: set[int] = set()
     if with_template:
@@ -60,20 +75,31 @@ def read_prompt_format(
         stop.update(turn_end_ids(tokenizer, template))
     if "eos_token" in own:
         stop.add(_token_id(tokenizer, own["eos_token"], directory))
-    return PromptFormat(template, tuple(sorted(stop.difference(base.stop_token_ids))))
+    return PromptFormat(template, tuple(sorted(stop.difference(base.stop_token_ids))), own_tokenizer)
 
 
-def _check_added_tokens(
-    directory: Path, config: Mapping[str, Any], tokenizer: Tokenizer, *, padding: str | None
-) -> None:
-    """Padding is never part of a prompt, so the base need not know it."""
-    for text, index in _added_tokens(directory, config):
-        if text != padding and tokenizer.backend.token_to_id(text) != index:
-            raise UnsupportedModelError(
-                f"{directory}: the tokenizer has the token {text!r} with id {index}, which the base model has not: its "
-                "prompts would be tokenized otherwise than in training. Train it without new tokens, or take the "
-                "tokenizer's files away if no prompt holds this one."
-            )
+def _own_tokenizer(
+    directory: Path, config: Mapping[str, Any], base: LoadPlan, tokenizer: Tokenizer, *, padding: str | None
+) -> Tokenizer | None:
+    """None: all added tokens are the base's. Padding is never part of a prompt, so the base need not know it."""
+    new = [
+        (text, index)
+        for text, index in _added_tokens(directory, config)
+        if text != padding and tokenizer.backend.token_to_id(text) != index
+    ]
+    if not new:
+        return None
+    (text, index) = new[0]
+    if (directory / "tokenizer.json").exists():
+        own = load_tokenizer(directory)
+        if all(own.backend.token_to_id(text) == index and index < base.vocab_size for text, index in new):
+            return own
+    raise UnsupportedModelError(
+        f"The tokenizer has the token {text!r} with id {index}, which the base model's tokenizer has not; for that, a "
+        f"tokenizer.json with it is needed, and a base whose embedding has a row for it (this one's has {base.vocab_size}). "
+        "Train it without new tokens, take the tokenizer's files away if no prompt holds this one, or serve the "
+        "fine-tune as a model of its own."
+    )
 
 
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ import torch
 
 from adapters import plan_load
 from adapters.plan_report import plan_rows
+from model_worker.applied_model import applied_model
 from model_worker.config import WorkerConfig, parse_config
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.llm_engine import LLMEngine
@@ -68,7 +69,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     kernels = find_kernels(cache_dir, required=must_be_native)
     native = kernels is not None and config.engine.model_impl != "transformers"
     plan = plan_load(
-        source.path,
+        applied_model(source.path, config.deltas, cache_dir),
         dtype=config.dtype,
         quantization=config.quantization,
         chat_template=config.chat_template,

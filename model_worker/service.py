@@ -58,6 +58,7 @@ class Engine(Protocol):
         sampling: SamplingParams,
         *,
         loras: Sequence[LoraWeight] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> AsyncGenerator[RequestOutput, None]: ...
     def stats(self) -> EngineStats: ...
 
@@ -88,7 +89,7 @@ class WorkerService:
         self._engine = engine
         self._tokenizer = engine.tokenizer
         self._names = TokenNames(engine.tokenizer)
-        self._encoder = PromptEncoder(engine.tokenizer)
+        self._encoder = PromptEncoder()
         self._chat_template = plan.chat_template
         self._numbers = itertools.count()
         self.model = ServedModel(
@@ -126,14 +127,19 @@ class WorkerService:
         """
         self._check_model(request.model)
         prompts = self.variants.prompt_format(lora.name for lora in request.loras)
-        prompt = await self._encoder.encode(request.prompt, prompts.chat_template or self._chat_template)
+        tokenizer = prompts.tokenizer or self._tokenizer
+        prompt = await self._encoder.encode(request.prompt, tokenizer, prompts.chat_template or self._chat_template)
         sampling = self._sampling(request.sampling, prompt, prompts.stop_token_ids)
         loras = tuple(LoraWeight(lora.name, lora.scale) for lora in request.loras)
-        builder = EventBuilder(self._names, prompt.token_ids, prompt_text=self._prompt_text(request, prompt))
+        names = self._names if prompts.tokenizer is None else TokenNames(prompts.tokenizer)
+        builder = EventBuilder(names, prompt.token_ids, prompt_text=_prompt_text(request, prompt, tokenizer))
         # The controller may send a request again while the engine still winds up its first attempt.
         engine_id = f"{request.request_id}#{next(self._numbers)}"
         try:
-            async with aclosing(self._engine.generate(engine_id, prompt.token_ids, sampling, loras=loras)) as outputs:
+            outputs = self._engine.generate(
+                engine_id, prompt.token_ids, sampling, loras=loras, tokenizer=prompts.tokenizer
+            )
+            async with aclosing(outputs):
                 async for output in outputs:
                     events = builder.build(output)
                     if events:
@@ -149,17 +155,18 @@ class WorkerService:
     async def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         self._check_model(request.model)
         prompts = self.variants.prompt_format(lora.name for lora in request.loras)
-        template = prompts.chat_template or self._chat_template
-        token_ids = (await self._encoder.encode(request.prompt, template)).token_ids
+        tokenizer, template = prompts.tokenizer or self._tokenizer, prompts.chat_template or self._chat_template
+        token_ids = (await self._encoder.encode(request.prompt, tokenizer, template)).token_ids
         return TokenizeReply(
             token_ids=token_ids,
-            token_strs=await self._encoder.token_strs(token_ids) if request.return_token_strs else None,
+            token_strs=await self._encoder.token_strs(token_ids, tokenizer) if request.return_token_strs else None,
             max_model_len=self._engine.max_model_len,
         )
 
     async def detokenize(self, request: DetokenizeRequest) -> DetokenizeReply:
         self._check_model(request.model)
-        return DetokenizeReply(text=await self._encoder.decode(request.token_ids))
+        tokenizer = self.variants.prompt_format(lora.name for lora in request.loras).tokenizer or self._tokenizer
+        return DetokenizeReply(text=await self._encoder.decode(request.token_ids, tokenizer))
 
     def _check_model(self, name: str) -> None:
         if name != self.model.name:
@@ -174,9 +181,10 @@ class WorkerService:
         values["stop_token_ids"] = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else ends))
         return SamplingParams(**values)
 
-    def _prompt_text(self, request: GenerateRequest, prompt: EncodedPrompt) -> str | None:
-        if not request.return_prompt_text:
-            return None
-        if prompt.text is not None:
-            return prompt.text
-        return self._tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+
+def _prompt_text(request: GenerateRequest, prompt: EncodedPrompt, tokenizer: Tokenizer) -> str | None:
+    if not request.return_prompt_text:
+        return None
+    if prompt.text is not None:
+        return prompt.text
+    return tokenizer.decode(prompt.token_ids, skip_special_tokens=False)

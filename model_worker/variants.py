@@ -197,7 +197,7 @@ class Variants:
 
         Raises:
             ModelNotFoundError: one is not there.
-            InvalidRequestError: their chat templates differ.
+            InvalidRequestError: their chat templates or tokenizers differ.
         """
         formats = {name: self._known(name).prompts for name in names}
         templates: dict[tuple[str, ...], ChatTemplate] = {}  # by what decides the text
@@ -210,8 +210,14 @@ class Variants:
                 "with --chat-template to choose one for all of them.",
                 param="loras",
             )
+        tokenizers = [prompts.tokenizer for prompts in formats.values()]
+        if len(formats) > 1 and any(tokenizers):
+            raise InvalidRequestError(
+                f"One of {', '.join(formats)} has tokens of its own, so that no prompt suits them all; use it alone.",
+                param="loras",
+            )
         stop = {token_id for prompts in formats.values() for token_id in prompts.stop_token_ids}
-        return PromptFormat(next(iter(templates.values()), None), tuple(sorted(stop)))
+        return PromptFormat(next(iter(templates.values()), None), tuple(sorted(stop)), next(iter(tokenizers), None))
 
     # ------------------------------------------------------------------------------------------ internal
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
+from adapters.tokenizer import Tokenizer
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.async_loras import AsyncLoras, LoraCall
 from model_worker.engine.lora.lora_weight import LoraWeight
@@ -28,6 +29,7 @@ class _Add:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     loras: tuple[LoraWeight, ...]
+    tokenizer: Tokenizer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ class AsyncLLMEngine:
         prompt_token_ids: list[int],
         sampling: SamplingParams,
         loras: Sequence[LoraWeight] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the news of one request until it is finished. Closing the generator cancels the request.
 
@@ -105,6 +108,7 @@ class AsyncLLMEngine:
 
         Args:
             loras: adapters that are added to the base, all at once.
+            tokenizer: turns sampled ids into text; None: the model's.
 
         Raises:
             ClientError: the request was not accepted (before anything was yielded).
@@ -115,7 +119,7 @@ class AsyncLLMEngine:
         if self.failed is not None:
             raise InternalError("The engine of this model worker has failed; see its log.")
         mailbox = self._tracker.open(request_id)
-        self._commands.put(_Add(request_id, prompt_token_ids, sampling, tuple(loras)))
+        self._commands.put(_Add(request_id, prompt_token_ids, sampling, tuple(loras), tokenizer))
         finished = False
         try:
             while not finished:
@@ -187,7 +191,11 @@ class AsyncLLMEngine:
         """None, or why a request is refused."""
         try:
             self._engine.add_request(
-                command.request_id, command.prompt_token_ids, command.sampling, loras=command.loras
+                command.request_id,
+                command.prompt_token_ids,
+                command.sampling,
+                loras=command.loras,
+                tokenizer=command.tokenizer,
             )
         except RootgraftError as error:
             return command.request_id, error

@@ -162,11 +162,13 @@ class LLMEngine:
         sampling: SamplingParams,
         *,
         loras: SequenceOf[LoraWeight] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Accept a request; its news come from `step`.
 
         Args:
             loras: adapters that are added to the base, all at once.
+            tokenizer: turns its sampled ids into text; None: the model's.
 
         Raises:
             ModelNotFoundError: there is no such adapter.
@@ -199,7 +201,7 @@ class LLMEngine:
         self._next_seq_id += sampling.n
         self._states[request_id] = _RequestState(
             group,
-            [self._detokenizer(sequence) for sequence in sequences],
+            [_detokenizer(sequence, tokenizer or self.tokenizer) for sequence in sequences],
             prompt_logprobs_due=sampling.prompt_logprobs is not None,
         )
         self._prompt_tokens += len(prompt_token_ids)
@@ -303,6 +305,9 @@ class LLMEngine:
             kv_blocks_used=self._block_manager.num_used_blocks,
             kv_blocks_total=self._block_manager.num_blocks,
             max_loras=0 if self._loras is None else self._loras.max_active,
+            num_active_loras=0 if self._loras is None else self._loras.num_active,
+            num_lora_combinations=0 if self._loras is None else self._loras.num_combinations,
+            lora_combination_bytes=0 if self._loras is None else self._loras.combination_bytes,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
             draft_tokens_total=scheduler.num_drafts,
@@ -371,17 +376,6 @@ class LLMEngine:
                 )
             sampling = replace(sampling, max_tokens=room)
         return sampling
-
-    def _detokenizer(self, sequence: Sequence) -> IncrementalDetokenizer:
-        sampling = sequence.sampling
-        return IncrementalDetokenizer(
-            self.tokenizer,
-            sequence.token_ids,
-            skip_special_tokens=sampling.skip_special_tokens,
-            stop=sampling.stop,
-            include_stop_str_in_output=sampling.include_stop_str_in_output,
-            min_tokens=sampling.min_tokens,
-        )
 
     def _process(self, output: SchedulerOutput, result: StepResult) -> list[RequestOutput]:
         samples = iter(result.samples)
@@ -516,3 +510,15 @@ def _standing(samples: list[SampledToken | RootgraftError], drafts: SequenceOf[i
         if sample.token_id != draft:
             break
     return standing
+
+
+def _detokenizer(sequence: Sequence, tokenizer: Tokenizer) -> IncrementalDetokenizer:
+    sampling = sequence.sampling
+    return IncrementalDetokenizer(
+        tokenizer,
+        sequence.token_ids,
+        skip_special_tokens=sampling.skip_special_tokens,
+        stop=sampling.stop,
+        include_stop_str_in_output=sampling.include_stop_str_in_output,
+        min_tokens=sampling.min_tokens,
+    )

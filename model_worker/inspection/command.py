@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from adapters import plan_load
+from model_worker.applied_model import applied_model
 from model_worker.config import add_model_flags, positive_int
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
@@ -105,7 +106,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         find_kernels(cache_dir) is not None or find_compiler() is not None
     )
     plan = plan_load(
-        source.path,
+        applied_model(source.path, args.apply_delta, cache_dir),
         dtype=args.dtype,
         quantization=args.quantization,
         max_model_len=args.max_model_len,

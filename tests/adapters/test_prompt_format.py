@@ -77,13 +77,35 @@ NEW = {"content": "<pirate>", "special": True}
     [
         {"added_tokens": {"<pirate>": 258}},
         {"tokenizer_config": {"added_tokens_decoder": {"258": NEW}}},
-        {"tokenizer": {"version": "1.0", "added_tokens": [{"id": 258, **NEW}], "model": {"vocab": {}}}},
         {"added_tokens": {"</s>": 256}},
     ],
 )
-def test_tokens_that_the_base_has_not_are_refused(tmp_path: Path, files: dict[str, Any]) -> None:
+def test_new_tokens_without_a_tokenizer_are_refused(tmp_path: Path, files: dict[str, Any]) -> None:
     write(tmp_path, **files)
-    with pytest.raises(UnsupportedModelError, match="which the base model has not"):
+    with pytest.raises(UnsupportedModelError, match=r"a tokenizer\.json with it is needed"):
+        read(tmp_path)
+
+
+def with_tokens(directory: Path, *texts: str) -> None:
+    """Write a tokenizer that has these tokens besides."""
+    tokenizer = ByteTokenizer()
+    tokenizer.backend.add_special_tokens(list(texts))
+    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    write(directory, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": texts[0]})
+
+
+def test_tokens_of_its_own_come_with_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    with_tokens(tmp_path, "<pirate>", "<parrot>")
+    found = read(tmp_path)
+    assert found.tokenizer is not None
+    assert found.tokenizer.encode("a<parrot>") == [ord("a"), 259]
+    assert found.tokenizer.decode([258], skip_special_tokens=False) == "<pirate>"
+    assert found.stop_token_ids == (258,)
+
+
+def test_tokens_for_which_the_base_has_no_rows_are_refused(tmp_path: Path) -> None:
+    with_tokens(tmp_path, "<pirate>", "<parrot>", "<plank>")
+    with pytest.raises(UnsupportedModelError, match=r"this one's has 260"):
         read(tmp_path)
 
 

@@ -49,6 +49,7 @@ class FakeEngine:
         self.gate.set()
         self.requests: list[tuple[str, list[int], SamplingParams]] = []
         self.requested_loras: list[tuple[LoraWeight, ...]] = []
+        self.requested_tokenizers: list[Tokenizer | None] = []
         self.loras = FakeLoras()
         self.running: set[str] = set()
         self.aborted: list[str] = []
@@ -81,11 +82,13 @@ class FakeEngine:
         sampling: SamplingParams,
         *,
         loras: Sequence[LoraWeight] = (),
+        tokenizer: Tokenizer | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         self._check(prompt_token_ids)
         assert request_id not in self.running
         self.requests.append((request_id, prompt_token_ids, sampling))
         self.requested_loras.append(tuple(loras))
+        self.requested_tokenizers.append(tokenizer)
         self.running.add(request_id)
         ended = False
         try:

@@ -9,6 +9,7 @@ from adapters.load_plan import LoadPlan, MemoryEstimate
 from registry.checkpoint import Checkpoint
 from registry.families import ModelFamily
 
+VOCAB_SIZE = 260  # of a ByteTokenizer, and a few rows more
 LINES_TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -31,4 +32,5 @@ def make_plan(*, chat: bool = True, stop: tuple[str, ...] = (), max_model_len: i
         stop_token_ids=(257,),
         max_model_len=max_model_len,
         memory=MemoryEstimate(weights_bytes=0, kv_bytes_per_token=0, activations_bytes=0),
+        vocab_size=VOCAB_SIZE,
     )

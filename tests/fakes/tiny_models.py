@@ -250,4 +250,5 @@ def make_tiny_plan(path: Path, *, dtype: str = "float32", max_model_len: int = M
         stop_token_ids=(),
         max_model_len=max_model_len,
         memory=MemoryEstimate(weights_bytes=0, kv_bytes_per_token=0, activations_bytes=0),
+        vocab_size=VOCAB_SIZE,
     )

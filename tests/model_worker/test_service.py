@@ -234,6 +234,27 @@ async def test_a_chat_is_rendered_by_the_adapters_own_template_and_ends_where_it
     assert bytes((await service.tokenize(asked)).token_ids) == b"Arr, hi"
 
 
+async def test_a_fine_tunes_own_tokens_are_its_own(engine: FakeEngine, adapters: Path) -> None:
+    tokenizer = ByteTokenizer()
+    tokenizer.backend.add_special_tokens(["<parrot>"])
+    tokenizer.backend.save(str(adapters / "plain" / "tokenizer.json"))
+    (adapters / "plain" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    service = await with_adapters(engine, adapters)
+    prompt = TextPrompt(text="a<parrot>")
+    await events_of(service, request(prompt, loras=("plain",)))
+    await events_of(service, request(prompt))
+    assert [token_ids for _, token_ids, _ in engine.requests] == [[ord("a"), 258], list(b"a<parrot>")]
+    assert [tokenizer is None for tokenizer in engine.requested_tokenizers] == [False, True]
+    plain = [LoraWeight(name="plain")]
+    reply = await service.tokenize(TokenizeRequest(model="fake", loras=plain, prompt=prompt, return_token_strs=True))
+    assert reply.token_strs == ["a", "<parrot>"]
+    assert (await service.detokenize(DetokenizeRequest(model="fake", loras=plain, token_ids=[258]))).text == "<parrot>"
+    with pytest.raises(InvalidRequestError, match="258"):
+        await service.detokenize(DetokenizeRequest(model="fake", token_ids=[258]))
+    with pytest.raises(InvalidRequestError, match="tokens of its own"):
+        await events_of(service, request(prompt, loras=("plain", "pirate")))
+
+
 async def test_an_adapter_may_bring_a_template_to_a_base_without(engine: FakeEngine, adapters: Path) -> None:
     service = WorkerService(engine, make_plan(chat=False), "fake", adapter_root=adapters)
     await service.variants.add(AddVariantRequest(name="pirate", parent="fake", path="pirate"))
