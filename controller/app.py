@@ -20,6 +20,7 @@ from controller.config import ControllerConfig
 from controller.errors_http import install_error_handlers
 from controller.gateway import Gateway
 from controller.http_guard import HttpGuardMiddleware
+from controller.key_rules import KeyRules
 from controller.limits import ConcurrencyLimits, LimitsMiddleware
 from controller.metrics import Metrics
 from controller.routing import create_policy
@@ -153,6 +154,7 @@ def _create_state(
             metrics_open=is_loopback(config.server.host),
             clock=clock,
         ),
+        key_rules=KeyRules(config.limits, clock),
         limits=ConcurrencyLimits(config.limits, clock),
     )
 

@@ -64,6 +64,13 @@ class LimitsConfig:
     max_body_bytes: int = flag(16 * 1024 * 1024, "bytes of a request body; more is refused with 413")
     max_concurrent_requests: int = flag(1024, "requests in progress at once; more are refused with 429")
     max_concurrent_requests_per_key: int = flag(256, "requests in progress at once of one API key; more get 429")
+    max_lora_combinations_per_key: int = flag(
+        64, "different combinations of adapters and scales that one API key may use within 5 minutes; more get 429"
+    )
+    min_priority: int = flag(
+        0, "least (that is, most urgent) priority that requests with an ordinary API key may have; admin keys, and "
+        "clients where no keys are asked for, may give any",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +81,11 @@ class ControllerConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def __post_init__(self) -> None:
-        """Raises InvalidRequestError where a number makes no sense; every one of them is a count or a duration."""
+        """Raises InvalidRequestError where a number makes no sense; but for priorities they are counts or durations."""
         for part in (self.server, self.workers, self.limits):
             for bound in fields(part):
+                if bound.name == "min_priority":
+                    continue
                 value = getattr(part, bound.name)
                 if isinstance(value, int | float) and not (value > 0 or (bound.name in _MAY_BE_ZERO and value == 0)):
                     name = bound.name.removesuffix("_s").replace("_", "-")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from controller.auth import Authenticator
 from controller.config import ControllerConfig
 from controller.gateway import Gateway
+from controller.key_rules import KeyRules
 from controller.limits import ConcurrencyLimits
 from controller.metrics import Metrics
 from controller.variants.directory import VariantDirectory
@@ -22,6 +23,7 @@ class ControllerState:
     gateway: streams generate requests and relays tokenize and detokenize; see its docstring for what it raises.
     metrics: `metrics.start_request(route)` gives the RequestObserver of one request.
     auth, limits: applied by middleware to every route (see controller.app); a router need not call them.
+    key_rules: what a request may ask for, by its key; the routes that generate check it.
     catalog: blocking; call it through asyncio.to_thread.
     directory, reconciler, variants: what is known of variants, what mends them, and what operators do with them.
     """
@@ -35,4 +37,5 @@ class ControllerState:
     gateway: Gateway
     metrics: Metrics
     auth: Authenticator
+    key_rules: KeyRules
     limits: ConcurrencyLimits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from controller.key_rules import KeyRules
 from controller.metrics import Metrics
 from controller.protocol import (
     DeltaEvent,
@@ -50,3 +51,5 @@ class Backend(Protocol):
     def gateway(self) -> ModelGateway: ...
     @property
     def metrics(self) -> Metrics: ...
+    @property
+    def key_rules(self) -> KeyRules: ...

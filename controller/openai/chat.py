@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from controller.auth import principal_of
 from controller.metrics import CLIENT_CLOSED
 from controller.openai.backend import Backend
 from controller.openai.body import openapi_body, read_request
@@ -36,13 +37,15 @@ def create_chat_router(backend: Backend) -> APIRouter:
         with ExitStack() as held:
             observer = held.enter_context(backend.metrics.start_request(PATH))
             body = await read_request(request, ChatCompletionRequest)
+            loras = body.lora_weights()
+            backend.key_rules.check(principal_of(request.scope), body.model, loras, body.priority)
             generation = Generation(
                 backend.gateway,
                 observer,
                 Identity.new("chatcmpl", body.model),
                 [body.to_prompt()],
                 body.sampling(),
-                loras=body.lora_weights(),
+                loras=loras,
                 affinity_key=body.prompt_cache_key,
             )
             if body.stream:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from controller.auth import principal_of
 from controller.metrics import CLIENT_CLOSED
 from controller.openai.backend import Backend
 from controller.openai.body import openapi_body, read_request
@@ -36,13 +37,15 @@ def create_completions_router(backend: Backend) -> APIRouter:
         with ExitStack() as held:
             observer = held.enter_context(backend.metrics.start_request(PATH))
             body = await read_request(request, CompletionRequest)
+            loras = body.lora_weights()
+            backend.key_rules.check(principal_of(request.scope), body.model, loras, body.priority)
             generation = Generation(
                 backend.gateway,
                 observer,
                 Identity.new("cmpl", body.model),
                 body.to_prompts(),
                 body.sampling(),
-                loras=body.lora_weights(),
+                loras=loras,
                 return_prompt_text=body.echo,
             )
             if body.stream:

@@ -83,7 +83,8 @@ class GenerationRequest(RequestModel):
         default=0,
         ge=-MAX_PRIORITY,
         le=MAX_PRIORITY,
-        description="Requests with a lower number are served earlier by the model worker; strictly so.",
+        description="Requests with a lower number are served earlier by the model worker; strictly so. Below 0 (the "
+        "operator's --min-priority) for admin keys only.",
     )
     loras: list[LoraParam] = Field(
         default_factory=list,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from controller.config import LimitsConfig
+from controller.key_rules import KeyRules
 from controller.metrics import Metrics
 from controller.openai.backend import Event
 from controller.protocol import (
@@ -188,3 +191,6 @@ class FakeBackend:
 
     gateway: FakeGateway = field(default_factory=FakeGateway)
     metrics: Metrics = field(default_factory=Metrics)
+    key_rules: KeyRules = field(
+        default_factory=lambda: KeyRules(LimitsConfig(max_lora_combinations_per_key=10**6), time.monotonic)
+    )
