@@ -128,6 +128,9 @@ class WorkerStats(Message):
     kv_blocks_total: int = 0
     draining: bool = False
     max_loras: int = 0  # most variants that are active at once; 0: it takes none
+    num_active_loras: int = 0  # places of those that are in use; combinations of several variants take one each
+    num_lora_combinations: int = 0  # that are known, for requests or in memory; no VariantStatus tells of them
+    lora_combination_bytes: int = 0  # their memory, beside that of their parts
     prompt_tokens_total: int = 0
     generation_tokens_total: int = 0
     draft_tokens_total: int = 0  # guessed by speculative decoding, and computed on trial

@@ -22,6 +22,10 @@ _GAUGES = (
     ("kv_blocks_total", "rootgraft_worker_kv_blocks", "KV blocks of the worker."),
     ("kv_host_blocks_used", "rootgraft_worker_kv_host_blocks_used", "Host KV blocks held by swapped requests."),
     ("kv_host_blocks_total", "rootgraft_worker_kv_host_blocks", "Host KV blocks of the worker."),
+    ("max_loras", "rootgraft_worker_lora_places", "Variants that can be active at once."),
+    ("num_active_loras", "rootgraft_worker_lora_places_used", "Those places that are in use, by combinations too."),
+    ("num_lora_combinations", "rootgraft_worker_lora_combinations", "Combinations of variants that are known."),
+    ("lora_combination_bytes", "rootgraft_worker_lora_combination_bytes", "Memory of those combinations."),
     ("draft_acceptance_rate", "rootgraft_worker_draft_acceptance_rate", "Share of draft tokens that were right."),
 )
 _COUNTERS = (

@@ -63,15 +63,26 @@ class VariantCollector(Collector):
     def _lora_requests_info(self) -> Metric:
         """All workers as the one model server that a gateway in front of the controller sees; its value is the time.
 
-        The running ones are all that are ready, as the protocol has it. (vLLM lists those with a request in the batch
-        only, so that gateways know of none at low load.)
+        One sample, for gateways take the newest of several. They send a server requests for adapters that run there,
+        and others as long as
+
+            |running| + |waiting| < max_lora                        so here   max_lora = |running| + Σ free places
+
+        (sum over workers): that is a worker's own limit where there is one, the sum of the limits where no adapter runs
+        twice, and |running| where all places are in use. The running adapters are all that are ready, as the protocol
+        has it. (vLLM lists those with a request in the batch only, so that gateways know of none at low load.) The
+        waiting ones are those with requests that run nowhere yet.
+
         Source: gateway-api-inference-extension, proposal 003, model server protocol.
         """
         statuses = [status for worker in self._workers for status in worker.variants.values()]
+        running = {status.name for status in statuses if status.state == "active"}
+        waiting = {status.name for status in statuses if status.num_waiting > 0} - running
+        num_free = sum(max(0, worker.stats.max_loras - _num_places_used(worker)) for worker in self._workers)
         labels = {
-            "max_lora": str(sum(worker.stats.max_loras for worker in self._workers)),
-            "running_lora_adapters": _names(status for status in statuses if status.state == "active"),
-            "waiting_lora_adapters": _names(status for status in statuses if status.num_waiting > 0),
+            "max_lora": str(len(running) + num_free),
+            "running_lora_adapters": ",".join(sorted(running)),
+            "waiting_lora_adapters": ",".join(sorted(waiting)),
         }
         info = GaugeMetricFamily(
             "vllm:lora_requests_info", "LoRA adapters that are ready, and those that wait.", labels=tuple(labels)
@@ -106,5 +117,6 @@ def _most_used(worker: Worker) -> list[VariantStatus]:
     return ordered[:MAX_VARIANTS_PER_WORKER]
 
 
-def _names(statuses: Iterable[VariantStatus]) -> str:
-    return ",".join(sorted({status.name for status in statuses}))
+def _num_places_used(worker: Worker) -> int:
+    """Statuses and statistics of one heartbeat need not be of the same moment; the larger count is the safe one."""
+    return max(worker.stats.num_active_loras, sum(status.state == "active" for status in worker.variants.values()))

@@ -75,6 +75,9 @@ class EngineStats:
     kv_blocks_used: int
     kv_blocks_total: int
     max_loras: int  # that can be active at once
+    num_active_loras: int  # now; combinations of several too
+    num_lora_combinations: int  # that are known, for requests or in memory
+    lora_combination_bytes: int
     prompt_tokens_total: int
     generation_tokens_total: int
     draft_tokens_total: int  # guessed, and computed on trial

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from controller.metrics import MAX_MODEL_LABELS, OTHER_MODELS, Metrics
 from controller.protocol import VariantStatus, WorkerStats
 from controller.scrape_variants import MAX_VARIANTS_PER_WORKER, VariantCollector
@@ -9,8 +11,9 @@ from tests.fakes.fake_variants import FakeVariants, digest
 from tests.fakes.fake_worker import FakeWorker
 
 
-def worker(worker_id: str, *variants: VariantStatus, max_loras: int = 8) -> Worker:
-    added = Worker(worker_id, f"http://{worker_id}", (), WorkerStats(max_loras=max_loras), 0.0)
+def worker(worker_id: str, *variants: VariantStatus, max_loras: int = 8, num_active_loras: int = 0) -> Worker:
+    stats = WorkerStats(max_loras=max_loras, num_active_loras=num_active_loras)
+    added = Worker(worker_id, f"http://{worker_id}", (), stats, 0.0)
     added.variants = {status.name: status for status in variants}
     return added
 
@@ -50,9 +53,23 @@ def test_what_gateways_read() -> None:
         worker("a", variant("sql"), variant("chat", state="in_host_memory", num_waiting=1)),
         worker("b", variant("sql", num_waiting=2), variant("abc"), max_loras=4),
     )
-    labels = 'max_lora="12",running_lora_adapters="abc,sql",waiting_lora_adapters="chat,sql"'
+    labels = 'max_lora="11",running_lora_adapters="abc,sql",waiting_lora_adapters="chat"'  # 2 and 7 + 2 free places
     assert f"vllm:lora_requests_info{{{labels}}} 1234.5" in text
+    assert text.count("vllm:lora_requests_info{") == 1
     assert "lora_requests_info" not in text_of(worker("base", max_loras=0))
+
+
+@pytest.mark.parametrize(
+    ("workers", "max_lora"),
+    [
+        ([worker("a", variant("sql"), max_loras=4)], 4),  # its own
+        ([worker("a", variant("sql"), max_loras=4), worker("b", variant("chat"), max_loras=2)], 6),  # no replicas
+        ([worker("a", variant("sql"), max_loras=1), worker("b", variant("sql"), max_loras=1)], 1),  # full
+        ([worker("a", variant("sql"), max_loras=4, num_active_loras=3)], 2),  # two places for combinations
+    ],
+)
+def test_gateways_see_whether_there_is_a_place_for_another_adapter(workers: list[Worker], max_lora: int) -> None:
+    assert f'max_lora="{max_lora}",' in text_of(*workers)
 
 
 def test_the_number_of_series_is_bounded() -> None:

@@ -153,6 +153,21 @@ class LoraManager:
         """Most adapters with which requests can run."""
         return self._tiers.limits.max_active
 
+    @property
+    def num_active(self) -> int:
+        """Those of its places that are in use, by combinations too."""
+        return len(self._tiers.active)
+
+    @property
+    def num_combinations(self) -> int:
+        return len(self._combinations)
+
+    @property
+    def combination_bytes(self) -> int:
+        """Memory of the combinations; that of the adapters is in their statuses."""
+        statuses = [entry.status() for entry in self._combinations.values()]
+        return sum(status.host_bytes + status.active_bytes for status in statuses)
+
     def summary(self) -> str:
         """For people: what is held at most."""
         limits = self._tiers.limits

@@ -529,6 +529,8 @@ def test_a_combination_is_a_variant_of_its_own_and_goes_with_its_last_use() -> N
     assert manager.resolve([LoraWeight("a", 1.0)]) is alone
     assert len({first.variant.digest, alone.digest}) == 2
     assert set(states(manager)) == {"a", "b"}
+    assert (manager.num_active, manager.num_combinations) == (1, 1)
+    assert manager.combination_bytes > 0
     manager.leave(first)
     manager.leave(second)
     assert manager.resolve(both) is first.variant
@@ -536,6 +538,7 @@ def test_a_combination_is_a_variant_of_its_own_and_goes_with_its_last_use() -> N
     with pytest.raises(ModelNotFoundError):
         manager.resolve(both)
     assert first.variant.bound is None
+    assert (manager.num_active, manager.num_combinations, manager.combination_bytes) == (0, 0, 0)
     manager.check_integrity((), ())
 
 
