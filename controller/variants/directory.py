@@ -1,7 +1,8 @@
-"""What is known about variants now: which there are, and which worker can be asked for which. Pure Python."""
+"""What is known about variants now: which there are, and which worker can be asked for which. Pure, but for the log."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from controller.variants.failures import Failures
 from controller.workers import Worker, WorkerTable
 from registry.catalog import VariantRecord
 from registry.errors import ModelNotFoundError, RootgraftError, UpstreamError
+
+logger = logging.getLogger(__name__)
 
 _USABLE = frozenset(TIERS)
 
@@ -45,6 +48,7 @@ class VariantDirectory:
     def __init__(self, workers: WorkerTable, failures: Failures) -> None:
         self._workers = workers
         self._failures = failures
+        self._decided: dict[str, str] = {}  # by name: the digest that is served, where the catalog knows none
         self.wanted: Mapping[str, VariantRecord] = {}
         self.version = 0
 
@@ -85,17 +89,27 @@ class VariantDirectory:
         status = worker.variants.get(name)
         failure = self._failures.of(worker, name)
         error: RootgraftError | None = None
-        if status is not None and not self._has_right_files(status):
-            error = UpstreamError(
-                f"worker {worker.worker_id} has other files under {status.path} ({status.digest}) than those that are "
-                f"served as {name} ({self._expected_digest(name)}); restore them, or replace {name} by loading it again"
-            )
+        if status is not None and (other := self.other_files(worker, status)) is not None:
+            error = other
         elif failure is not None:
             error = failure.error
         elif status is not None and status.error is not None:
             error = UpstreamError(status.error)
         retry_in_s = None if failure is None else self._failures.retry_in_s(failure)
         return OnWorker(worker, status, self._is_usable(worker, name), error, retry_in_s)
+
+    def other_files(self, worker: Worker, status: VariantStatus) -> RootgraftError | None:
+        """What is wrong where a worker has other files than those that are served under the variant's name."""
+        expected = self._expected_digest(status.name)
+        if None in (status.digest, expected) or status.digest == expected:
+            return None
+        remedy = f"restore them, or replace {status.name} by loading it again"
+        if status.from_command_line:
+            remedy = "start all workers with the same files under one name"
+        return UpstreamError(
+            f"worker {worker.worker_id} has other files under {status.path} ({status.digest}) than those that are "
+            f"served as {status.name} ({expected}), and gets no requests for it; {remedy}"
+        )
 
     def on_workers(self, name: str) -> list[OnWorker]:
         """The variant on every worker that serves its base model."""
@@ -107,18 +121,27 @@ class VariantDirectory:
 
     def _is_usable(self, worker: Worker, name: str) -> bool:
         status = worker.variants.get(name)
-        return status is not None and status.state in _USABLE and self._has_right_files(status)
-
-    def _has_right_files(self, status: VariantStatus) -> bool:
-        """Replicas must answer alike: files other than the catalog's, or than the first worker's, are not used."""
-        expected = self._expected_digest(status.name)
-        return None in (status.digest, expected) or status.digest == expected
+        if status is None or status.state not in _USABLE:
+            return False
+        return status.digest is None or self._expected_digest(name) in (None, status.digest)
 
     def _expected_digest(self, name: str) -> str | None:
+        """The files that replicas must have, to answer alike: the catalog's; where it knows none, those of the first
+        worker that had the name, for as long as any worker has them."""
         record = self.wanted.get(name)
         if record is not None and record.digest is not None:
             return record.digest
-        return next((status.digest for _, status in self._reported(name) if status.digest is not None), None)
+        reported = [status.digest for _, status in self._reported(name) if status.digest is not None]
+        decided = self._decided.get(name)
+        if decided in reported:
+            return decided
+        if not reported:
+            self._decided.pop(name, None)
+            return None
+        if decided is not None:
+            logger.warning("%s is served with other files from now on: no worker has %s any more", name, decided)
+        self._decided[name] = reported[0]
+        return reported[0]
 
     def _reported(self, name: str) -> Iterator[tuple[Worker, VariantStatus]]:
         for worker in self._workers:

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from controller.workers import Worker
-from registry.errors import RootgraftError
+from registry.errors import CheckpointError, RootgraftError, UnsupportedModelError
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 300.0
+MAX_PAUSE_AFTER_READING_S = 86400.0
+"""Files that were read and found wrong are read again only a few times: a copy that goes on may be complete soon, and
+until then twice as long as it has taken so far is no long time."""
+
+_FOUND_WRONG = (CheckpointError, UnsupportedModelError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,7 @@ class Failure:
 class Failures:
     """The last failure of each variant on each worker. The n-th one in a row is followed by a pause of
 
-        min(FIRST_PAUSE_S · 2ⁿ⁻¹, MAX_PAUSE_S)
+        min(FIRST_PAUSE_S · 2ⁿ⁻¹, MAX_PAUSE_S, or MAX_PAUSE_AFTER_READING_S where the files are at fault)
 
     A worker that registers again is another object and starts without failures: it may have been mended.
 
@@ -43,7 +48,8 @@ class Failures:
         failures = self._of_worker.setdefault(worker, {})
         before = failures.get(name)
         num_tries = 1 if before is None else before.num_tries + 1
-        pause_s = min(FIRST_PAUSE_S * 2.0 ** min(num_tries - 1, 32), MAX_PAUSE_S)
+        max_pause_s = MAX_PAUSE_AFTER_READING_S if isinstance(error, _FOUND_WRONG) else MAX_PAUSE_S
+        pause_s = min(FIRST_PAUSE_S * 2.0 ** min(num_tries - 1, 32), max_pause_s)
         failures[name] = Failure(error, num_tries, self._clock() + pause_s)
 
     def forget(self, worker: Worker, name: str) -> None:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from controller.protocol import AddVariantRequest, NamedVariantRequest, VariantStatus
 from controller.ttl_cache import TTLCache
@@ -20,7 +20,7 @@ from controller.variants.mending import Step, next_step, same_files, to_mend
 from controller.worker_client import WorkerClient
 from controller.workers import Worker, WorkerTable
 from registry.catalog import Catalog, VariantRecord
-from registry.errors import ModelNotFoundError, RootgraftError, UpstreamError
+from registry.errors import CheckpointError, ModelNotFoundError, RootgraftError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,8 @@ class VariantReconciler:
         self._read: TTLCache[None, None] = TTLCache(ttl_s=REFRESH_S, max_entries=1, clock=clock)
         self._tasks: dict[str, asyncio.Task[None]] = {}  # worker id → its task
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Variants of command lines: the digests of other files that were warned of, by name.
+        self._warned: WeakKeyDictionary[Worker, dict[str, str | None]] = WeakKeyDictionary()
         self._stopping = False
 
     def nudge(self, worker: Worker) -> None:
@@ -98,8 +100,13 @@ class VariantReconciler:
         async def read() -> None:
             version = self._directory.version
             revision, records = await asyncio.to_thread(read_changes)
+            before = self._directory.wanted
             if records is not None and self._directory.refresh(records, version):
                 self._revision = revision
+                for record in records:
+                    known = before.get(record.name)
+                    if known is not None and known.updated_at != record.updated_at:
+                        self._failures.forget_all(record.name)
 
         await self._read.get(None, read)
 
@@ -138,7 +145,9 @@ class VariantReconciler:
 
     def note_other_files(self, worker: Worker, status: VariantStatus, wanted: str | None) -> None:
         """A worker's path holds other files than those with the digest `wanted`."""
-        error = UpstreamError(f"the files at {status.path} have the digest {status.digest}, but {wanted} is wanted")
+        error = CheckpointError(f"the files at {status.path} have the digest {status.digest}, but {wanted} is wanted")
+        if self._failures.of(worker, status.name) is None:
+            logger.warning("worker %s, variant %s: %s", worker.worker_id, status.name, error.message)
         self._failures.note(worker, status.name, error)
 
     async def identify(self, record: VariantRecord, digest: str, *, overrule: bool = False) -> VariantRecord:
@@ -153,6 +162,7 @@ class VariantReconciler:
         try:
             await self.refresh()
             wanted = self._directory.wanted_of(worker)
+            self._warn_of_other_files(worker)
             self._failures.keep_only(worker, {*wanted, *worker.variants})
             for name in to_mend(wanted, worker.variants):
                 if self._workers.get(worker.worker_id) is not worker or worker.state != "ready":
@@ -162,6 +172,19 @@ class VariantReconciler:
             logger.warning("the variants of worker %s stay as they are for now: %s", worker.worker_id, error.message)
         except Exception:
             logger.exception("the variants of worker %s stay as they are for now", worker.worker_id)
+
+    def _warn_of_other_files(self, worker: Worker) -> None:
+        """Nobody mends what a worker's command line says, so that it is said, once."""
+        warned = self._warned.setdefault(worker, {})
+        for status in worker.variants.values():
+            if not status.from_command_line or status.state == "draining":
+                continue
+            error = self._directory.other_files(worker, status)
+            if error is None:
+                warned.pop(status.name, None)
+            elif warned.get(status.name) != status.digest:
+                warned[status.name] = status.digest
+                logger.warning(error.message)
 
     async def _mend_one(self, worker: Worker, name: str) -> None:
         async with self.changing(name):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from controller.protocol import (
     PROTOCOL_VERSION,
     RegisterRequest,
@@ -61,6 +63,30 @@ def test_a_replica_with_other_files_is_not_asked() -> None:
     assert error is not None
     assert "A" in error.message
     assert "B" in error.message
+
+
+def test_files_of_command_lines_are_decided_once_and_for_as_long_as_they_are_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    workers = table()
+    directory = VariantDirectory(workers, Failures(lambda: 0.0))
+    own = has(digest="A", from_command_line=True)
+    first, second = register(workers, own), register(workers, has(digest="B", from_command_line=True))
+
+    def usable() -> list[str]:
+        return [worker.worker_id for worker in workers if directory.can_serve(worker, ["sql"])]
+
+    assert usable() == [first.worker_id]
+    error = directory.on(second, "sql").error
+    assert error is not None
+    assert "start all workers with the same files" in error.message
+    third = register(workers, own)
+    workers.leave(first.worker_id)  # now the second one has had the name for longest
+    assert usable() == [third.worker_id]
+    assert not caplog.records
+    workers.leave(third.worker_id)
+    assert usable() == [second.worker_id]
+    assert "sql is served with other files from now on" in caplog.text
 
 
 def test_what_was_read_before_a_change_does_not_undo_it() -> None:

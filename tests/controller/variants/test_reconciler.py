@@ -176,6 +176,47 @@ async def test_the_pause_after_a_failure_is_kept(
     assert worker.variants.calls == ["add a"]
 
 
+async def test_a_change_of_what_is_wanted_ends_the_pause(
+    start_controller: StartController,
+    start_worker: StartWorker,
+    catalog: Catalog,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(failures, "FIRST_PAUSE_S", 1000.0)
+    want(catalog, "a", path="missing")
+    controller, worker = await start_controller(**PATIENT), await start_worker()
+    await worker.register(controller.url)
+    await settled(controller, worker)
+    assert worker.variants.calls == ["add a"]
+    want(catalog, "a", path="sql", replace=True)
+    await settled(controller, worker)
+    assert worker.variants.statuses["a"].digest == FILES["sql"]
+
+
+async def test_other_files_of_a_command_line_are_warned_of_once_and_get_no_requests(
+    start_controller: StartController, start_worker: StartWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    controller, first = await start_controller(**PATIENT), await start_worker("first")
+    second = await start_worker("second", chat=digest("other"))
+    for worker in (first, second):
+        worker.variants.from_command_line("own", "chat")
+        await worker.register(controller.url)
+    await settled(controller, first, second)
+    await settled(controller, first, second)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert "worker second has other files under chat" in warnings[0]
+    for _ in range(8):
+        assert (await controller.post("/v1/completions", json={"model": "own", "prompt": "x"})).status == 200
+    assert (len(first.requests), len(second.requests)) == (8, 0)
+    (shown,) = (await (await controller.get("/admin/variants")).json())["variants"]
+    assert [(on["usable"], on["error"] is None) for on in shown["workers"]] == [(True, True), (False, False)]
+    await first.register(controller.url)  # it comes back after a while; what was decided holds
+    await settled(controller, first, second)
+    assert (await controller.post("/v1/completions", json={"model": "own", "prompt": "x"})).status == 200
+    assert (len(first.requests), len(second.requests)) == (9, 0)
+
+
 async def test_a_worker_that_does_not_answer_does_not_hold_up_heartbeats_or_others(
     start_controller: StartController, start_worker: StartWorker, catalog: Catalog
 ) -> None:
