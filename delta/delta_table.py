@@ -57,8 +57,9 @@ def delta_table(config: DeltaConfig) -> str:
     )
     lines.append(f"base {config.base.name} {config.base.digest}, fine-tune {config.target.name} {config.target.digest}")
     if (quality := config.quality) is not None:
+        of_base = "unknown" if quality.base_kl_mean is None else f"{quality.base_kl_mean:.5f}"
         lines.append(
-            f"KL {quality.kl_mean:.5f} nats a token (base {quality.base_kl_mean:.5f}), top-1 {quality.top1:.1%} over "
+            f"KL {quality.kl_mean:.5f} nats a token (base {of_base}), top-1 {quality.top1:.1%} over "
             f"{quality.num_tokens} tokens of {quality.num_prompts} prompts ({quality.prompts})"
         )
     if config.probe is not None:

@@ -14,7 +14,8 @@ class Quality:
         num_prompts, num_tokens: how much was compared.
         kl_mean: KL(fine-tune ‖ given back), the mean over the tokens, in nats.
         kl_max: the largest of one token.
-        base_kl_mean: KL(fine-tune ‖ base), for comparison.
+        base_kl_mean: KL(fine-tune ‖ base), for comparison, over the tokens that both have; None: the base does not have
+            those of any prompt.
         top1: share of the tokens whose most likely successor is the same, 0 to 1.
     """
 
@@ -23,7 +24,7 @@ class Quality:
     num_tokens: int
     kl_mean: float
     kl_max: float
-    base_kl_mean: float
+    base_kl_mean: float | None
     top1: float
 
 
