@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-_NICENESS = 10  # the engine's threads go first
+_NICENESS = 5  # the engine's threads go first, but it gets a quarter of a processor that they share
 
 
 def loader_thread() -> ThreadPoolExecutor:

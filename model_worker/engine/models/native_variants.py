@@ -15,12 +15,12 @@ from delta.variant_terms import LinearTerms, VariantTerms
 from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.models.native_weights import Fusion
 from model_worker.engine.ops.cpu.program import Operation
-from model_worker.engine.ops.cpu.step_variants import PackedLinear, PackedSegment, PackedVariant, StepVariants
+from model_worker.engine.ops.cpu.step_variants import PackedSegment, PackedVariant, StepVariants
 from model_worker.engine.ops.embedding import Embedding
 from model_worker.engine.ops.experts import ExpertLinear
 from model_worker.engine.ops.linear import Linear, QuantizeRows
 from model_worker.engine.ops.lora import AddEmbedding, ExpertRows, Shrink
-from model_worker.engine.ops.lora.packing import LinearPacker, LinearPart, pack_embedding
+from model_worker.engine.ops.lora.packing import LinearLayer, LinearPacker, LinearPart, pack_embedding
 from model_worker.engine.ops.rms_norm import RMSNorm
 from registry.errors import UnsupportedModelError
 
@@ -86,14 +86,15 @@ class NativeVariants:
         for module, linear in terms.linears.items():
             place = self._place(f"{module}.weight", self._linears)
             parts.setdefault(place.fusion.key, {})[place.part] = linear
-        linears = {}
+        layers = {}
         for key, of_layer in parts.items():
-            linears[self._linears[key]] = self._pack(self._fusions[key], of_layer)
+            layers[self._linears[key]] = self._layer(self._fusions[key], of_layer)
         for name, experts in terms.experts.items():
             fusion = self._place(name, self._linears).fusion
             assert fusion.num_experts is not None
             for expert, linear in experts.items():
-                linears[self._linears[fusion.key] + expert] = self._pack(fusion, {0: linear})
+                layers[self._linears[fusion.key] + expert] = self._layer(fusion, {0: linear})
+        linears = dict(zip(layers, self._packer.pack(list(layers.values())), strict=True))
         norms = {}
         for name, vector in terms.vectors.items():
             fusion = self._place(name, self._norms).fusion
@@ -146,7 +147,7 @@ class NativeVariants:
                 if isinstance(operation, Embedding):
                     yield AddEmbedding(f"{operation.name}.add", operation.out, operation.multiplier)
 
-    def _pack(self, fusion: Fusion, terms: Mapping[int, LinearTerms]) -> PackedLinear:
+    def _layer(self, fusion: Fusion, terms: Mapping[int, LinearTerms]) -> LinearLayer:
         """Terms of a fused layer, or of one expert, from those of its parts."""
         for linear in terms.values():
             if linear.input_scale is None:
@@ -157,10 +158,10 @@ class NativeVariants:
                 raise UnsupportedModelError(
                     f"The input of {fusion.key}, to be scaled, is others' input too; {_OTHERWISE}"
                 )
-        parts = [
+        parts = (
             LinearPart(self._shapes[name][-2], terms.get(part, LinearTerms())) for part, name in enumerate(fusion.names)
-        ]
-        return self._packer.pack(parts, gated=fusion.gated)
+        )
+        return LinearLayer(tuple(parts), fusion.gated)
 
     def _place(self, name: str, known: Mapping[str, int]) -> _Place:
         place = self._places.get(name)

@@ -286,8 +286,11 @@ class _Binder:
     def _take(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if tensor is None:
             return None
-        self._taken.append(tensor.to(self._device, dtype).contiguous())
-        return self._taken[-1]
+        taken = tensor.to(self._device, dtype).contiguous()
+        if taken.untyped_storage().nbytes() > taken.nbytes:  # a part of a file's content, whose rest nobody needs
+            taken = taken.clone()
+        self._taken.append(taken)
+        return taken
 
 
 def _refusal(path: str, module: nn.Module) -> UnsupportedModelError:

@@ -50,8 +50,10 @@ def map_huge_pages(num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
     # One huge page more than needed, which is never touched, to begin on the border of one.
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones serve
-        memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE_BYTES
+    num_whole = num_bytes // _HUGE_PAGE_BYTES  # the rest is on ordinary pages: little memory takes no huge page
+    if num_whole > 0:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones serve
+            memory.madvise(mmap.MADV_HUGEPAGE, start, num_whole * _HUGE_PAGE_BYTES)
     return whole[start : start + num_bytes]

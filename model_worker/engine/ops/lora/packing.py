@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ from delta.variant_terms import EmbeddingTerms, LinearTerms
 from model_worker.engine.ops.cpu.step_variants import UNIT, PackedEmbedding, PackedLinear
 from model_worker.engine.ops.linear.packed_weight import PANEL, interleave_gated
 
+_MAX_LAYOUTS = 256  # that are kept
+
 
 class LinearPart(NamedTuple):
     """One part of a fused linear layer: its outputs, and its terms, if it has any."""
@@ -22,10 +26,47 @@ class LinearPart(NamedTuple):
     terms: LinearTerms
 
 
-class LinearPacker:
-    """Packs layers of variants, and keeps the table of units of each combination of shape and ranks for the next one.
+class LinearLayer(NamedTuple):
+    """A fused linear layer.
 
-    Several threads may use it.
+    Attributes:
+        parts: in the order of the outputs. An input scale is given only where there is one part.
+        gated: the outputs are a gate and an up projection, to be interleaved.
+    """
+
+    parts: tuple[LinearPart, ...]
+    gated: bool
+
+
+class _LowRankShape(NamedTuple):
+    """What layers have in common whose A and B are packed together.
+
+    Attributes:
+        sizes, ranks: of the parts.
+        num_inputs: 0: there is no A.
+    """
+
+    sizes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    num_inputs: int
+    gated: bool
+
+    @classmethod
+    def of(cls, layer: LinearLayer) -> _LowRankShape:
+        return cls(
+            tuple(part.num_outputs for part in layer.parts),
+            tuple(part.terms.rank for part in layer.parts),
+            max(0 if part.terms.a is None else part.terms.a.shape[1] for part in layer.parts),
+            layer.gated,
+        )
+
+    @property
+    def total_rank(self) -> int:
+        return sum(self.ranks)
+
+
+class LinearPacker:
+    """Packs the layers of variants. Layers of one shape are packed together, in a few operations on large tensors.
 
     Args:
         dtype: of A, B and Z.
@@ -33,39 +74,34 @@ class LinearPacker:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._layouts: dict[tuple[tuple[int, ...], tuple[int, ...], bool], UnitLayout] = {}
+        self._layout = functools.lru_cache(maxsize=_MAX_LAYOUTS)(functools.partial(UnitLayout, dtype=dtype))
 
-    def pack(self, parts: Sequence[LinearPart], *, gated: bool) -> PackedLinear:
-        """The terms of a fused linear layer.
+    def pack(self, layers: Sequence[LinearLayer]) -> list[PackedLinear]:
+        """The terms of fused linear layers."""
+        of_shape: dict[_LowRankShape, list[int]] = {}
+        for index, layer in enumerate(layers):
+            if (shape := _LowRankShape.of(layer)).total_rank:
+                of_shape.setdefault(shape, []).append(index)
+        packed = [self._pack_others(layer) for layer in layers]
+        for shape, indices in of_shape.items():
+            layout = self._layout(shape.sizes, shape.ranks, gated=shape.gated)
+            together = [layers[index].parts for index in indices]
+            a, b = _pack_a(together, shape, self._dtype), _pack_b(together, shape, layout, self._dtype)
+            for index, of_a, of_b in zip(indices, a, b, strict=True):
+                packed[index] = replace(packed[index], a=of_a, b=of_b, units=layout.table)
+        return packed
 
-        Args:
-            parts: in the order of the outputs. An input scale is given only where there is one part.
-            gated: the outputs are a gate and an up projection, to be interleaved.
-        """
+    def _pack_others(self, layer: LinearLayer) -> PackedLinear:
+        """All terms but A and B."""
+        parts, gated = layer
         terms, dtype = [part.terms for part in parts], self._dtype
-        matrices = [term.a for term in terms if term.a is not None]
-        a = b = units = None
-        if matrices:
-            layout = self._layout(parts, gated=gated)
-            a, b, units = _pack_a(matrices, dtype), _pack_b(parts, layout, gated=gated, dtype=dtype), layout.table
         dense = _joined(parts, [term.dense for term in terms], gated=gated, fill=0.0, dtype=dtype)
         return PackedLinear(
-            a=a,
-            b=b,
-            units=units,
             output_scale=_joined(parts, [term.output_scale for term in terms], gated=gated, fill=1.0),
             input_scale=None if terms[0].input_scale is None else terms[0].input_scale.float(),
             dense=None if dense is None else dense.view(-1, PANEL, dense.shape[1]).transpose(1, 2).contiguous(),
             bias=_joined(parts, [term.bias for term in terms], gated=gated, fill=0.0),
         )
-
-    def _layout(self, parts: Sequence[LinearPart], *, gated: bool) -> UnitLayout:
-        sizes, ranks = tuple(part.num_outputs for part in parts), tuple(part.terms.rank for part in parts)
-        key = (sizes, ranks, gated)
-        layout = self._layouts.get(key)
-        if layout is None:
-            layout = self._layouts.setdefault(key, UnitLayout(sizes, ranks, gated=gated, dtype=self._dtype))
-        return layout
 
 
 def interleave_pairs(numbers: Tensor) -> Tensor:
@@ -83,18 +119,25 @@ def pack_embedding(terms: EmbeddingTerms, *, dtype: torch.dtype) -> PackedEmbedd
     )
 
 
-def _pack_a(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[r, K] of the parts -> [r of all, K padded]"""
-    a = torch.cat([matrix.to(dtype) for matrix in matrices])
-    missing = -a.shape[1] % (2 * UNIT)
-    padded = functional.pad(a, (0, missing)) if missing else a
-    return interleave_pairs(padded.view(len(a), -1, 2, UNIT)).view(len(a), -1)
+def _pack_a(layers: Sequence[Sequence[LinearPart]], shape: _LowRankShape, dtype: torch.dtype) -> Tensor:
+    """[r, K] of the parts of each layer -> [layers, r of all parts, K padded]"""
+    num_padded = shape.num_inputs + -shape.num_inputs % (2 * UNIT)
+    a = torch.empty(len(layers) * shape.total_rank, num_padded, dtype=dtype)
+    a[:, shape.num_inputs :] = 0
+    matrices = [part.terms.a for parts in layers for part in parts if part.terms.a is not None]
+    for place, matrix in zip(a.split_with_sizes(list(map(len, matrices))), matrices, strict=True):
+        place[:, : shape.num_inputs] = matrix
+    return interleave_pairs(a.view(len(a), -1, 2, UNIT)).view(len(layers), shape.total_rank, -1)
 
 
 class _UnitKind(NamedTuple):
-    """Units whose outputs have the same ranks [first, first + num_ranks)."""
+    """Units whose outputs have the same ranks [first, first + num_ranks).
 
-    places: slice
+    Attributes:
+        outputs: [units, UNIT] int64, those of the unpacked layer; one more than there are: padding.
+    """
+
+    outputs: Tensor
     first: int
     num_ranks: int
 
@@ -114,6 +157,10 @@ class UnitLayout:
             limits.append(torch.tensor([[end - rank, end] if rank else [0, 0]]).expand(size, 2))
         firsts, ends_of_unit = _ordered(limits, gated=gated).view(-1, UNIT, 2).unbind(2)
         firsts = firsts.where(ends_of_unit > 0, ends[-1]).amin(dim=1)
+        outputs = _ordered(
+            torch.split_with_sizes(torch.arange(1, sum(sizes) + 1), list(sizes)), gated=gated
+        )  # of padding 0
+        outputs_of_units = torch.where(outputs > 0, outputs - 1, sum(sizes)).view(-1, UNIT)
         units: dict[tuple[int, int], list[int]] = {}
         for unit, (first, end) in enumerate(zip(firsts.tolist(), ends_of_unit.amax(dim=1).tolist(), strict=True)):
             if end > 0:
@@ -123,46 +170,32 @@ class UnitLayout:
         size = 0
         for (first, num_ranks), places in units.items():
             stored = num_ranks + num_ranks % 2 if dtype == torch.bfloat16 else num_ranks
-            for run in _evenly_spaced(places):
-                self.kinds.append(_UnitKind(run, first, num_ranks))
-                num_units = len(self.table[run])
-                self.table[run, 0] = size + torch.arange(num_units) * stored * UNIT
-                self.table[run, 1], self.table[run, 2] = first, num_ranks
-                size += num_units * stored * UNIT
+            self.kinds.append(_UnitKind(outputs_of_units[places], first, num_ranks))
+            self.table[places, 0] = size + torch.arange(len(places)) * stored * UNIT
+            self.table[places, 1], self.table[places, 2] = first, num_ranks
+            size += len(places) * stored * UNIT
 
 
-def _evenly_spaced(places: list[int]) -> Iterator[slice]:
-    """Ascending numbers as slices: the fewest that a look at the next two gives."""
-    start = 0
-    while start < len(places):
-        step = places[start + 1] - places[start] if start + 1 < len(places) else 1
-        end = start + 1
-        while end < len(places) and places[end] - places[end - 1] == step:
-            end += 1
-        yield slice(places[start], places[end - 1] + 1, step)
-        start = end
-
-
-def _pack_b(parts: Sequence[LinearPart], layout: UnitLayout, *, gated: bool, dtype: torch.dtype) -> Tensor:
-    """B of all units."""
-    total = sum(part.terms.rank for part in parts)
-    columns, end = [], 0
-    for num_outputs, terms in parts:
-        column = torch.zeros(num_outputs, total, dtype=dtype)
-        end += terms.rank
-        if terms.b is not None:
-            column[:, end - terms.rank : end] = terms.b
-        columns.append(column)
-    units = _ordered(columns, gated=gated).view(-1, UNIT, total)
+def _pack_b(
+    layers: Sequence[Sequence[LinearPart]], shape: _LowRankShape, layout: UnitLayout, dtype: torch.dtype
+) -> Tensor:
+    """B of all units of each layer. -> [layers, numbers]"""
+    outputs = torch.zeros(len(layers), sum(shape.sizes) + 1, shape.total_rank, dtype=dtype)  # the last one is padding
+    row = rank = 0
+    for part, (size, num_ranks) in enumerate(zip(shape.sizes, shape.ranks, strict=True)):
+        places = outputs[:, row : row + size, rank : rank + num_ranks].unbind()
+        for place, parts in zip(places, layers, strict=True):
+            if (b := parts[part].terms.b) is not None:
+                place.copy_(b)
+        row, rank = row + size, rank + num_ranks
     pieces = []
-    for places, first, num_ranks in layout.kinds:
-        ranks = units[places, :, first : first + num_ranks]  # [units, UNIT, ranks]
-        if dtype == torch.bfloat16:  # pairs of ranks side by side, as `interleave_pairs` has them
+    for outputs_of_units, first, num_ranks in layout.kinds:
+        ranks = outputs[:, outputs_of_units.flatten(), first : first + num_ranks]
+        if dtype == torch.bfloat16:  # pairs of ranks side by side, as `interleave_pairs` has them: they move as one
             ranks = functional.pad(ranks, (0, 1)) if num_ranks % 2 else ranks
-            pieces.append(ranks.reshape(len(ranks), UNIT, -1, 2).transpose(1, 2).flatten())
-        else:
-            pieces.append(ranks.transpose(1, 2).flatten())
-    return torch.cat(pieces)
+            ranks = ranks.contiguous().view(torch.int32)
+        pieces.append(ranks.reshape(len(layers), -1, UNIT, ranks.shape[2]).transpose(2, 3).flatten(1))
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).view(dtype)
 
 
 def _joined(

@@ -26,11 +26,16 @@ from model_worker.engine.ops.linear import (
     pack,
 )
 from model_worker.engine.ops.lora import AddEmbedding, ExpertRows, Shrink
-from model_worker.engine.ops.lora.packing import LinearPacker, LinearPart, pack_embedding
+from model_worker.engine.ops.lora.packing import LinearLayer, LinearPacker, LinearPart, pack_embedding
 from model_worker.engine.ops.lora.reference import unpack_b
 from model_worker.engine.ops.rms_norm import RMSNorm
 
 RANKS = (0, 1, 3, 8, 16, 64, 200)
+
+
+def _packed(parts: Sequence[LinearPart], dtype: torch.dtype, *, gated: bool = False) -> PackedLinear:
+    (packed,) = LinearPacker(dtype).pack([LinearLayer(tuple(parts), gated)])
+    return packed
 
 
 def _low_rank(num_outputs: int, num_inputs: int, rank: int) -> LinearTerms:
@@ -115,7 +120,7 @@ def test_linear_layers(team: Team, data: st.DataObject) -> None:
                     ),
                 )
             )
-        variants.append(_variant({0: LinearPacker(dtype).pack(parts, gated=gated)}))
+        variants.append(_variant({0: _packed(parts, dtype, gated=gated)}))
     num_rows = sum(lengths)
     weight = _weight(format, num_outputs, num_inputs)
     x = torch.randn(num_rows, num_inputs)
@@ -141,6 +146,25 @@ def test_linear_layers(team: Team, data: st.DataObject) -> None:
     torch.testing.assert_close(got, out, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_that_are_packed_together_are_as_if_packed_alone(dtype: torch.dtype) -> None:
+    layers = [
+        LinearLayer(tuple(LinearPart(size, _low_rank(size, num_inputs, rank)) for size, rank in parts), gated)
+        for _ in range(2)
+        for num_inputs, gated, parts in [
+            (96, False, [(64, 3), (20, 0), (7, 4)]),
+            (88, False, [(64, 3), (20, 0), (7, 4)]),
+            (96, True, [(40, 3), (40, 5)]),
+            (96, False, [(64, 0)]),
+        ]
+    ]
+    together = LinearPacker(dtype).pack(layers)
+    for layer, packed in zip(layers, together, strict=True):
+        alone = _packed(layer.parts, dtype, gated=layer.gated)
+        for name in ("a", "b", "units"):
+            torch.testing.assert_close(getattr(packed, name), getattr(alone, name), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("sizes", "gated"),
     [
@@ -151,7 +175,7 @@ def test_linear_layers(team: Team, data: st.DataObject) -> None:
 def test_units_have_the_ranks_of_their_outputs_only(sizes: tuple[int, ...], gated: bool) -> None:
     torch.manual_seed(0)
     terms = [_low_rank(size, 8, rank) for size, rank in zip(sizes, (3, 0, 5), strict=False)]
-    packed = LinearPacker(torch.float32).pack(list(map(LinearPart, sizes, terms)), gated=gated)
+    packed = _packed(list(map(LinearPart, sizes, terms)), torch.float32, gated=gated)
     ranks = [term.rank for term in terms]
     expected = torch.zeros(sum(sizes), sum(ranks))
     row, rank = 0, 0
@@ -176,10 +200,7 @@ def test_a_row_has_the_same_bits_in_any_company(team: Team, format: str) -> None
     torch.manual_seed(0)
     weight = _weight(format, 88, 96)
     dtype = torch.float32 if format == "float32" else torch.bfloat16
-    variants = [
-        _variant({0: LinearPacker(dtype).pack([LinearPart(88, _low_rank(88, 96, rank))], gated=False)})
-        for rank in (16, 3, 64)
-    ]
+    variants = [_variant({0: _packed([LinearPart(88, _low_rank(88, 96, rank))], dtype)}) for rank in (16, 3, 64)]
     lengths = (1, 40, 70)
     x, out = torch.randn(111, 96), torch.zeros(111, 88)
     step = Step.of_rows(111, StepVariants(_segments(lengths, variants), 111))
@@ -194,9 +215,7 @@ def test_a_row_has_the_same_bits_in_any_company(team: Team, format: str) -> None
 def test_inputs_are_scaled_in_place(team: Team) -> None:
     torch.manual_seed(0)
     scale = torch.randn(37)
-    variant = _variant(
-        {0: LinearPacker(torch.float32).pack([LinearPart(5, LinearTerms(input_scale=scale))], gated=False)}
-    )
+    variant = _variant({0: _packed([LinearPart(5, LinearTerms(input_scale=scale))], torch.float32)})
     x = torch.randn(130, 37)
     expected = x.clone()
     expected[20:120] *= scale
@@ -218,7 +237,7 @@ def test_experts(team: Team, data: st.DataObject) -> None:
         for expert in range(num_experts):
             if (rank := data.draw(st.sampled_from(RANKS))) > 0:
                 part = LinearPart(64, _low_rank(64, num_inputs, rank))
-                linears[2 + expert] = LinearPacker(torch.float32).pack([part], gated=gated)
+                linears[2 + expert] = _packed([part], torch.float32, gated=gated)
         variants.append(_variant(linears, 2 + num_experts) if linears else None)
     num_rows = sum(lengths)
     plan = ExpertPlan.allocate(num_rows, num_experts, num_chosen)
