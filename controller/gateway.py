@@ -32,6 +32,7 @@ from controller.variants.directory import VariantDirectory
 from controller.worker_client import GenerateEvents, WorkerClient, WorkerConnectionError, WorkerStream
 from controller.workers import Worker, WorkerTable
 from registry.errors import (
+    InsufficientMemoryError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
@@ -173,12 +174,9 @@ class Gateway:
     async def _call(self, path: str, request: TokenizeRequest | DetokenizeRequest, reply: type[R]) -> R:
         """One request and one reply, from any replica."""
         served = await self._names.resolve(request.model)
-        model = served.parent or served.name  # a variant has its base model's tokenizer
-        body = request.model_copy(update={"model": model})
-        names: list[str] = []
-        if served.parent is not None and isinstance(request, TokenizeRequest):  # but maybe a template of its own
-            names = [served.name]
-            body = body.model_copy(update={"loras": [LoraWeight(name=served.name)]})
+        model = served.parent or served.name
+        names = [] if served.parent is None else [served.name]
+        body = request.model_copy(update={"model": model, "loras": [LoraWeight(name=name) for name in names]})
         with contextlib.ExitStack() as in_flight:
             return await self._try_replicas(
                 model, names, None, lambda worker: self._client.call(worker, path, body, reply), in_flight
@@ -247,6 +245,8 @@ class Gateway:
             if self._variants.wanted.keys() >= set(variants):  # the worker reads it again
                 return OverloadedError(errors[-1].message, retry_after_s=self._retry_after_s)
             return errors[-1]  # it was removed while the request was on its way
+        if variants and errors and all(isinstance(error, InsufficientMemoryError) for error in errors):
+            return OverloadedError(errors[-1].message, retry_after_s=self._retry_after_s)  # until others are unpinned
         if errors:
             return UpstreamError(f"{len(errors)} of the workers of {model!r} failed: {errors[-1].message}")
         return OverloadedError(

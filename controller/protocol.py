@@ -250,7 +250,7 @@ class GenerateRequest(Message):
 
 
 class TokenizeRequest(Message):
-    """`loras` as in GenerateRequest: adapters may have a chat template of their own."""
+    """`loras` as in GenerateRequest: fine-tunes may have a chat template and tokens of their own."""
 
     model: str
     loras: list[LoraWeight] = Field(default_factory=list)
@@ -265,7 +265,10 @@ class TokenizeReply(Message):
 
 
 class DetokenizeRequest(Message):
+    """`loras` as in GenerateRequest: fine-tunes may have tokens of their own."""
+
     model: str
+    loras: list[LoraWeight] = Field(default_factory=list)
     token_ids: list[int]
 
 
