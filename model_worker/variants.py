@@ -55,6 +55,7 @@ class EngineLoras(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Adapter:
+    path: str  # that the engine reads
     prompts: PromptFormat
     from_command_line: bool
 
@@ -85,7 +86,8 @@ class Variants:
         self._root = root
         self._with_templates = with_templates
         self._adapters: dict[str, _Adapter] = {}
-        self._given_paths: dict[str, str] = {}  # by the path that the engine reads
+        self._given_paths: dict[str, str] = {}  # by the path that the engine reads; `statuses` forgets old ones
+        self._adding: str | None = None  # such a path: of the addition under way, or of the last one
         self._messages: dict[variant_status.VariantStatus, VariantStatus] = {}  # those of the last report
         self._listing: asyncio.Task[list[VariantStatus]] | None = None  # begun by a report, and not over yet
         self._used = False  # there is an adapter, or was one
@@ -171,7 +173,12 @@ class Variants:
         """
         if not self._used:
             return []
-        messages = {status: self._messages.get(status) for status in await self._engine.list()}
+        statuses = await self._engine.list()
+        in_use = {status.path for status in statuses} | {adapter.path for adapter in self._adapters.values()}
+        self._given_paths = {
+            path: given for path, given in self._given_paths.items() if path in in_use or path == self._adding
+        }
+        messages = {status: self._messages.get(status) for status in statuses}
         self._messages = {status: message or self._to_message(status) for status, message in messages.items()}
         return list(self._messages.values())
 
@@ -225,7 +232,8 @@ class Variants:
         self, name: str, path: Path, given_path: str, *, pinned: bool, from_command_line: bool
     ) -> VariantStatus:
         async with self._changing:
-            self._given_paths[str(path)] = given_path
+            self._adding = str(path)
+            self._given_paths[self._adding] = given_path
             prompts = await asyncio.to_thread(
                 read_prompt_format, path, self._plan, self._tokenizer, with_template=self._with_templates
             )
@@ -239,7 +247,7 @@ class Variants:
                 if name not in self._adapters:  # a report may have seen it being read
                     self._messages = {known: other for known, other in self._messages.items() if other.name != name}
                 raise
-            self._adapters[name] = _Adapter(prompts, from_command_line)
+            self._adapters[name] = _Adapter(self._adding, prompts, from_command_line)
             self._used = True
             return status
 

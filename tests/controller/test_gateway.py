@@ -541,6 +541,15 @@ async def test_an_adapter_that_is_removed_while_a_request_is_on_its_way_is_not_f
         await fleet.events("sql")
 
 
+async def test_an_adapter_for_which_no_worker_has_room_may_have_some_later(fleet: Fleet) -> None:
+    full = Script(refuse=ErrorEvent(code="insufficient_memory", message="2 are pinned"), refuse_status=400)
+    workers = [await fleet.add(full, variants=variants(sql="on_disk")) for _ in range(2)]
+    with pytest.raises(OverloadedError, match="2 are pinned") as caught:
+        await fleet.events("sql")
+    assert caught.value.retry_after_s is not None
+    assert [len(worker.requests) for worker in workers] == [1, 1]
+
+
 @pytest.mark.parametrize("code", ["checkpoint_invalid", "model_unsupported"])
 async def test_errors_about_files_do_not_name_them(fleet: Fleet, code: str) -> None:
     error = ErrorEvent(code=code, message="/srv/adapters/sql/adapter_config.json is not JSON")

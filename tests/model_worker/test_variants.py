@@ -81,6 +81,15 @@ async def test_an_adapter_is_added_changed_and_removed(variants: Variants) -> No
     assert await states(variants) == {}
 
 
+async def test_paths_of_adapters_that_are_gone_are_forgotten(variants: Variants, root: Path) -> None:
+    for name in ("pirate", "poet", "plain"):
+        await variants.add(addition(name))
+    for name in ("pirate", "poet"):
+        await variants.remove(name)
+    assert await states(variants) == {"plain": "in_host_memory"}
+    assert variants._given_paths == {str(root / "plain"): "plain"}
+
+
 @pytest.mark.parametrize("change", ["remove", "pin", "unpin", "activate", "evict"])
 async def test_an_unknown_name_is_refused_everywhere(variants: Variants, change: str) -> None:
     with pytest.raises(ModelNotFoundError, match="pirate"):
