@@ -13,7 +13,7 @@ import torch
 
 from delta.codecs.codec import Term
 from delta.codecs.registry import DIFFERENCE_CODECS, WHOLE_CODECS
-from delta.delta_config import ROWS, DeltaConfig, DeltaTensor, StoredPart, read_delta_config
+from delta.delta_config import ROWS, DeltaConfig, DeltaTensor, StoredPart, read_delta_identity
 from delta.tensor_digest import tensor_digest
 from delta.tensor_file import read_tensor
 from registry.errors import CheckpointError
@@ -26,9 +26,10 @@ EXTRA_FILES = "files"
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """An opened delta artifact."""
+    """An opened delta artifact; `digest` is its identity, that of its description."""
 
     path: Path
+    digest: str
     config: DeltaConfig
     _headers: Mapping[str, TensorHeader]
     _opened: FileIO
@@ -71,7 +72,7 @@ def open_delta(path: Path) -> Iterator[Delta]:
     Raises:
         CheckpointError: no delta, damaged, or of a format version or codec that this program does not know.
     """
-    config = read_delta_config(path)
+    digest, config = read_delta_identity(path)
     file = path / TENSORS_FILE
     headers = read_safetensors_header(file)
     expected = {key: (part.dtype, part.shape) for key, part in stored_parts(config).items()}
@@ -82,7 +83,7 @@ def open_delta(path: Path) -> Iterator[Delta]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); copy the delta again") from error
     with opened:
-        yield Delta(path, config, headers, opened)
+        yield Delta(path, digest, config, headers, opened)
 
 
 def part_key(name: str, index: int, part: str) -> str:

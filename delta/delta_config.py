@@ -13,6 +13,7 @@ import torch
 
 from compression.safetensors_writer import SAFETENSORS_DTYPES
 from delta.codecs.registry import DIFFERENCE_CODECS, WHOLE_CODECS
+from delta.codecs.replace import REPLACE
 from delta.json_record import from_record, to_record
 from delta.quality_record import Probe, Quality
 from registry.companion_files import is_companion_file
@@ -92,8 +93,8 @@ class DeltaTensor:
             raise ValueError(f"the terms {codecs} cannot follow each other")
         if self.base is None and not (len(codecs) == 1 and codecs[0] in WHOLE_CODECS):
             raise ValueError("a tensor that the base does not have is not stored whole")
-        if DIFFERENCE_CODECS.keys() & set(codecs) and (len(self.shape) < 2 or 0 in self.shape):
-            raise ValueError(f"the terms {codecs} are of a tensor with the shape {list(self.shape)}")
+        if codecs != [REPLACE.name] and (len(self.shape) < 2 or 0 in self.shape):
+            raise ValueError(f"a tensor with the shape {list(self.shape)} is not stored as it is")
         if self.error < 0:
             raise ValueError(f"the error {self.error} is negative")
 
@@ -240,7 +241,7 @@ def delta_digest(directory: Path) -> str:
     Raises:
         CheckpointError: it cannot be read.
     """
-    return f"sha256:{hashlib.sha256(_read_bytes(directory)).hexdigest()}"
+    return _digest(_read_bytes(directory))
 
 
 def read_delta_config(directory: Path) -> DeltaConfig:
@@ -249,9 +250,15 @@ def read_delta_config(directory: Path) -> DeltaConfig:
     Raises:
         CheckpointError: no delta, damaged, or of a version or codec that this program does not know.
     """
+    return read_delta_identity(directory)[1]
+
+
+def read_delta_identity(directory: Path) -> tuple[str, DeltaConfig]:
+    """`delta_digest` and `read_delta_config` of one read of the file."""
     file = directory / CONFIG_FILE
+    content = _read_bytes(directory)
     try:
-        document = json.loads(_read_bytes(directory))
+        document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy the delta again") from error
     if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
@@ -262,9 +269,13 @@ def read_delta_config(directory: Path) -> DeltaConfig:
             f"{file} has format version {version!r}; this program reads version {FORMAT_VERSION}. Make the delta again"
         )
     try:
-        return from_record(DeltaConfig, document, "the description")
+        return _digest(content), from_record(DeltaConfig, document, "the description")
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}; copy the delta again") from error
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def _read_bytes(directory: Path) -> bytes:

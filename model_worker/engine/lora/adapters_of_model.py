@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from adapters.memory import available_memory_bytes
 from delta.peft.compose import compose
-from delta.peft.reader import read_peft_adapter
+from delta.variant_reader import read_variant
 from delta.variant_terms import VariantTerms
 from model_worker.engine.config import LoraConfig
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost
@@ -30,7 +30,7 @@ def make_lora_manager(config: LoraConfig, model: CausalModel, *, base_digest: st
     def read(directory: Path) -> VariantTerms:
         if not isinstance(model, VariantHost):
             raise UnsupportedModelError("This way of computing the model has no place for LoRA adapters.")
-        return read_peft_adapter(directory, base)
+        return read_variant(directory, base)
 
     def bind(terms: VariantTerms) -> BoundVariant:
         assert isinstance(model, VariantHost)

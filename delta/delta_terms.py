@@ -1,0 +1,200 @@
+"""Read a delta artifact into terms, to serve its fine-tune beside the base. Format: docs/formats/delta.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from delta.artifact import Delta, open_delta
+from delta.codecs.codec import Term
+from delta.codecs.registry import DIFFERENCE_CODECS, WHOLE_CODECS
+from delta.delta_config import ROWS, DeltaTensor
+from delta.linear_terms import add_up, block_of_rows, transposed
+from delta.parameter_places import Place, find_place
+from delta.peft.adapter_files import all_finite
+from delta.peft.base_model import BaseModel
+from delta.peft.terms_builder import TermsBuilder
+from delta.reconstruct import reconstruct
+from delta.tensor_digest import tensor_digest
+from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
+from registry.errors import CheckpointError, UnsupportedModelError
+
+
+def read_delta(directory: Path, base: BaseModel) -> VariantTerms:
+    """Read a delta that was made from `base`; any thread may call this.
+
+    Every stored tensor is compared with its digest and used exactly once. Terms that add stay what they are; a matrix
+    that is stored whole becomes e = 0 and Z = W'.
+
+    Raises:
+        CheckpointError: missing, damaged or contradictory files, values that are not finite, or another base.
+        UnsupportedModelError: a fine-tune that can only be served applied; the message says how.
+    """
+    with open_delta(directory) as delta:
+        reader = _Reader(delta, base)
+        reader.check()
+        terms = reader.read()
+    if terms.num_modules == 0:
+        raise UnsupportedModelError(f"{directory} changes no weight, so that it is served as its base")
+    if not all(all_finite(tensor) for tensor in terms.tensors()):
+        raise CheckpointError(f"{directory} holds values that are not finite; train the fine-tune again")
+    return terms
+
+
+class _Reader:
+    """One reading of one delta."""
+
+    def __init__(self, delta: Delta, base: BaseModel) -> None:
+        self._delta = delta
+        self._base = base
+        self._builder = TermsBuilder(delta.path)
+
+    def check(self) -> None:
+        """Everything that can be said without reading data."""
+        config, digest = self._delta.config, self._base.digest
+        if digest is not None and digest != config.base.digest:
+            raise CheckpointError(
+                f"{self._delta.path} was made from the base {config.base.name} ({config.base.digest}), but this one is "
+                f"{digest}; serve it with its own base"
+            )
+        for name, entry in config.tensors.items():
+            place = self._place(name)
+            if place.shape[1:] == entry.shape[1:] and (place.shape != entry.shape or ROWS in entry.codec):
+                raise self._unsupported(f"{name} has {entry.shape[0]} rows, the base {place.shape[0]}")
+            if entry.shape != place.shape:
+                raise CheckpointError(
+                    f"{self._delta.path}: {name} is {list(entry.shape)}, but {list(place.shape)} in this base; serve "
+                    "it with its own base"
+                )
+        for name, other in config.tied.items():
+            head, table = self._place(name), self._place(other)
+            if self._base.shapes.tied.get(head.name) != table.name:
+                raise self._unsupported(f"{name} is tied to {other}, which it is not in the base")
+
+    def read(self) -> VariantTerms:
+        for name, entry in self._delta.config.tensors.items():
+            place = self._place(name)
+            if not self._follows_its_table(name, place):
+                self._read_tensor(place, entry, self._delta.read_terms(name))
+        return self._builder.build(self._delta.digest)
+
+    def _read_tensor(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> None:
+        if place.kind == "vector":
+            self._builder.add_vector(place.name, reconstruct(None, terms, entry.torch_dtype, entry.shape))
+        elif place.kind == "bias":
+            bias = reconstruct(None, terms, entry.torch_dtype, entry.shape).float()
+            has_bias = self._base.shapes.linears[place.name].has_bias
+            self._builder.add_linear(place.name, bias=bias - self._base.bias(place.name) if has_bias else bias)
+        elif place.kind == "experts":
+            self._read_experts(place, entry, terms)
+        elif place.kind == "linear":
+            self._add_linear(place.name, self._linear(place, entry, terms))
+        else:
+            self._read_embedding(place, entry, terms)
+
+    def _read_embedding(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> None:
+        of_heads = None
+        if all(term.codec in DIFFERENCE_CODECS for term in terms):
+            of_heads = _differences(terms, entry.shape)
+        if of_heads is not None and of_heads.dense is None and of_heads.sparse is None:
+            a, b = of_heads.a, of_heads.b
+            # Of the table D = B A, of an embedding's terms D = (B A)ᵀ.
+            swapped = {} if a is None or b is None else {"a": b.T.contiguous(), "b": a.T.contiguous()}
+            self._builder.add_embedding(place.name, EmbeddingTerms(signs=of_heads.signs, **swapped))
+        else:
+            table = self._given_back(place, entry, terms)
+            before = self._base.weight(place.name).to(table.dtype)
+            token_ids = (table != before).any(dim=1).nonzero().flatten()
+            self._builder.add_embedding(place.name, EmbeddingTerms(token_ids=token_ids, rows=table[token_ids]))
+            if of_heads is None:
+                of_heads = LinearTerms(output_scale=torch.zeros(len(table)), dense=table)
+        for head in self._heads(place.name):
+            self._add_linear(head, of_heads)
+
+    def _heads(self, embedding: str) -> list[str]:
+        """Output heads that compute with this table, and have no change of their own."""
+        config, shapes = self._delta.config, self._base.shapes
+        tied = [head for head, of in shapes.tied.items() if of == embedding]
+        tied += [self._place(name).name for name, of in config.dropped.items() if self._place(of).name == embedding]
+        untied = {self._place(name).name for name in config.tensors if name not in config.base.tensors}
+        return [head for head in dict.fromkeys(tied) if head not in untied]
+
+    def _follows_its_table(self, name: str, place: Place) -> bool:
+        """The base stores a tied head by itself, and the fine-tune still ties it."""
+        config, shapes = self._delta.config, self._base.shapes
+        if place.kind != "linear" or place.name not in shapes.tied or name not in config.base.tensors:
+            return False
+        digests = config.result_tensors()
+        tables = [table for table in digests if self._is_table(table, shapes.tied[place.name])]
+        if [digests[table] for table in tables] != [digests[name]]:
+            raise self._unsupported(f"{name} differs from the embedding that it is tied to in the base")
+        return True
+
+    def _is_table(self, name: str, embedding: str) -> bool:
+        place = find_place(name, self._base.shapes)
+        return place is not None and place.kind == "embedding" and place.name == embedding
+
+    def _linear(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> LinearTerms:
+        if any(term.codec in WHOLE_CODECS for term in terms):
+            weight = self._given_back(place, entry, terms)
+            weight = weight.T.contiguous() if place.transposed else weight
+            return LinearTerms(output_scale=torch.zeros(len(weight)), dense=weight)
+        stored = _differences(terms, entry.shape)
+        return transposed(stored, entry.shape[-1]) if place.transposed else stored
+
+    def _read_experts(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> None:
+        num_experts, num_rows, num_columns = entry.shape
+        whole = None
+        if any(term.codec in WHOLE_CODECS for term in terms):
+            whole = self._given_back(place, entry, terms)
+        stored = LinearTerms() if whole is not None else _differences(terms, entry.shape)
+        for index in range(num_experts):
+            if whole is not None:
+                weight = whole[index].T.contiguous() if place.transposed else whole[index]
+                of_expert = LinearTerms(output_scale=torch.zeros(len(weight)), dense=weight)
+            else:
+                of_expert = block_of_rows(stored, slice(index * num_rows, (index + 1) * num_rows))
+                of_expert = transposed(of_expert, num_columns) if place.transposed else of_expert
+            self._builder.add_expert(place.name, index, of_expert)
+
+    def _given_back(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> Tensor:
+        """W', as the checkpoint stores it."""
+        base = None
+        if any(term.codec != "replace" for term in terms):
+            if place.kind == "experts":
+                raise self._unsupported(f"{place.name} is stored as what changed in the bits of the base's")
+            of_base = place if entry.base is None else self._place(entry.base)
+            base = self._base.weight(of_base.name)
+            base = base.T if of_base.transposed else base
+        weight = reconstruct(base, terms, entry.torch_dtype, entry.shape)
+        if any(term.codec in WHOLE_CODECS for term in terms) and tensor_digest(weight) != entry.digest:
+            raise self._unsupported(
+                f"{place.name} is stored as what changed in the bits of the base's, which this server has rounded"
+            )
+        return weight
+
+    def _add_linear(self, module: str, terms: LinearTerms) -> None:
+        given = {name: getattr(terms, name) for name in ("a", "b", "output_scale", "dense", "signs", "sparse")}
+        self._builder.add_linear(module, **{name: value for name, value in given.items() if value is not None})
+
+    def _place(self, name: str) -> Place:
+        place = find_place(name, self._base.shapes)
+        if place is None:
+            raise self._unsupported(f"the base as it is served has no parameter {name}")
+        return place
+
+    def _unsupported(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self._delta.path} cannot be served beside its base: {reason}. Serve it applied: start a worker with "
+            f"--apply-delta {self._delta.path}, or write it out with python -m delta apply"
+        )
+
+
+def _differences(terms: Sequence[Term], shape: tuple[int, ...]) -> LinearTerms:
+    """Of the matrix [numel / columns, columns]."""
+    matrix = (math.prod(shape[:-1]), shape[-1])
+    return add_up([DIFFERENCE_CODECS[term.codec].terms(term.parts, matrix) for term in terms], shape[-1])
