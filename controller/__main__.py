@@ -20,7 +20,7 @@ from registry.catalog import Catalog
 from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 from registry.flags import add_flags, config_from_args
-from registry.paths import default_database_url
+from registry.paths import default_database_url, default_state_dir
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,9 @@ def _serve(config: ControllerConfig, catalog: Catalog) -> None:
     if config.workers.worker_token is None and os.environ.get(TOKEN_VARIABLE):
         workers = dataclasses.replace(config.workers, worker_token=os.environ[TOKEN_VARIABLE])
         config = dataclasses.replace(config, workers=workers)
+    if config.publishing.store is None:
+        publishing = dataclasses.replace(config.publishing, store=str(default_state_dir(os.environ) / "store"))
+        config = dataclasses.replace(config, publishing=publishing)
     if not is_loopback(config.server.host) and not keys_required(config.auth, config.server.host):
         logger.warning("--auth off on %s: whoever reaches this address may use the models", config.server.host)
     serve(config, catalog)

@@ -15,6 +15,7 @@ from controller.openai.schemas import ModelName
 from controller.protocol import VariantStatus
 from controller.state import ControllerState
 from controller.variants.directory import OnWorker, unknown_variant
+from registry.published_files import VariantKind
 
 
 class AddVariant(RequestModel):
@@ -29,7 +30,7 @@ class AddVariant(RequestModel):
 class WantedVariant(BaseModel):
     """What the catalog says."""
 
-    kind: Literal["lora"]
+    kind: VariantKind
     path: str
     digest: str | None
     pinned: bool
@@ -70,7 +71,7 @@ def create_router(state: ControllerState) -> APIRouter:
             name=name,
             parent=state.directory.parent_of(name),
             wanted=None if record is None else WantedVariant.model_validate(record, from_attributes=True),
-            workers=[_on_worker(on) for on in on_workers],
+            workers=[on_worker_info(on) for on in on_workers],
         )
 
     @router.get("")
@@ -125,7 +126,7 @@ def create_router(state: ControllerState) -> APIRouter:
     return router
 
 
-def _on_worker(on: OnWorker) -> VariantOnWorker:
+def on_worker_info(on: OnWorker) -> VariantOnWorker:
     return VariantOnWorker(
         worker_id=on.worker.worker_id,
         status=on.status,

@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -23,6 +24,11 @@ from controller.http_guard import HttpGuardMiddleware
 from controller.key_rules import KeyRules
 from controller.limits import ConcurrencyLimits, LimitsMiddleware
 from controller.metrics import Metrics
+from controller.publishing.admin_releases import create_release_router
+from controller.publishing.blobs import create_blob_router
+from controller.publishing.canaries import CanaryJudge
+from controller.publishing.operations import ReleaseOperations
+from controller.publishing.release_directory import ReleaseDirectory
 from controller.routing import create_policy
 from controller.scrape import WorkerCollector, fetch_stats
 from controller.scrape_variants import VariantCollector
@@ -36,6 +42,7 @@ from controller.variants.reconciler import VariantReconciler
 from controller.worker_client import WorkerClient
 from controller.workers import WorkerTable
 from registry.catalog import Catalog
+from registry.store import Store
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +69,24 @@ def create_app(
     """
     trusted = TrustedNetworks.parse(config.workers.trusted_workers)
     client = WorkerClient(config.workers, trusted)
-    state = _create_state(config, catalog, client, clock, rng or random.Random())
+    store = None if config.publishing.store is None else Store(Path(config.publishing.store))
+    state = _create_state(config, catalog, store, client, clock, rng or random.Random())
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await client.start()
-        expiry = asyncio.create_task(_expire_workers(state), name="expire-workers")
+        tasks = [
+            asyncio.create_task(_expire_workers(state), name="expire-workers"),
+            asyncio.create_task(state.releases.watch(), name="watch-releases"),
+        ]
         try:
             yield
         finally:
-            expiry.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await expiry
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             state.gateway.stop_streams()
+            await state.releases.stop()
             await state.reconciler.stop()
             await client.stop()
 
@@ -102,6 +114,8 @@ def create_app(
     app.include_router(admin_variants.create_router(state))
     app.include_router(lora_adapters.create_router(state))
     app.include_router(internal.create_router(state, trusted))
+    app.include_router(create_blob_router(store, config.publishing, config.workers.worker_token))
+    app.include_router(create_release_router(state.releases))
 
     @app.get("/health", tags=["operations"])
     async def health() -> JSONResponse:
@@ -121,6 +135,7 @@ def create_app(
 def _create_state(
     config: ControllerConfig,
     catalog: Catalog,
+    store: Store | None,
     client: WorkerClient,
     clock: Callable[[], float],
     rng: random.Random,
@@ -130,13 +145,19 @@ def _create_state(
     failures = Failures(clock)
     directory = VariantDirectory(workers, failures)
     reconciler = VariantReconciler(catalog, workers, directory, failures, client, clock=clock)
+    variants = VariantOperations(catalog, workers, directory, failures, reconciler, client)
+    releases = ReleaseDirectory()
+    canaries = CanaryJudge(
+        margin=config.publishing.canary_error_margin, min_requests=config.publishing.canary_min_requests
+    )
     return ControllerState(
         config=config,
         catalog=catalog,
         workers=workers,
         directory=directory,
         reconciler=reconciler,
-        variants=VariantOperations(catalog, workers, directory, failures, reconciler, client),
+        variants=variants,
+        releases=ReleaseOperations(catalog, store, workers, releases, directory, variants, canaries),
         gateway=Gateway(
             workers,
             client,

@@ -74,15 +74,28 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PublishingConfig:
+    """Where published fine-tunes are kept, and when a canary is given up."""
+
+    store: str | None = flag(None, "directory of published files (default: `store` in the state directory)")
+    max_blob_gib: float = flag(64.0, "GiB of one published file; more is refused with 413")
+    canary_error_margin: float = flag(
+        0.05, "how much larger than the stable version's a canary's share of failed requests may be; then it is aborted"
+    )
+    canary_min_requests: int = flag(20, "requests of a canary before its errors are judged")
+
+
+@dataclass(frozen=True, slots=True)
 class ControllerConfig:
     server: ServerConfig = field(default_factory=ServerConfig)
     auth: AuthConfig = field(default_factory=AuthConfig)
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    publishing: PublishingConfig = field(default_factory=PublishingConfig)
 
     def __post_init__(self) -> None:
         """Raises InvalidRequestError where a number makes no sense; but for priorities they are counts or durations."""
-        for part in (self.server, self.workers, self.limits):
+        for part in (self.server, self.workers, self.limits, self.publishing):
             for bound in fields(part):
                 if bound.name == "min_priority":
                     continue
@@ -92,4 +105,4 @@ class ControllerConfig:
                     raise InvalidRequestError(f"--{name} must be positive, not {value}", param=bound.name)
 
 
-_MAY_BE_ZERO = frozenset({"port", "shutdown_timeout_s"})
+_MAY_BE_ZERO = frozenset({"port", "shutdown_timeout_s", "canary_error_margin"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import re
@@ -14,15 +13,14 @@ from starlette.responses import Response
 
 from controller.catalog_access import record_models
 from controller.errors_http import validation_error
-from controller.protocol import WORKER_TOKEN_HEADER, HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest
+from controller.protocol import HeartbeatReply, HeartbeatRequest, RegisterReply, RegisterRequest
 from controller.state import ControllerState
-from controller.trusted_networks import TrustedNetworks, is_loopback
+from controller.trusted_networks import TrustedNetworks
+from controller.worker_peer import check_worker
 from controller.workers import check_protocol_version
 from registry.errors import (
-    AuthenticationError,
     ClientError,
     InvalidRequestError,
-    PermissionDeniedError,
 )
 
 logger = logging.getLogger(__name__)
@@ -50,17 +48,7 @@ def create_router(state: ControllerState, trusted: TrustedNetworks) -> APIRouter
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             # A web page may post other types to this machine without asking first.
             raise InvalidRequestError("send the header Content-Type: application/json")
-        if token:
-            given = request.headers.get(WORKER_TOKEN_HEADER, "")
-            if not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), token.encode()):
-                raise AuthenticationError(
-                    "the worker token is missing or wrong; give the worker the controller's ROOTGRAFT_WORKER_TOKEN"
-                )
-        elif request.client is not None and not is_loopback(request.client.host):
-            raise PermissionDeniedError(
-                "this controller has no worker token, so only workers on its own machine may join; "
-                "start both with the same ROOTGRAFT_WORKER_TOKEN"
-            )
+        check_worker(request, token)
 
     router = APIRouter(prefix="/internal/workers", dependencies=[Depends(check_peer)], include_in_schema=False)
 

@@ -7,6 +7,7 @@ other's dependencies. All messages are JSON over HTTP.
         POST /internal/workers/register          RegisterRequest   → RegisterReply
         POST /internal/workers/{id}/heartbeat    HeartbeatRequest  → HeartbeatReply; 404: register again
         POST /internal/workers/{id}/leave        no body           → 204
+        GET  /internal/blobs/{digest}            the bytes of a published file; Range is understood
     controller → worker
         POST /internal/generate                  GenerateRequest   → NDJSON, one GenerateEvent a line
         POST /internal/tokenize                  TokenizeRequest   → TokenizeReply
@@ -88,12 +89,16 @@ class VariantStatus(Message):
 
 
 class AddVariantRequest(Message):
-    """Adding a name again with other files replaces it; with the same files it only sets `pinned`."""
+    """Adding a name again with other files replaces it; with the same files it only sets `pinned`.
+
+    The files of a published version are fetched from the controller, see registry.published_files.
+    """
 
     name: str
     parent: str
-    path: str  # below the worker's --adapter-root
+    path: str  # below the worker's --adapter-root; with `files`: their manifest digest
     pinned: bool = False
+    files: dict[str, str] | None = None  # "sha256:…" by name
 
 
 class NamedVariantRequest(Message):

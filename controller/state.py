@@ -10,6 +10,7 @@ from controller.gateway import Gateway
 from controller.key_rules import KeyRules
 from controller.limits import ConcurrencyLimits
 from controller.metrics import Metrics
+from controller.publishing.operations import ReleaseOperations
 from controller.variants.directory import VariantDirectory
 from controller.variants.operations import VariantOperations
 from controller.variants.reconciler import VariantReconciler
@@ -26,6 +27,7 @@ class ControllerState:
     key_rules: what a request may ask for, by its key; the routes that generate check it.
     catalog: blocking; call it through asyncio.to_thread.
     directory, reconciler, variants: what is known of variants, what mends them, and what operators do with them.
+    releases: what publishers and operators do with published versions and their aliases.
     """
 
     config: ControllerConfig
@@ -34,6 +36,7 @@ class ControllerState:
     directory: VariantDirectory
     reconciler: VariantReconciler
     variants: VariantOperations
+    releases: ReleaseOperations
     gateway: Gateway
     metrics: Metrics
     auth: Authenticator

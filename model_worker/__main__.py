@@ -92,7 +92,16 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     _say(f"Loaded: {inner.cache_summary()}; {torch.get_num_threads()} threads, {resident / 2**30:.2f} GiB of memory.")
     if kernels is None and config.engine.model_impl != "transformers":
         start_background_build(machine_levels()[0], cache_dir)
-    worker = Worker(engine, plan, config, sock, model_name=source.name, digest=digest, engine_died=engine_died)
+    worker = Worker(
+        engine,
+        plan,
+        config,
+        sock,
+        model_name=source.name,
+        digest=digest,
+        cache_dir=cache_dir,
+        engine_died=engine_died,
+    )
     return asyncio.run(worker.run(_say))
 
 

@@ -28,6 +28,7 @@ from model_worker.engine.outputs import EngineStats, RequestOutput
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.events import Event, EventBuilder, TokenNames
 from model_worker.prompt import EncodedPrompt, PromptEncoder
+from model_worker.published_variants import PublishedVariants
 from model_worker.variants import EngineLoras, Variants
 from registry.errors import InternalError, InvalidRequestError, ModelNotFoundError
 
@@ -74,9 +75,10 @@ class WorkerService:
         *,
         digest: str | None = None,
         adapter_root: Path | None = None,
+        published: PublishedVariants | None = None,
         adapter_templates: bool = True,
     ) -> None:
-        """`adapter_root` as in WorkerConfig; `adapter_templates`: adapters' own chat templates are used."""
+        """Args: as in WorkerConfig and Variants; `adapter_templates`: adapters' own chat templates are used."""
         self.drain = Drain()
         self.variants = Variants(
             engine.loras,
@@ -84,6 +86,7 @@ class WorkerService:
             engine.tokenizer,
             parent=model_name,
             root=AdapterRoot(adapter_root),
+            published=published,
             with_templates=adapter_templates,
         )
         self._engine = engine

@@ -19,6 +19,7 @@ from controller.protocol import AddVariantRequest, VariantStatus
 from model_worker.adapter_root import AdapterRoot
 from model_worker.config import GivenVariant
 from model_worker.engine.lora import variant_status
+from model_worker.published_variants import PublishedVariants
 from registry.errors import (
     InternalError,
     InvalidRequestError,
@@ -26,7 +27,8 @@ from registry.errors import (
     PermissionDeniedError,
     RootgraftError,
 )
-from registry.names import is_name
+from registry.names import is_name, is_variant_name
+from registry.published_files import PublishedFiles
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class Variants:
     Args:
         parent: public name of the base model.
         root: below which adapters that are named over HTTP must be.
+        published: where published versions are fetched to; None: there can be none.
         with_templates: adapters' own chat templates are used; False: the operator chose one for all.
     """
 
@@ -77,6 +80,7 @@ class Variants:
         *,
         parent: str,
         root: AdapterRoot,
+        published: PublishedVariants | None = None,
         with_templates: bool,
     ) -> None:
         self._engine = engine
@@ -84,6 +88,7 @@ class Variants:
         self._tokenizer = tokenizer
         self._parent = parent
         self._root = root
+        self._published = published
         self._with_templates = with_templates
         self._adapters: dict[str, _Adapter] = {}
         self._given_paths: dict[str, str] = {}  # by the path that the engine reads; `statuses` forgets old ones
@@ -122,20 +127,20 @@ class Variants:
             report(f"Adapter {status.name}: rank {status.rank}, {mib:.1f} MiB, {seconds:.2f} s, {state}.")
 
     async def add(self, request: AddVariantRequest) -> VariantStatus:
-        """Read an adapter below the root and serve it. An adapter that is refused leaves nothing behind.
+        """Read an adapter below the root, or a published version, and serve it. One that is refused is forgotten.
 
         Raises:
             RootgraftError: why it is refused.
         """
         self._check_parent(request.parent)
-        self._check_name(request.name)
+        self._check_name(request.name, is_version=request.files is not None)
         known = self._adapters.get(request.name)
         if known is not None and known.from_command_line:
             raise PermissionDeniedError(
                 f"This worker has {request.name} from its command line; choose another name, or start it without that.",
                 param="name",
             )
-        path = await asyncio.to_thread(self._root.find, request.path)
+        path = await asyncio.to_thread(self._find, request)
         status = await self._add(request.name, path, request.path, pinned=request.pinned, from_command_line=False)
         logger.info("adapter %s: rank %d, read from %r", status.name, status.rank, request.path)
         return status
@@ -279,8 +284,18 @@ class Variants:
         if parent != self._parent:
             raise ModelNotFoundError(f"This worker serves {self._parent}, not {parent}.", param="parent")
 
-    def _check_name(self, name: str) -> None:
-        if not is_name(name):
+    def _find(self, request: AddVariantRequest) -> Path:
+        if request.files is None:
+            return self._root.find(request.path)
+        files = PublishedFiles(request.files)
+        if request.path != files.manifest_digest:
+            raise InvalidRequestError(f"{request.path[:80]!r} is not the digest of these files.", param="path")
+        if self._published is None:
+            raise PermissionDeniedError("This worker serves no published versions.", param="files")
+        return self._published.directory(files)
+
+    def _check_name(self, name: str, *, is_version: bool = False) -> None:
+        if not (is_variant_name(name) if is_version else is_name(name)):
             raise InvalidRequestError(
                 f"{name!r} is no name for an adapter; take letters, digits and . _ - in segments joined by /.",
                 param="name",

@@ -11,6 +11,7 @@ import signal
 import socket
 import uuid
 from collections.abc import Callable, Generator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -20,6 +21,7 @@ from adapters.load_plan import LoadPlan
 from model_worker.app import create_app
 from model_worker.config import DEFAULT_PORT, WorkerConfig
 from model_worker.controller_link import ControllerLink
+from model_worker.published_variants import PublishedVariants
 from model_worker.service import Engine, WorkerService
 from registry.errors import InternalError, InvalidRequestError, OverloadedError
 
@@ -99,21 +101,29 @@ class Worker:
         *,
         model_name: str,
         digest: str | None = None,
+        cache_dir: Path | None = None,
         engine_died: asyncio.Event,
     ) -> None:
-        """`engine_died` is set by the engine, in the event loop's thread, when it can serve no more."""
+        """Args:
+        cache_dir: where published versions are kept; None: this worker serves none.
+        engine_died: set by the engine, in the event loop's thread, when it can serve no more.
+        """
         self.id = f"worker-{uuid.uuid4().hex[:12]}"
         self._engine = engine
         self._engine_died = engine_died
         self._config = config
         self._sock = sock
         self._url = reachable_url(config, sock)
+        published = None
+        if cache_dir is not None:
+            published = PublishedVariants(cache_dir, config.controller, config.worker_token)
         self._service = WorkerService(
             engine,
             plan,
             model_name,
             digest=digest,
             adapter_root=config.adapter_root,
+            published=published,
             adapter_templates=config.chat_template is None,
         )
         self._stop = asyncio.Event()

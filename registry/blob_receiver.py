@@ -18,7 +18,6 @@ from typing import BinaryIO
 from registry.atomic_file import TEMPORARY_PREFIX, disk_errors, publish
 from registry.errors import InvalidRequestError, OverloadedError, ServerError
 
-_CHUNK_BYTES = 4 << 20
 _RETRY_AFTER_S = 2.0
 
 
@@ -32,17 +31,15 @@ class BlobReceiver:
 
     def __init__(self, digest: str, file: BinaryIO, partial: Path, destination: Path) -> None:
         self.complete = destination.exists()
-        self.num_bytes = 0
         self._digest = digest
         self._file = file
         self._partial = partial
         self._destination = destination
-        self._hasher = hashlib.sha256()
+        self.num_bytes = file.seek(0, os.SEEK_END)
+        # What came earlier is read once, at the end, for it may come in many parts.
+        self._hasher = None if self.num_bytes else hashlib.sha256()
         self._kept = not self.complete
         self._moved = False
-        while chunk := file.read(_CHUNK_BYTES):
-            self._hasher.update(chunk)
-            self.num_bytes += len(chunk)
 
     def write(self, chunk: bytes) -> None:
         """Raises InternalError: the disk is full or cannot be written; what had come is given up."""
@@ -53,7 +50,8 @@ class BlobReceiver:
         except ServerError:
             self._kept = False
             raise
-        self._hasher.update(chunk)
+        if self._hasher is not None:
+            self._hasher.update(chunk)
         self.num_bytes += len(chunk)
 
     def restart(self) -> None:
@@ -74,7 +72,7 @@ class BlobReceiver:
             InvalidRequestError: these are not the bytes of its digest; they are given up.
             InternalError: as `write`.
         """
-        found = f"sha256:{self._hasher.hexdigest()}"
+        found = f"sha256:{self._hexdigest()}"
         self._kept = False
         if found != self._digest:
             raise InvalidRequestError(
@@ -83,9 +81,20 @@ class BlobReceiver:
         publish(self._file, self._partial, self._destination, mode=0o444)
         self.complete = self._moved = True
 
+    def _hexdigest(self) -> str:
+        if self._hasher is not None:
+            return self._hasher.hexdigest()
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256").hexdigest()  # type: ignore[arg-type]  # it reads and writes
+
     def close(self) -> None:
         if not self._moved and (not self._kept or not self.num_bytes):
             self._partial.unlink(missing_ok=True)
+
+
+def partial_path(digest: str, directory: Path) -> Path:
+    """Where what has come of a blob is."""
+    return directory / f"{TEMPORARY_PREFIX}part-{digest.removeprefix('sha256:')}"
 
 
 @contextmanager
@@ -100,7 +109,7 @@ def receiving(digest: str, destination: Path, directory: Path, *, wait: bool) ->
         OverloadedError: another one receives it.
         InternalError: the directory cannot be written.
     """
-    partial = directory / f"{TEMPORARY_PREFIX}part-{digest.removeprefix('sha256:')}"
+    partial = partial_path(digest, directory)
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         file = _open_locked(partial, wait=wait)
@@ -121,7 +130,6 @@ def _open_locked(path: Path, *, wait: bool) -> BinaryIO | None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file, path):
-                file.seek(0)
                 return file
         except BlockingIOError:
             file.close()

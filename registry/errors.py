@@ -10,6 +10,7 @@
     │   ├── RequestTooLargeError       413  request_too_large
     │   ├── RateLimitError             429  rate_limit_exceeded
     │   ├── CheckpointError            400  checkpoint_invalid      missing, truncated or contradictory files
+    │   ├── ProbeFailedError           400  probe_failed            a fine-tune does not answer as its maker measured
     │   ├── UnsupportedModelError      400  model_unsupported       we know that we cannot run it exactly
     │   └── InsufficientMemoryError    400  insufficient_memory
     └── ServerError            ours to mend (5xx)
@@ -91,6 +92,10 @@ class CheckpointError(ClientError):
     code = "checkpoint_invalid"
 
 
+class ProbeFailedError(ClientError):
+    code = "probe_failed"
+
+
 class UnsupportedModelError(ClientError):
     code = "model_unsupported"
 
@@ -129,6 +134,7 @@ _BY_CODE: dict[str, type[RootgraftError]] = {
         RequestTooLargeError,
         RateLimitError,
         CheckpointError,
+        ProbeFailedError,
         UnsupportedModelError,
         InsufficientMemoryError,
         InternalError,

@@ -12,12 +12,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from registry.atomic_file import TEMPORARY_PREFIX, disk_errors, publish, sync_directory, temporary_file
-from registry.blob_receiver import BlobReceiver, receiving
+from registry.blob_receiver import BlobReceiver, partial_path, receiving
 from registry.errors import InternalError, InvalidRequestError
 from registry.names import is_digest
 
@@ -37,6 +37,7 @@ class Store:
     """The store under one root directory; any number of processes may share it."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self._blobs = root / "blobs" / "sha256"
 
     def put_file(self, source: Path) -> Blob:
@@ -73,6 +74,13 @@ class Store:
     def receive(self, digest: str, *, wait: bool = False) -> AbstractContextManager[BlobReceiver]:
         """Receive a blob whose digest is known, going on where a sender broke off. Args and Raises: as `receiving`."""
         return receiving(digest, self._location(digest), self._blobs, wait=wait)
+
+    def num_bytes_received(self, digest: str) -> int:
+        """Of a blob on its way, or in the store."""
+        for path in (self._location(digest), partial_path(digest, self._blobs)):
+            with suppress(FileNotFoundError):
+                return path.stat().st_size
+        return 0
 
     def get(self, digest: str) -> Blob:
         """The blob of that digest; raises InvalidRequestError when it is not in the store."""

@@ -123,7 +123,13 @@ class VariantReconciler:
         body: AddVariantRequest | NamedVariantRequest = NamedVariantRequest(name=name)
         if step == "add":
             assert wanted is not None
-            body = AddVariantRequest(name=name, parent=wanted.parent, path=wanted.path, pinned=wanted.pinned)
+            body = AddVariantRequest(
+                name=name,
+                parent=wanted.parent,
+                path=wanted.path,
+                pinned=wanted.pinned,
+                files=None if wanted.files is None else dict(wanted.files),
+            )
         try:
             status = await self._client.call(worker, path, body, VariantStatus)
         except RootgraftError as error:

@@ -15,7 +15,14 @@ import pytest
 from fastapi import FastAPI
 
 from controller.app import create_app
-from controller.config import AuthConfig, ControllerConfig, LimitsConfig, ServerConfig, WorkerConfig
+from controller.config import (
+    AuthConfig,
+    ControllerConfig,
+    LimitsConfig,
+    PublishingConfig,
+    ServerConfig,
+    WorkerConfig,
+)
 from controller.server import ControllerServer, bind
 from controller.state import ControllerState
 from registry.catalog import Catalog
@@ -90,6 +97,7 @@ def controller_config(**values: Any) -> ControllerConfig:
         ("auth", AuthConfig),
         ("workers", WorkerConfig),
         ("limits", LimitsConfig),
+        ("publishing", PublishingConfig),
     ):
         own = {field.name: values.pop(field.name) for field in dataclasses.fields(kind) if field.name in values}
         parts[name] = kind(**own)

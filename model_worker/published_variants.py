@@ -1,0 +1,132 @@
+"""The files of published versions on this machine: fetched from the controller once, kept under their digests.
+
+    cache_dir/store/…                          the files as blobs, see registry.store
+    cache_dir/variants/…64 hex digits/NAME     a version's directory, named by its manifest digest: links to blobs
+
+All workers of a machine share them. A directory appears complete or not at all, and is found again after a restart,
+without the controller. The cache may be emptied while no worker runs.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import requests
+
+from controller.protocol import WORKER_TOKEN_HEADER, ErrorEvent
+from registry.atomic_file import disk_errors, sync_directory
+from registry.blob_receiver import BlobReceiver
+from registry.errors import InvalidRequestError, PermissionDeniedError, RootgraftError, UpstreamError, error_from_code
+from registry.published_files import PublishedFiles
+from registry.store import Store
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 1 << 20
+_TIMEOUT_S = (5.0, 60.0)  # to connect, and between two pieces
+_ABANDONED_S = 86400.0
+
+
+class PublishedVariants:
+    """Args:
+    controller_url: None: this worker has no controller, so there is nobody to fetch from.
+    """
+
+    def __init__(self, cache_dir: Path, controller_url: str | None, worker_token: str | None) -> None:
+        self._store = Store(cache_dir / "store")
+        self._variants = cache_dir / "variants"
+        self._controller_url = controller_url
+        self._headers = {} if worker_token is None else {WORKER_TOKEN_HEADER: worker_token}
+
+    def directory(self, files: PublishedFiles) -> Path:
+        """The directory with these files; blocks while they are fetched.
+
+        Raises:
+            UpstreamError: the controller cannot be reached, or broke off; what has come is kept for the next time.
+            ModelNotFoundError: the controller does not have a file.
+            InternalError: the disk is full, or the cache cannot be written.
+        """
+        directory = self._variants / files.manifest_digest.removeprefix("sha256:")
+        if not directory.is_dir():
+            self._store.remove_abandoned(_ABANDONED_S)
+            for digest in sorted(set(files.digests.values())):
+                self._fetch(digest)
+            with disk_errors(self._variants):
+                self._link(files, directory)
+        return directory
+
+    def _link(self, files: PublishedFiles, directory: Path) -> None:
+        self._variants.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=self._variants))
+        try:
+            for name, digest in files.digests.items():
+                target = staging / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.link(self._store.get(digest).path, target)
+            for made in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
+                sync_directory(made)
+            staging.chmod(0o755)
+            try:
+                staging.rename(directory)
+            except OSError:
+                if not directory.is_dir():  # else another worker was faster
+                    raise
+            sync_directory(self._variants)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _fetch(self, digest: str) -> None:
+        if digest in self._store:
+            return
+        if self._controller_url is None:
+            raise PermissionDeniedError("This worker has no controller to fetch published files from.", param="files")
+        with self._store.receive(digest, wait=True) as receiver:
+            if receiver.complete:
+                return
+            try:
+                self._receive(self._controller_url, digest, receiver)
+            except requests.RequestException as error:
+                raise UpstreamError(f"{digest} cannot be fetched from the controller: {_reason(error)}") from error
+            logger.info("fetched %s: %.1f MB", digest, receiver.num_bytes / 1e6)
+
+    def _receive(self, controller_url: str, digest: str, receiver: BlobReceiver) -> None:
+        headers = dict(self._headers)
+        if receiver.num_bytes:
+            headers["range"] = f"bytes={receiver.num_bytes}-"
+        url = f"{controller_url.rstrip('/')}/internal/blobs/{digest}"
+        with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S, allow_redirects=False) as response:
+            if response.status_code == 416:  # what has come is longer than the whole
+                receiver.give_up()
+                raise UpstreamError(f"{digest} came differently before; it is fetched again")
+            if response.status_code not in (200, 206):
+                raise _refusal(response)
+            if response.status_code == 200:
+                receiver.restart()
+            self._write(response.iter_content(_CHUNK_BYTES), receiver)
+
+    def _write(self, chunks: Iterable[bytes], receiver: BlobReceiver) -> None:
+        for chunk in chunks:
+            receiver.write(chunk)
+        try:
+            receiver.finish()
+        except InvalidRequestError as error:
+            raise UpstreamError(f"The controller sent other bytes: {error.message}") from error
+
+
+def _refusal(response: requests.Response) -> RootgraftError:
+    try:
+        event = ErrorEvent.model_validate_json(response.content)
+    except ValueError:
+        return UpstreamError(f"The controller answered {response.status_code} to a request for a published file.")
+    return error_from_code(event.code, event.message, param=event.param, retry_after_s=event.retry_after_s)
+
+
+def _reason(error: requests.RequestException) -> str:
+    if isinstance(error, requests.Timeout):
+        return "it did not answer in time"
+    return "it cannot be reached" if isinstance(error, requests.ConnectionError) else f"{type(error).__name__}"
