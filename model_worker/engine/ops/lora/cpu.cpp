@@ -5,14 +5,13 @@
 #include "../cpu/runtime.h"
 #include "../cpu/simd.h"
 #include "../cpu/variants.h"
+#include "shrink_tiles.h"
 
 namespace rootgraft {
 namespace {
 
 constexpr int kMaxRanks = 8;                     // of a block of dot products whose sums
 constexpr int kMaxRows = kLanes == 16 ? 2 : 1;  // fit the registers
-constexpr int kRankTile = 16;
-constexpr int kRowTile = 48;
 
 // Mirrored by `_ShrinkArgs` in __init__.py.
 struct ShrinkArgs {
@@ -25,15 +24,17 @@ struct ShrinkArgs {
   int64_t num_experts;
 };
 
-inline void fetch_ahead(const void* numbers) {
-  constexpr int kAhead = 8192, kForRead = 0, kSecondLevel = 2;
-  __builtin_prefetch(static_cast<const char*>(numbers) + kAhead, kForRead, kSecondLevel);
+inline void fetch(const void* numbers, int num_bytes) {
+  constexpr int kForRead = 0, kSecondLevel = 2;
+  for (int i = 0; i < num_bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(numbers) + i, kForRead, kSecondLevel);
+  }
 }
 
-// sums += the products of some pairs of R rows and Q ranks.
+// sums += the products of some pairs of R rows and Q ranks; `next` [Q ranks] is what will be read after them.
 template <typename W, int Q, int R>
-inline void dot_pairs(const W* a, int64_t a_stride, const float* x, int64_t x_stride, int64_t num_inputs,
-                      Floats (&sums)[Q][R]) {
+inline void dot_pairs(const W* a, int64_t a_stride, const W* next, const float* x, int64_t x_stride,
+                      int64_t num_inputs, Floats (&sums)[Q][R]) {
   for (int64_t k = 0; k < num_inputs; k += kPair) {
 #pragma GCC unroll 4
     for (int v = 0; v < kUnit / kLanes; ++v) {
@@ -43,7 +44,7 @@ inline void dot_pairs(const W* a, int64_t a_stride, const float* x, int64_t x_st
       for (int q = 0; q < Q; ++q) {
         Floats w_first, w_second;
         load_pair(a + q * a_stride + k, v, w_first, w_second);
-        if (v == 0) fetch_ahead(a + q * a_stride + k);
+        if (v == 0) fetch(next + q * a_stride + k, kPair * sizeof(W));
         for (int r = 0; r < R; ++r) sums[q][r] += w_first * first[r];
         for (int r = 0; r < R; ++r) sums[q][r] += w_second * second[r];
       }
@@ -53,40 +54,43 @@ inline void dot_pairs(const W* a, int64_t a_stride, const float* x, int64_t x_st
 
 // t[r, q] = x[r] . a[q] for R rows and Q ranks. Each has sums of its own, so that its bits depend on nothing else.
 template <typename W, int Q, int R>
-inline void dot(const W* a, int64_t a_stride, const float* x, int64_t x_stride, int64_t num_inputs, float* t, int64_t t_stride) {
+inline void dot(const W* a, int64_t a_stride, const W* next, const float* x, int64_t x_stride, int64_t num_inputs,
+                float* t, int64_t t_stride) {
   Floats sums[Q][R] = {};
   const int64_t num_whole = num_inputs / kPair * kPair, num_left = num_inputs - num_whole;
-  dot_pairs<W, Q, R>(a, a_stride, x, x_stride, num_whole, sums);
+  dot_pairs<W, Q, R>(a, a_stride, next, x, x_stride, num_whole, sums);
   if (num_left > 0) {
     float last[R * kPair] = {};
     for (int r = 0; r < R; ++r) std::copy_n(x + r * x_stride + num_whole, num_left, last + r * kPair);
-    dot_pairs<W, Q, R>(a + num_whole, a_stride, last, kPair, kPair, sums);
+    dot_pairs<W, Q, R>(a + num_whole, a_stride, next + num_whole, last, kPair, kPair, sums);
   }
   for (int q = 0; q < Q; ++q)
     for (int r = 0; r < R; ++r) t[r * t_stride + q] = sum(sums[q][r]);
 }
 
 template <typename W, int Q = kMaxRanks, int R = kMaxRows>
-void dot_block(int ranks, int rows, const W* a, int64_t a_stride, const float* x, int64_t x_stride, int64_t num_inputs, float* t,
-               int64_t t_stride) {
+void dot_block(int ranks, int rows, const W* a, int64_t a_stride, const W* next, const float* x, int64_t x_stride,
+               int64_t num_inputs, float* t, int64_t t_stride) {
   if constexpr (R > 1) {
-    if (rows < R) return dot_block<W, Q, R - 1>(ranks, rows, a, a_stride, x, x_stride, num_inputs, t, t_stride);
+    if (rows < R) return dot_block<W, Q, R - 1>(ranks, rows, a, a_stride, next, x, x_stride, num_inputs, t, t_stride);
   }
   if constexpr (Q > 1) {
-    if (ranks < Q) return dot_block<W, Q - 1, R>(ranks, rows, a, a_stride, x, x_stride, num_inputs, t, t_stride);
+    if (ranks < Q) return dot_block<W, Q - 1, R>(ranks, rows, a, a_stride, next, x, x_stride, num_inputs, t, t_stride);
   }
-  dot<W, Q, R>(a, a_stride, x, x_stride, num_inputs, t, t_stride);
+  dot<W, Q, R>(a, a_stride, next, x, x_stride, num_inputs, t, t_stride);
 }
 
-// Ranks [first_rank, first_rank + ranks) of some rows; x and t are those of the first row.
+// x and t are those of the tile's first row; `after` is what will be read after the tile.
 template <typename W>
-void shrink_tile(const LinearTerms& terms, int first_rank, int ranks, int rows, const float* x, int64_t x_stride,
-                 int64_t num_inputs, float* t, int64_t t_stride) {
-  const W* const a = static_cast<const W*>(terms.a) + first_rank * terms.a_stride;
-  for (int q = 0; q < ranks; q += kMaxRanks) {
-    for (int r = 0; r < rows; r += kMaxRows) {
-      dot_block<W>(std::min(ranks - q, kMaxRanks), std::min(rows - r, kMaxRows), a + q * terms.a_stride, terms.a_stride, x + r * x_stride,
-                   x_stride, num_inputs, t + r * t_stride + first_rank + q, t_stride);
+void shrink_tile(const ShrinkTile& tile, const W* after, const float* x, int64_t x_stride, int64_t num_inputs, float* t,
+                 int64_t t_stride) {
+  const int64_t a_stride = tile.terms->a_stride;
+  for (int q = 0; q < tile.num_ranks; q += kMaxRanks) {
+    const W* const a = static_cast<const W*>(tile.a()) + q * a_stride;
+    const W* const next = q + kMaxRanks < tile.num_ranks ? a + kMaxRanks * a_stride : after;
+    for (int r = 0; r < tile.num_rows; r += kMaxRows) {
+      dot_block<W>(std::min(tile.num_ranks - q, kMaxRanks), std::min(tile.num_rows - r, kMaxRows), a, a_stride, next,
+                   x + r * x_stride, x_stride, num_inputs, t + r * t_stride + tile.first_rank + q, t_stride);
     }
   }
 }
@@ -96,22 +100,17 @@ void scale_inputs(const float* scale, float* x, int64_t x_stride, int64_t num_in
     for (int64_t k = 0; k < num_inputs; ++k) x[r * x_stride + k] *= scale[k];
 }
 
-// Rows [row, row + rows), all of one variant; of the ranks those of one tile.
-void shrink(const ShrinkArgs& a, const VariantPlan& plan, const LinearTerms& terms, int64_t row, int rows,
-            int rank_tile) {
-  float* const x = a.x + row * a.x_stride;
-  if (terms.input_scale != nullptr) return scale_inputs(terms.input_scale, x, a.x_stride, a.num_inputs, rows);
-  float* const t = plan.t + row * plan.t_stride;
-  const int first = rank_tile * kRankTile, ranks = std::min(static_cast<int>(terms.rank) - first, kRankTile);
+// next: the tile that comes after this one, or this one.
+void shrink(const ShrinkArgs& a, const VariantPlan& plan, const ShrinkTile& tile, const ShrinkTile& next) {
+  const LinearTerms& terms = *tile.terms;
+  float* const x = a.x + tile.row * a.x_stride;
+  if (terms.input_scale != nullptr) return scale_inputs(terms.input_scale, x, a.x_stride, a.num_inputs, tile.num_rows);
+  float* const t = plan.t + tile.row * plan.t_stride;
   if (terms.is_float32) {
-    shrink_tile<float>(terms, first, ranks, rows, x, a.x_stride, a.num_inputs, t, plan.t_stride);
+    shrink_tile(tile, static_cast<const float*>(next.a()), x, a.x_stride, a.num_inputs, t, plan.t_stride);
   } else {
-    shrink_tile<BFloat16>(terms, first, ranks, rows, x, a.x_stride, a.num_inputs, t, plan.t_stride);
+    shrink_tile(tile, static_cast<const BFloat16*>(next.a()), x, a.x_stride, a.num_inputs, t, plan.t_stride);
   }
-}
-
-int64_t num_rank_tiles(const LinearTerms& terms) {
-  return terms.input_scale != nullptr ? 1 : (terms.rank + kRankTile - 1) / kRankTile;
 }
 
 // Mirrored by `_AddEmbeddingArgs` in __init__.py.
@@ -144,25 +143,12 @@ void embedding_row(const AddEmbeddingArgs& a, const EmbeddingTerms& terms, int64
 
 using namespace rootgraft;
 
-// A tile is some rows of one segment times some ranks.
 extern "C" void rootgraft_shrink(const void* args, const Step& step, Worker& worker) {
   const ShrinkArgs& a = *static_cast<const ShrinkArgs*>(args);
-  const VariantPlan& plan = *step.variants;
-  const auto num_tiles_of = [&](const Segment& segment) {
-    return (segment.end - segment.start + kRowTile - 1) / kRowTile * num_rank_tiles(segment.variant->linears[a.index]);
-  };
-  int64_t num_tiles = 0;
-  for (int64_t s = 0; s < plan.num_segments; ++s) num_tiles += num_tiles_of(plan.segments[s]);
-  int64_t s = 0, first_tile = 0;  // tiles of earlier segments come first
-  for (int64_t tile; (tile = worker.take(num_tiles)) >= 0;) {
-    if (tile < first_tile) s = first_tile = 0;
-    for (int64_t count; tile >= first_tile + (count = num_tiles_of(plan.segments[s])); ++s) first_tile += count;
-    const Segment& segment = plan.segments[s];
-    const LinearTerms& terms = segment.variant->linears[a.index];
-    const int64_t rank_tiles = num_rank_tiles(terms), place = tile - first_tile;
-    const int64_t row = segment.start + place / rank_tiles * kRowTile;
-    const int rows = static_cast<int>(std::min<int64_t>(segment.end - row, kRowTile));
-    shrink(a, plan, terms, row, rows, static_cast<int>(place % rank_tiles));
+  ShrinkTiles tiles(*step.variants, a.index);
+  for (int64_t number; (number = worker.take(tiles.count())) >= 0;) {
+    const ShrinkTile tile = tiles[number];
+    shrink(a, *step.variants, tile, number + 1 < tiles.count() ? tiles[number + 1] : tile);
   }
 }
 
@@ -174,8 +160,10 @@ extern "C" void rootgraft_expert_shrink(const void* args, const Step& step, Work
     if (num_rows == 0) continue;
     for_segments(*step.variants, a.tokens, start, num_rows, [&](const Variant& variant, int64_t row, int64_t count) {
       const LinearTerms& terms = variant.linears[a.index + expert];
-      for (int i = 0; i < num_rank_tiles(terms); ++i) {
-        shrink(a, *step.variants, terms, row, static_cast<int>(count), i);
+      const int64_t num_tiles = ShrinkTile::num_rank_tiles(terms);
+      for (int64_t i = 0; i < num_tiles; ++i) {
+        shrink(a, *step.variants, ShrinkTile::of(terms, row, count, i),
+               ShrinkTile::of(terms, row, count, std::min(i + 1, num_tiles - 1)));
       }
     });
   }
