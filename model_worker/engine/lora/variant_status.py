@@ -12,7 +12,8 @@ VariantState = Literal["registered", "on_disk", "in_host_memory", "active", "dra
 class VariantStatus:
     """The fields are those of the message of this name (controller/protocol.py), which says what they mean.
 
-    Counters (`*_total`) only grow as long as the engine keeps the variant.
+    Counters (`*_total`) only grow as long as the engine keeps the variant. `active_bytes` come on top of `host_bytes`:
+    none where the model computes in host memory.
     """
 
     name: str
