@@ -3,8 +3,9 @@
     python examples/finetune_full.py --out my-finetunes/support
 
 The model learns to answer for the lamp shop of `support.json`. It is saved as an ordinary Hugging Face checkpoint in
-bfloat16. `python -m delta publish` then makes the delta, measures it, gives it to the controller and rolls it out to
-the running workers, where its rows share a batch and one copy of the base's weights with all others.
+bfloat16. `python -m delta make` then makes the delta OUT.delta and measures it, `python -m delta publish` gives it to
+the controller, which rolls it out to the running workers. There its rows share a batch and one copy of the base's
+weights with all others.
 
 An API key is taken from --api-key or the environment variable OPENAI_API_KEY; publishing needs one of an administrator
 where the controller asks for keys.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,6 +39,7 @@ from training import (
     tokenize,
 )
 
+from delta.delta_config import read_delta_config
 from registry.companion_files import companion_files
 from registry.staged_directory import staged_directory
 
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT = Path(__file__).with_name("support.json")
+KEY_VARIABLE = "ROOTGRAFT_API_KEY"  # where `python -m delta` looks for an administrator's
 LEARNING_RATE = 1e-4
 QUESTIONS = ("How long is the warranty on your lamps?", "When is the shop open?", "May I send a lamp back?")
 
@@ -83,19 +87,39 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     return text.strip()
 
 
-def publish(name: str, base: Path, fine_tune: Path, url: str, api_key: str | None) -> None:
-    """Make the delta of a fine-tune, measure it, give it to the controller, and serve it under a name.
+def publish(name: str, base_name: str, base: Path, fine_tune: Path, url: str, api_key: str | None) -> Path:
+    """Make the delta of a fine-tune, give it to the controller, and serve it under a name. -> the delta's directory
 
     Raises:
-        ExampleError: it could not be published; `python -m delta` has said why.
+        ExampleError: it could not be made or published; `python -m delta` has said why.
     """
-    command = ["publish", "--name", name, "--base", str(base), "--target", str(fine_tune), "--url", url]
-    environment = os.environ | ({"ROOTGRAFT_ADMIN_KEY": api_key} if api_key else {})
-    if subprocess.run([sys.executable, "-m", "delta", *command], env=environment, check=False).returncode != 0:
-        raise ExampleError(
-            f"{name} was not published. The fine-tune is at {fine_tune}; publish it with --no-training when that is "
-            "mended."
+    delta = fine_tune.with_name(f"{fine_tune.name}.delta")
+    environment = os.environ | ({KEY_VARIABLE: api_key} if api_key else {})
+    make = ["make", "--base", base, "--target", fine_tune, "--out", delta, "--force", "--quality"]
+    upload = ["publish", "--name", name, "--delta", delta, "--base", base, "--parent", base_name, "--url", url]
+    for arguments in (make, upload):
+        command = ["-m", "delta", *map(str, arguments)]
+        say(f"$ python {shlex.join(command)}")
+        if subprocess.run([sys.executable, *command], env=environment, check=False).returncode != 0:
+            raise ExampleError(
+                f"{name} was not published. The fine-tune is at {fine_tune}; go on with --no-training when that is "
+                "mended."
+            )
+    return delta
+
+
+def size_and_quality(fine_tune: Path, delta: Path) -> str:
+    """How large a delta is, and how far from its fine-tune."""
+    sizes = [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in (fine_tune, delta)]
+    lines = [f"fine-tune {sizes[0] / 1e6:.1f} MB, delta {sizes[1] / 1e6:.1f} MB: 1/{sizes[0] / sizes[1]:.1f} of it"]
+    quality = read_delta_config(delta).quality
+    if quality is not None:
+        far = "" if quality.base_kl_mean is None else f" (that of the base: {quality.base_kl_mean:.4f})"
+        lines.append(
+            f"KL divergence from the fine-tune {quality.kl_mean:.4f} nats a token{far}, "
+            f"same most likely token {quality.top1:.1%}"
         )
+    return "\n".join(lines)
 
 
 def run(options: argparse.Namespace, api_key: str | None) -> None:
@@ -112,8 +136,9 @@ def run(options: argparse.Namespace, api_key: str | None) -> None:
         training = Training(options.steps, options.seed, LEARNING_RATE)
         train_model(base, read_pairs(options.text), training, out, report=say)
     model, tokenizer = load(out)
-    publish(options.name, base, out, server.url, api_key)
-    say(f"Published {options.name}. From left to right {options.base}, the fine-tune by itself, and {options.name}:")
+    delta = publish(options.name, options.base, base, out, server.url, api_key)
+    say("\n" + size_and_quality(out, delta))
+    say(f"From left to right {options.base}, the fine-tune by itself, and the delta served as {options.name}:")
     for question in QUESTIONS:
         answers = [
             server.answer(options.base, question),
