@@ -57,15 +57,18 @@ inline void fetch_ahead(const void* weights, int num_bytes) {
   for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kSecondLevel);
 }
 
-// What a product asks for each time that it has used some weights: weights further ahead, where they come from memory;
-// or else, as they are in the cache for the rows before, the memory is free to bring what the tile needs at its end.
-struct FetchWeights {
-  void operator()(const void* used, int num_bytes) const { fetch_ahead(used, num_bytes); }
-};
-struct FetchTerms {
+// What a product asks for each time that it has used some weights: more weights, where they come from memory and not from
+// the cache, and a line of what its tile needs at the end. So the memory is busy while the product is computed.
+template <bool kFromMemory>
+struct Fetch {
   TileTerms& terms;
-  void operator()(const void*, int) const { terms.fetch_line(); }
+  void operator()(const void* used, int num_bytes) const {
+    if constexpr (kFromMemory) fetch_ahead(used, num_bytes);
+    terms.fetch_line();
+  }
 };
+using FetchFromMemory = Fetch<true>;
+using FetchFromCache = Fetch<false>;
 
 using Sums = PanelSums;
 
@@ -201,26 +204,26 @@ void finish(const LinearArgs& a, int64_t panel, int64_t row, const Sums& sums) {
 }
 
 template <typename W>
-void add_dense(const LinearArgs& a, const LinearTerms& terms, int64_t panel, int64_t row, int rows, Sums* sums) {
+void add_dense(const LinearArgs& a, TileTerms& variants, const LinearTerms& terms, int64_t panel, int64_t row, int rows,
+               Sums* sums) {
   const W* const weights = static_cast<const W*>(terms.dense) + panel * a.num_inputs * kPanel;
   for_blocks(rows, kMaxRows, [&](int first, int count) {
     const float* const x = a.x + (row + first) * a.x_stride;
-    multiply_rows(count, weights, x, a.x_stride, a.num_inputs, sums + first, FetchWeights());
+    multiply_rows(count, weights, x, a.x_stride, a.num_inputs, sums + first, FetchFromMemory{variants});
   });
 }
 
 // Rows from the sums of their products with the base's weight.
-void finish_rows(const LinearArgs& a, const TileTerms& variants, int64_t panel, int64_t first_row, int rows,
-                 Sums* sums) {
+void finish_rows(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows, Sums* sums) {
   for (const TileTerms::Run& run : variants) {
     const LinearTerms& terms = *run.terms;
     Sums* const of_run = sums + (run.row - first_row);
     add_terms(terms, panel, run.t, variants.t_stride(), run.num_rows, of_run);
     if (terms.dense == nullptr) continue;
     if (terms.is_float32) {
-      add_dense<float>(a, terms, panel, run.row, run.num_rows, of_run);
+      add_dense<float>(a, variants, terms, panel, run.row, run.num_rows, of_run);
     } else {
-      add_dense<BFloat16>(a, terms, panel, run.row, run.num_rows, of_run);
+      add_dense<BFloat16>(a, variants, terms, panel, run.row, run.num_rows, of_run);
     }
   }
   for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
@@ -232,8 +235,8 @@ void dense_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t
   const float* const x = a.x + first_row * a.x_stride;
   if (rows <= kMaxRows) {
     Sums sums[kMaxRows] = {};
+    multiply_rows(rows, weights, x, a.x_stride, a.num_inputs, sums, FetchFromMemory{variants});
     variants.fetch_rest();
-    multiply_rows(rows, weights, x, a.x_stride, a.num_inputs, sums, FetchWeights());
     finish_rows(a, variants, panel, first_row, rows, sums);
     return;
   }
@@ -246,11 +249,11 @@ void dense_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t
       const float* const block = x + first * a.x_stride + k;
       if (first == 0) {
         float* const wide = sizeof(W) == sizeof(float) ? nullptr : scratch;
-        multiply_rows(count, chunk, block, a.x_stride, length, sums, FetchWeights(), wide);
+        multiply_rows(count, chunk, block, a.x_stride, length, sums, FetchFromMemory{variants}, wide);
       } else if constexpr (sizeof(W) == sizeof(float)) {
-        multiply_rows(count, chunk, block, a.x_stride, length, sums + first, FetchTerms{variants});
+        multiply_rows(count, chunk, block, a.x_stride, length, sums + first, FetchFromCache{variants});
       } else {
-        multiply_rows<float>(count, scratch, block, a.x_stride, length, sums + first, FetchTerms{variants});
+        multiply_rows<float>(count, scratch, block, a.x_stride, length, sums + first, FetchFromCache{variants});
       }
     });
   }
@@ -272,7 +275,7 @@ void widened_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64
     for (int64_t i = 0; i < length; i += kGroup) widen_group(groups[(k + i) / kGroup], scratch + i * kPanel);
     for_blocks(rows, kMaxRows, [&](int first, int count) {
       const float* const block = x + first * a.x_stride + k;
-      multiply_rows<float>(count, scratch, block, a.x_stride, length, sums + first, FetchTerms{variants});
+      multiply_rows<float>(count, scratch, block, a.x_stride, length, sums + first, FetchFromCache{variants});
     });
   }
   variants.fetch_rest();
@@ -355,14 +358,13 @@ void integer_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64
   const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
   const Group* const groups = static_cast<const Group*>(a.weight) + panel * num_groups;
   Sums* const sums = reinterpret_cast<Sums*>(scratch);
-  if (rows <= kMaxIntegerRows) variants.fetch_rest();
   for_blocks(rows, kMaxIntegerRows, [&](int first, int count) {
     const int64_t row = first_row + first;
     const auto multiply = [&](auto fetch) {
       multiply_integer_rows(count, groups, num_groups, a.quantized_x + row * num_groups * kGroup,
                             a.x_scales + row * num_groups, a.x_sums + row * num_groups, sums + first, fetch);
     };
-    first == 0 ? multiply(FetchWeights()) : multiply(FetchTerms{variants});
+    first == 0 ? multiply(FetchFromMemory{variants}) : multiply(FetchFromCache{variants});
   });
   variants.fetch_rest();
   finish_rows(a, variants, panel, first_row, rows, sums);
