@@ -1,4 +1,4 @@
-"""`python -m controller`: serve; with `keys` or `variants`: manage the API keys or the variants of the catalog."""
+"""`python -m controller`: serve; with `keys`, `variants` or `releases`: manage those of the catalog."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TypeAlias
 from controller.auth import keys_required
 from controller.config import ControllerConfig
 from controller.keys import create_key, list_keys, revoke_key
+from controller.publishing.command_line import add_release_actions, manage_releases
 from controller.server import serve
 from controller.trusted_networks import is_loopback
 from controller.variants.commands import add_variant, list_variants, pin_variant, remove_variant
@@ -45,7 +46,7 @@ def create_parser() -> CommandParser:
     listing = actions.add_parser("list", help="print id, name, kind and state of each key")
     revoke = actions.add_parser("revoke", help="make a key invalid, within seconds")
     revoke.add_argument("id", help="the key's id, as `list` prints it")
-    for action in (create, listing, revoke, *_add_variant_actions(commands)):
+    for action in (create, listing, revoke, *_add_variant_actions(commands), *add_release_actions(commands)):
         action.add_argument("--database", default=argparse.SUPPRESS, help="SQLAlchemy URL of the catalog")
     return parser
 
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _manage_keys(args, catalog)
             elif args.command == "variants":
                 _manage_variants(args, catalog)
+            elif args.command == "releases":
+                for line in manage_releases(args, catalog):
+                    print(line)
             else:
                 _serve(config, catalog)
         finally:

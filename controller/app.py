@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -27,7 +28,9 @@ from controller.metrics import Metrics
 from controller.publishing.admin_releases import create_release_router
 from controller.publishing.blobs import create_blob_router
 from controller.publishing.canaries import CanaryJudge
+from controller.publishing.gateway import ReleaseGateway
 from controller.publishing.operations import ReleaseOperations
+from controller.publishing.release_counts import ReleaseCounts
 from controller.publishing.release_directory import ReleaseDirectory
 from controller.routing import create_policy
 from controller.scrape import WorkerCollector, fetch_stats
@@ -87,6 +90,7 @@ def create_app(
             await asyncio.gather(*tasks, return_exceptions=True)
             state.gateway.stop_streams()
             await state.releases.stop()
+            await state.release_gateway.shadows.stop()
             await state.reconciler.stop()
             await client.stop()
 
@@ -109,7 +113,7 @@ def create_app(
     )
     app.state.controller = state
     install_error_handlers(app)
-    app.include_router(openai.create_router(state))
+    app.include_router(openai.create_router(PublicApi(state.release_gateway, state.metrics, state.key_rules)))
     app.include_router(admin.create_router(state))
     app.include_router(admin_variants.create_router(state))
     app.include_router(lora_adapters.create_router(state))
@@ -127,7 +131,8 @@ def create_app(
         """Prometheus' text format; the workers are asked for their counts now."""
         workers = WorkerCollector(await fetch_stats(state.workers, client))
         variants = VariantCollector(tuple(state.workers), wall_clock=time.time)
-        return Response(state.metrics.render(workers, variants), media_type="text/plain; version=0.0.4; charset=utf-8")
+        collected = state.metrics.render(workers, variants, state.release_counts)
+        return Response(collected, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 
@@ -150,6 +155,17 @@ def _create_state(
     canaries = CanaryJudge(
         margin=config.publishing.canary_error_margin, min_requests=config.publishing.canary_min_requests
     )
+    counts = ReleaseCounts(releases)
+    gateway = Gateway(
+        workers,
+        client,
+        create_policy(config.workers.routing, rng),
+        ServedNames(workers, directory, name_resolver(catalog, clock=clock)),
+        directory,
+        reconciler.bring,
+        max_attempts=config.workers.max_attempts,
+        retry_after_s=2 * interval_s,
+    )
     return ControllerState(
         config=config,
         catalog=catalog,
@@ -158,16 +174,9 @@ def _create_state(
         reconciler=reconciler,
         variants=variants,
         releases=ReleaseOperations(catalog, store, workers, releases, directory, variants, canaries),
-        gateway=Gateway(
-            workers,
-            client,
-            create_policy(config.workers.routing, rng),
-            ServedNames(workers, directory, name_resolver(catalog, clock=clock)),
-            directory,
-            reconciler.bring,
-            max_attempts=config.workers.max_attempts,
-            retry_after_s=2 * interval_s,
-        ),
+        release_counts=counts,
+        gateway=gateway,
+        release_gateway=ReleaseGateway(gateway, releases, canaries, counts),
         metrics=Metrics(clock),
         auth=Authenticator(
             find_principal(catalog),
@@ -178,6 +187,15 @@ def _create_state(
         key_rules=KeyRules(config.limits, clock),
         limits=ConcurrencyLimits(config.limits, clock),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PublicApi:
+    """A `controller.openai.backend.Backend`."""
+
+    gateway: ReleaseGateway
+    metrics: Metrics
+    key_rules: KeyRules
 
 
 async def _expire_workers(state: ControllerState) -> None:

@@ -56,6 +56,13 @@ def principal_of(scope: Scope) -> Principal | None:
     return principal
 
 
+def who_asks(scope: Scope, user: str | None) -> str | None:
+    """The person behind a request: the client's own user, as it names them, else the client; None: nobody knows."""
+    principal = principal_of(scope)
+    key_id = "" if principal is None else principal.key_id
+    return f"{key_id}\0{user}" if user else key_id or None
+
+
 def actor_of(scope: Scope) -> str:
     """Who asks for a change, for the catalog's audit log."""
     principal = principal_of(scope)

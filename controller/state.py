@@ -10,7 +10,9 @@ from controller.gateway import Gateway
 from controller.key_rules import KeyRules
 from controller.limits import ConcurrencyLimits
 from controller.metrics import Metrics
+from controller.publishing.gateway import ReleaseGateway
 from controller.publishing.operations import ReleaseOperations
+from controller.publishing.release_counts import ReleaseCounts
 from controller.variants.directory import VariantDirectory
 from controller.variants.operations import VariantOperations
 from controller.variants.reconciler import VariantReconciler
@@ -21,6 +23,7 @@ from registry.catalog import Catalog
 @dataclass(frozen=True, slots=True)
 class ControllerState:
     """Attributes:
+    release_gateway: what the public API speaks to: the gateway behind the names of releases.
     gateway: streams generate requests and relays tokenize and detokenize; see its docstring for what it raises.
     metrics: `metrics.start_request(route)` gives the RequestObserver of one request.
     auth, limits: applied by middleware to every route (see controller.app); a router need not call them.
@@ -28,6 +31,7 @@ class ControllerState:
     catalog: blocking; call it through asyncio.to_thread.
     directory, reconciler, variants: what is known of variants, what mends them, and what operators do with them.
     releases: what publishers and operators do with published versions and their aliases.
+    release_counts: what was counted of each version.
     """
 
     config: ControllerConfig
@@ -37,7 +41,9 @@ class ControllerState:
     reconciler: VariantReconciler
     variants: VariantOperations
     releases: ReleaseOperations
+    release_counts: ReleaseCounts
     gateway: Gateway
+    release_gateway: ReleaseGateway
     metrics: Metrics
     auth: Authenticator
     key_rules: KeyRules

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from controller.auth import principal_of
+from controller.auth import principal_of, who_asks
 from controller.metrics import CLIENT_CLOSED
 from controller.openai.backend import Backend
 from controller.openai.body import openapi_body, read_request
@@ -47,6 +47,7 @@ def create_chat_router(backend: Backend) -> APIRouter:
                 body.sampling(),
                 loras=loras,
                 affinity_key=body.prompt_cache_key,
+                sticky=who_asks(request.scope, body.user or body.safety_identifier),
             )
             if body.stream:
                 encoder = ChatChunkEncoder(generation.identity, body)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from controller.auth import principal_of
+from controller.auth import principal_of, who_asks
 from controller.metrics import CLIENT_CLOSED
 from controller.openai.backend import Backend
 from controller.openai.body import openapi_body, read_request
@@ -47,6 +47,7 @@ def create_completions_router(backend: Backend) -> APIRouter:
                 body.sampling(),
                 loras=loras,
                 return_prompt_text=body.echo,
+                sticky=who_asks(request.scope, body.user),
             )
             if body.stream:
                 encoder = CompletionChunkEncoder(generation, body)

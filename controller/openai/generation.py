@@ -82,6 +82,7 @@ class Generation:
         prompts: each is generated for `sampling.n` times; choice `i` of prompt `p` has the index `p * n + i`.
         loras: the adapters of the model that are asked for beside it.
         affinity_key: what the client says its requests have in common; by default it is guessed from the prompt.
+        sticky: who asks, as far as it is known: the same get the same version of a release.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Generation:
         loras: Sequence[LoraWeight] = (),
         return_prompt_text: bool = False,
         affinity_key: str | None = None,
+        sticky: str | None = None,
     ) -> None:
         self.identity = identity
         self.num_choices = len(prompts) * sampling.n
@@ -107,6 +109,7 @@ class Generation:
         self._loras = list(loras)
         self._return_prompt_text = return_prompt_text
         self._affinity_key = affinity_key
+        self._sticky = sticky
 
     def prompt_of_choice(self, choice: int) -> PromptEvent:
         return self.prompts[choice // self._sampling.n]
@@ -124,6 +127,7 @@ class Generation:
                     return_prompt_text=self._return_prompt_text,
                 ),
                 affinity=self._affinity_key or _affinity(prompt),
+                sticky=self._sticky,
             )
             for index, prompt in enumerate(self._prompts)
         ]

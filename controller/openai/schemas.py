@@ -94,7 +94,7 @@ class GenerationRequest(RequestModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    user: Hint | None = None
+    user: Hint | None = Field(default=None, description="The same user gets the same version of a release.")
     metadata: dict[Hint, Hint] | None = Field(default=None, max_length=16)
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None

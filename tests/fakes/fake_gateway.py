@@ -127,7 +127,7 @@ class FakeGateway:
     num_closed_early: int = 0
 
     async def stream(
-        self, request: GenerateRequest, *, affinity: str | None = None
+        self, request: GenerateRequest, *, affinity: str | None = None, sticky: str | None = None
     ) -> AsyncGenerator[list[Event], None]:
         self._check(request.model)
         self.requests.append(request)
