@@ -90,7 +90,12 @@ def measure_files(options: argparse.Namespace, delta: Path, scratch: Path) -> di
 
 
 def _codec_flags(options: argparse.Namespace) -> list[str]:
-    return ["--codec", options.codec, *(part for kind in options.residual for part in ("--residual", kind))]
+    return [
+        "--no-quality",
+        "--codec",
+        options.codec,
+        *(part for kind in options.residual for part in ("--residual", kind)),
+    ]
 
 
 def _delta_tool(*arguments: str | Path) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
 from delta.artifact import EXTRA_FILES
 from delta.checkpoint_tensors import CheckpointTensors, open_checkpoint
@@ -25,11 +26,14 @@ from delta.encode_tensor import encode_tensor
 from delta.make_journal import JournalEntry, MakeJournal
 from delta.model_pair import ModelPair, pair_tensors
 from delta.output_path import check_apart
+from delta.quality_record import Probe, Quality
 from delta.tensor_digest import tensor_digest
 from registry.companion_files import companion_files
 from registry.digest import Progress, combine_tensor_digests
 from registry.errors import CheckpointError, InvalidRequestError
 from registry.staged_directory import resumable_directory
+
+Judge: TypeAlias = Callable[[Path], tuple[Quality, Probe]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ def make_delta(
     *,
     labels: Labels,
     force: bool = False,
+    judge: Judge | None = None,
     report: Callable[[str], None],
     progress: Progress | None = None,
 ) -> DeltaConfig:
@@ -66,6 +71,7 @@ def make_delta(
 
     Args:
         force: replace a delta that is there; it stays until the new one is complete.
+        judge: called with the complete delta's directory; what it finds is recorded, and no delta appears if it raises.
         progress: called with the bytes of the fine-tune that are done, and all.
 
     Raises:
@@ -98,7 +104,11 @@ def make_delta(
             if not config.tensors and not config.tied and not (directory.result / EXTRA_FILES).exists():
                 raise InvalidRequestError(f"{target} does not differ from {base}; there is nothing to store")
             journal.write_tensors(directory.result)
-        (directory.result / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+        _write_config(config, directory.result)
+        if judge is not None:
+            quality, probe = judge(directory.result)
+            config = replace(config, quality=quality, probe=probe)
+            _write_config(config, directory.result)
     return config
 
 
@@ -175,6 +185,10 @@ def _describe(
         lineage=Lineage(_made_with(), "full fine-tune", labels.parents),
         license=labels.license,
     )
+
+
+def _write_config(config: DeltaConfig, directory: Path) -> None:
+    (directory / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
 
 
 def _made_with() -> str:

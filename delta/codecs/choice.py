@@ -2,7 +2,7 @@
 
     p = 0            nothing                     p: share of the numbers that changed
     p ≤ 2%           sparse                      e: share of ‖D‖² in its 64 largest components
-    e ≥ 95%          lowrank
+    e ≥ 95%          lowrank, if that is at most 4 bits a weight
     p ≤ 60%          ternary, and residuals
     else             sign, and residuals
 
@@ -40,6 +40,7 @@ _NEGLIGIBLE_ENERGY = 0.001
 """Components are left out as long as all of them together have less than this share of those that were found."""
 _NUM_SAMPLED_ROWS = 128
 _SAMPLED_ENERGY = 0.9
+_MAX_LOW_RANK_BITS = 4
 _SEED = 0x5EED
 
 
@@ -76,7 +77,9 @@ def _chosen(base: Tensor, target: Tensor, difference: Tensor, policy: CodecPolic
     if changed <= _MAX_SPARSE and (sparse := encode_sparse(base, target)) is not None:
         return (sparse,)
     if (components := low_rank_components(difference)) is not None:
-        return (low_rank_term(components.a, components.b),)
+        term = low_rank_term(components.a, components.b)
+        if 8 * sum(part.nbytes for part in term.parts.values()) <= _MAX_LOW_RANK_BITS * difference.numel():
+            return (term,)
     return _with_residuals(difference, encode_ternary if changed <= _MAX_TERNARY else encode_sign, policy)
 
 

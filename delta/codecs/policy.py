@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 CodecChoice: TypeAlias = Literal["auto", "lossless", "sign", "ternary", "lowrank", "sparse", "dense"]
 Residual: TypeAlias = Literal["sign", "lowrank"]
+EXACT_CODECS: frozenset[CodecChoice] = frozenset({"lossless", "sparse", "dense"})
 
 _LADDER: tuple[tuple[tuple[Residual, ...], int], ...] = (
     ((), 16),
@@ -35,7 +36,7 @@ class CodecPolicy:
 
     def finer(self) -> CodecPolicy | None:
         """The next of the ladder, for a delta that is not close enough to its fine-tune; None: it is exact already."""
-        if self.codec in ("lossless", "sparse", "dense"):
+        if self.codec in EXACT_CODECS:
             return None
         known = [residuals for residuals, _ in _LADDER]
         if self.codec == "lowrank" or self.residuals not in known[:-1]:

@@ -7,10 +7,12 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from delta.codecs.policy import CodecChoice, CodecPolicy, Residual
+from delta.codecs.policy import EXACT_CODECS, CodecChoice, CodecPolicy, Residual
 from delta.delta_table import delta_table
 from delta.make import Labels, make_delta
 from delta.progress_bar import progress_bar
+from delta.quality_gate import QualityGate
+from delta.quality_prompts import default_prompts, read_prompts
 
 
 def add_parser(verbs: Any) -> None:
@@ -37,6 +39,20 @@ def add_parser(verbs: Any) -> None:
     verb.add_argument(
         "--rank", type=int, default=CodecPolicy().rank, metavar="INT", help="of low-rank terms (default: %(default)s)"
     )
+    verb.add_argument(
+        "--quality",
+        action=argparse.BooleanOptionalAction,
+        help="compute fine-tune, base and delta over some prompts and record how close they are, and a probe for those "
+        "who load it (default: with codecs that are not exact)",
+    )
+    verb.add_argument("--prompts", type=Path, metavar="FILE", help="JSON array of texts or conversations for --quality")
+    verb.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="mean KL divergence from the fine-tune above which auto stores more, and other codecs fail (default: with "
+        f"auto {QualityGate().max_kl}, or {QualityGate().max_kl_share:.0%} of the base's)".replace("%", "%%"),
+    )
     verb.add_argument("--base-name", metavar="NAME", help="name of the base (default: the directory's)")
     verb.add_argument("--base-revision", metavar="REVISION", help="revision of the base")
     verb.add_argument("--name", metavar="NAME", help="name of the fine-tune (default: the directory's)")
@@ -55,8 +71,22 @@ def _make(args: argparse.Namespace) -> None:
     policy = CodecPolicy(codec=args.codec, residuals=tuple(args.residual), rank=args.rank)
     labels = Labels(args.base_name, args.base_revision, args.name, args.license, tuple(args.parent))
     with progress_bar("making") as progress:
-        config = make_delta(
-            args.base, args.target, args.out, policy, labels=labels, force=args.force, report=print, progress=progress
-        )
+        common: dict[str, Any] = {"labels": labels, "force": args.force, "report": print, "progress": progress}
+        if policy.codec in EXACT_CODECS if args.quality is None else not args.quality:
+            config = make_delta(args.base, args.target, args.out, policy, **common)
+        else:
+            # It imports transformers' models, which takes as long as making a small delta.
+            from delta.make_measured import make_measured_delta
+
+            prompts = default_prompts() if args.prompts is None else read_prompts(args.prompts)
+            config = make_measured_delta(
+                args.base, args.target, args.out, policy, prompts=prompts, gate=_gate(args), **common
+            )
     print(delta_table(config))
     print(f"wrote {args.out}")
+
+
+def _gate(args: argparse.Namespace) -> QualityGate | None:
+    if args.max_kl is not None:
+        return QualityGate(max_kl=args.max_kl, max_kl_share=0)
+    return QualityGate() if args.codec == "auto" else None

@@ -5,46 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers import LlamaForCausalLM
 
 from delta.checkpoint_tensors import open_checkpoint
 from delta.quality import QualityMeter
 from delta.quality_prompts import QualityPrompts, default_prompts, read_prompts, tokenize_prompts
 from registry.errors import CheckpointError, UnsupportedModelError
+from tests.delta.tiny_llama import byte_tokenizer, save_tiny_llama
 
-VOCAB_SIZE = 260
 PROMPTS = QualityPrompts(
     "default", ("A first text.", [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "Yes."}])
 )
-TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
-)
-
-
-def _tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE(vocab={c: byte for byte, c in bytes_to_unicode().items()}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
-
-
-def _save_model(directory: Path, seed: int, vocab_size: int = VOCAB_SIZE) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
-    return directory
 
 
 def _weights(directory: Path) -> dict[str, Tensor]:
@@ -54,12 +26,12 @@ def _weights(directory: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return _save_model(tmp_path / "base", 0)
+    return save_tiny_llama(tmp_path / "base", 0)
 
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    return _save_model(tmp_path / "target", 1)
+    return save_tiny_llama(tmp_path / "target", 1)
 
 
 def test_the_fine_tune_itself_and_the_base(base: Path, target: Path) -> None:
@@ -101,11 +73,11 @@ def test_the_divergence_is_that_of_its_definition(base: Path, target: Path) -> N
 
 
 def test_a_larger_vocabulary_is_compared_with_the_base_where_both_have_tokens(tmp_path: Path, target: Path) -> None:
-    small = _save_model(tmp_path / "small", 0, vocab_size=200)
+    small = save_tiny_llama(tmp_path / "small", 0, vocab_size=200)
     quality, _ = QualityMeter(small, target, PROMPTS).measure(_weights(target))
     assert quality.base_kl_mean is not None
     assert quality.base_kl_mean > 0.1
-    tiny = _save_model(tmp_path / "tiny", 0, vocab_size=40)
+    tiny = save_tiny_llama(tmp_path / "tiny", 0, vocab_size=40)
     assert QualityMeter(tiny, target, PROMPTS).measure(_weights(target))[0].base_kl_mean is None
 
 
@@ -126,7 +98,7 @@ def test_models_that_cannot_be_computed(tmp_path: Path, base: Path, target: Path
 
 
 def test_the_default_prompts_are_whole() -> None:
-    found = list(tokenize_prompts(default_prompts(), _tokenizer()))
+    found = list(tokenize_prompts(default_prompts(), byte_tokenizer()))
     assert len(found) == 16
     for prompt in found:
         assert prompt.whole[: len(prompt.question) - 3] == prompt.question[:-3]  # but for "[a]"
@@ -135,7 +107,7 @@ def test_the_default_prompts_are_whole() -> None:
 
 
 def test_conversations_without_a_template_are_texts() -> None:
-    (prompt,) = tokenize_prompts(QualityPrompts("default", (PROMPTS.conversations[1],)), _tokenizer(template=None))
+    (prompt,) = tokenize_prompts(QualityPrompts("default", (PROMPTS.conversations[1],)), byte_tokenizer(template=None))
     assert bytes(prompt.question) == b"A question?\n"
     assert bytes(prompt.whole) == b"A question?\nYes."
 

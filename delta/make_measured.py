@@ -1,0 +1,72 @@
+"""Make a delta and measure how close it is to its fine-tune; with the codec "auto" as finely as that needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from delta.apply import given_back
+from delta.artifact import open_delta
+from delta.checkpoint_tensors import open_checkpoint
+from delta.codecs.policy import CodecPolicy
+from delta.delta_config import DeltaConfig
+from delta.make import Labels, make_delta
+from delta.quality import QualityMeter
+from delta.quality_gate import QualityGate, QualityTooLowError
+from delta.quality_prompts import QualityPrompts
+from delta.quality_record import Probe, Quality
+from registry.digest import Progress
+
+
+def make_measured_delta(
+    base: Path,
+    target: Path,
+    out: Path,
+    policy: CodecPolicy,
+    *,
+    prompts: QualityPrompts,
+    gate: QualityGate | None,
+    labels: Labels,
+    force: bool = False,
+    report: Callable[[str], None],
+    progress: Progress | None = None,
+) -> DeltaConfig:
+    """`make_delta`, and what its quality is; with the codec "auto" finer and finer, until the gate admits it.
+
+    Args:
+        gate: None: admits everything.
+
+    Raises:
+        QualityTooLowError: the gate does not admit what a named codec makes.
+        And all that `make_delta` and `QualityMeter` raise.
+    """
+    report("computing the fine-tune and the base")
+    meter = QualityMeter(base, target, prompts)
+
+    def judge(directory: Path) -> tuple[Quality, Probe]:
+        report("comparing the delta with the fine-tune")
+        with open_checkpoint(base) as ours, open_delta(directory) as delta:
+            quality, probe = meter.measure(dict(given_back(ours, delta)))
+        if gate is not None and not gate.admits(quality):
+            raise QualityTooLowError(
+                f"the delta's KL divergence from the fine-tune is {quality.kl_mean:.4f} nats a token (the base's: "
+                f"{quality.base_kl_mean or 0:.4f}); take a finer codec, or --max-kl if that is good enough"
+            )
+        return quality, probe
+
+    while True:
+        try:
+            return make_delta(
+                base, target, out, policy, labels=labels, force=force, judge=judge, report=report, progress=progress
+            )
+        except QualityTooLowError as error:
+            finer = policy.finer() if policy.codec == "auto" else None
+            if finer is None:
+                raise
+            report(f"{error.message.partition(';')[0]}; making it again with {_shown(finer)}")
+            policy = finer
+
+
+def _shown(policy: CodecPolicy) -> str:
+    residuals = "".join(f" + {name}" for name in policy.residuals)
+    return f"{policy.codec}{residuals}" + (f" of rank {policy.rank}" if "lowrank" in policy.residuals else "")

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from delta.__main__ import main
+from delta.codecs.policy import CodecPolicy
+from delta.delta_config import DeltaConfig, read_delta_config
+from delta.make import Labels
+from delta.make_measured import make_measured_delta
+from delta.quality_gate import QualityGate, QualityTooLowError
+from delta.quality_prompts import QualityPrompts
+from delta.quality_record import Quality
+from tests.delta.tiny_llama import save_tiny_llama
+
+PROMPTS = QualityPrompts("default", ("Some text.", "Another one, a little longer."))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_tiny_llama(tmp_path / "base", 0)
+
+
+@pytest.fixture
+def target(tmp_path: Path, base: Path) -> Path:
+    """Every matrix changed by a tenth of its size."""
+    directory = save_tiny_llama(tmp_path / "target", 0)
+    weights = load_file(directory / "model.safetensors")
+    torch.manual_seed(1)
+    for name, weight in weights.items():
+        if weight.ndim == 2:
+            weights[name] = weight + 0.1 * weight.square().mean().sqrt() * torch.randn_like(weight)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def _make(base: Path, target: Path, policy: CodecPolicy, gate: QualityGate | None, lines: list[str]) -> DeltaConfig:
+    out = base.parent / "delta"
+    return make_measured_delta(
+        base, target, out, policy, prompts=PROMPTS, gate=gate, labels=Labels(), report=lines.append
+    )
+
+
+def test_quality_and_probe_are_recorded(base: Path, target: Path) -> None:
+    config = _make(base, target, CodecPolicy("sign"), None, [])
+    assert read_delta_config(base.parent / "delta") == config
+    assert config.quality is not None
+    assert config.quality.base_kl_mean is not None
+    assert 0 < config.quality.kl_mean < config.quality.base_kl_mean
+    assert config.probe is not None
+    assert len(config.probe.cases) == 2
+
+
+def test_auto_stores_as_much_as_the_gate_asks_for(base: Path, target: Path) -> None:
+    loose: list[str] = []
+    first = _make(base, target, CodecPolicy(), QualityGate(max_kl=10), loose)
+    assert {tensor.codec for tensor in first.tensors.values()} == {"sign"}
+    assert not any("again" in line for line in loose)
+    (base.parent / "delta").rename(base.parent / "first")
+    assert first.quality is not None
+    strict: list[str] = []
+    gate = QualityGate(max_kl=first.quality.kl_mean / 3, max_kl_share=0)
+    second = _make(base, target, CodecPolicy(), gate, strict)
+    assert second.quality is not None
+    assert second.quality.kl_mean <= gate.max_kl
+    assert any("making it again" in line for line in strict)
+    assert any("+" in tensor.codec for tensor in second.tensors.values())
+
+
+def test_nothing_but_all_bits_is_good_enough(base: Path, target: Path) -> None:
+    config = _make(base, target, CodecPolicy(), QualityGate(max_kl=1e-9, max_kl_share=0), [])
+    assert config.quality is not None
+    assert config.quality.kl_mean <= 1e-9
+    assert config.is_exact
+
+
+def test_a_named_codec_that_is_too_coarse_fails_and_leaves_nothing(base: Path, target: Path) -> None:
+    with pytest.raises(QualityTooLowError, match="finer codec"):
+        _make(base, target, CodecPolicy("sign"), QualityGate(max_kl=1e-9, max_kl_share=0), [])
+    assert sorted(path.name for path in base.parent.iterdir()) == ["base", "target"]
+
+
+def test_the_gate() -> None:
+    quality = Quality("default", 1, 1, kl_mean=0.02, kl_max=1, base_kl_mean=0.3, top1=1)
+    assert QualityGate(max_kl=0.02, max_kl_share=0).admits(quality)
+    assert not QualityGate(max_kl=0.01, max_kl_share=0).admits(quality)
+    assert QualityGate(max_kl=0.01, max_kl_share=0.1).admits(quality)
+    assert not QualityGate(max_kl=0.01, max_kl_share=0.1).admits(replace(quality, base_kl_mean=None))
+
+
+def test_command_line(base: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = base.parent / "prompts.json"
+    prompts.write_text('["Some text."]')
+    flags = ["make", "--base", str(base), "--target", str(target), "--codec", "sign"]
+    assert main([*flags, "--out", str(base.parent / "d"), "--prompts", str(prompts)]) == 0
+    assert "top-1" in capsys.readouterr().out
+    assert main([*flags, "--out", str(base.parent / "e"), "--no-quality"]) == 0
+    assert "top-1" not in capsys.readouterr().out
+    assert main([*flags, "--out", str(base.parent / "f"), "--prompts", str(prompts), "--max-kl", "1e-9"]) == 1
+    assert "finer codec" in capsys.readouterr().err
