@@ -22,3 +22,9 @@ def random_sparse(num_outputs: int, num_inputs: int, *, share: float = 0.1, scal
     rows, columns = dense.nonzero(as_tuple=True)
     starts = functional.pad(torch.bincount(rows, minlength=num_outputs).cumsum(0), (1, 0))
     return SparseMatrix(starts, columns.to(torch.int32), dense[rows, columns])
+
+
+def random_ternary(num_outputs: int, num_inputs: int, *, scale: float = 1.0) -> tuple[SignPlane, SignPlane]:
+    """A matrix of -1, 0 and +1 with scales, as two planes of the same ones."""
+    first, second = (random_plane(num_outputs, num_inputs, scale=scale / 2) for _ in range(2))
+    return first, SignPlane(second.bits, first.row_scale, first.column_scale)

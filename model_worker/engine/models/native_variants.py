@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from delta.variant_terms import LinearTerms, VariantTerms
+from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
 from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.models.native_weights import Fusion
 from model_worker.engine.ops.cpu.program import Operation
-from model_worker.engine.ops.cpu.step_variants import PackedSegment, PackedVariant, StepVariants
+from model_worker.engine.ops.cpu.step_variants import PackedLinear, PackedSegment, PackedVariant, StepVariants
 from model_worker.engine.ops.embedding import Embedding
 from model_worker.engine.ops.experts import ExpertLinear
 from model_worker.engine.ops.linear import Linear, QuantizeRows
 from model_worker.engine.ops.lora import AddEmbedding, ExpertRows, Shrink
 from model_worker.engine.ops.lora.packing import LinearLayer, LinearPacker, LinearPart, pack_embedding
 from model_worker.engine.ops.rms_norm import RMSNorm
+from model_worker.engine.ops.sign_planes.packed_signs import PackedSigns
+from model_worker.engine.ops.sign_planes.packing import SignPart, pack_signs
 from registry.errors import UnsupportedModelError
 
 _OTHERWISE = "serve the model with --model-impl transformers."
@@ -63,7 +65,7 @@ class NativeVariants:
         # Float32 weights are served for exactness; others are rounded themselves, to no more digits than these.
         self._dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self._packer = LinearPacker(self._dtype)
-        self._embedding = embedding
+        self._embedding, self._head = embedding, head
         self._places = {name: _Place(fusion, part) for fusion in fusions for part, name in enumerate(fusion.names)}
         if head not in self._places:
             self._places[head] = _Place(Fusion("head", (head,)), 0)
@@ -103,7 +105,8 @@ class NativeVariants:
         for module, of_embedding in terms.embeddings.items():
             if f"{module}.weight" != self._embedding:
                 raise UnsupportedModelError(f"The native decoder has no embedding {module!r}; {_OTHERWISE}")
-            embedding = pack_embedding(of_embedding, dtype=self._dtype)
+            signs = self._embedding_signs(of_embedding, terms.linears, linears)
+            embedding = replace(pack_embedding(of_embedding, dtype=self._dtype), signs=signs)
         return PackedVariant(linears, norms, embedding, num_linears=self._num_linears, num_norms=len(self._norms))
 
     def plan(
@@ -152,7 +155,7 @@ class NativeVariants:
         for linear in terms.values():
             if linear.input_scale is None:
                 continue
-            if linear.a is not None or linear.dense is not None:
+            if linear.a is not None or linear.dense is not None or linear.sparse is not None or linear.signs:
                 raise UnsupportedModelError(f"{fusion.key} has an input scale beside other products; {_OTHERWISE}")
             if fusion.num_experts is None and not fusion.key.endswith((".output", ".down")):
                 raise UnsupportedModelError(
@@ -162,6 +165,15 @@ class NativeVariants:
             LinearPart(self._shapes[name][-2], terms.get(part, LinearTerms())) for part, name in enumerate(fusion.names)
         )
         return LinearLayer(tuple(parts), fusion.gated)
+
+    def _embedding_signs(
+        self, terms: EmbeddingTerms, linears: Mapping[str, LinearTerms], packed: Mapping[int, PackedLinear]
+    ) -> PackedSigns | None:
+        """The planes of the embedding; where the head has the same ones, those that are packed for it."""
+        of_head = linears.get(self._head.removesuffix(".weight"))
+        if of_head is not None and of_head.signs == terms.signs:
+            return packed[self._linears[self._places[self._head].fusion.key]].signs
+        return pack_signs([SignPart(self._shapes[self._embedding][0], terms.signs)], gated=False)
 
     def _place(self, name: str, known: Mapping[str, int]) -> _Place:
         place = self._places.get(name)

@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from model_worker.engine.ops.cpu.huge_pages import map_huge_pages
+from model_worker.engine.ops.sign_planes.packed_signs import PackedSigns, SignTerms
+from model_worker.engine.ops.sparse_matrix.packed_sparse import PackedSparse, SparseTerms
 
 UNIT = 16  # outputs that have the same ranks
 _ALIGNMENT = 64  # a cache line
@@ -24,7 +26,8 @@ _ALIGNMENT = 64  # a cache line
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
-    """Terms of one linear layer with padded outputs N in the order of its packed weight. A, B and Z have one dtype.
+    """Terms of one linear layer with padded outputs N in the order of its packed weight. A, B and Z, dense or sparse,
+    have one dtype.
 
     Attributes:
         a: [r, K padded to 2 UNIT] float32 or bfloat16; bfloat16 as `interleave_pairs` has it.
@@ -35,6 +38,7 @@ class PackedLinear:
         input_scale: [K] float32
         dense: [N / 32, K, 32]
         bias: [N] float32
+        signs, sparse: of all outputs.
     """
 
     a: Tensor | None = None
@@ -44,10 +48,17 @@ class PackedLinear:
     input_scale: Tensor | None = None
     dense: Tensor | None = None
     bias: Tensor | None = None
+    signs: PackedSigns | None = None
+    sparse: PackedSparse | None = None
 
     @property
     def rank(self) -> int:
         return 0 if self.a is None else len(self.a)
+
+    @property
+    def epilogue_bytes(self) -> int:
+        """What the product's epilogue reads: all but A."""
+        return sum(tensor.nbytes for tensor in _tensors(replace(self, a=None)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,15 +70,17 @@ class PackedEmbedding:
         rows: [n, H]
         a: [V, r]
         b: [r, H]
+        signs: of [V padded, H].
     """
 
     token_ids: Tensor | None = None
     rows: Tensor | None = None
     a: Tensor | None = None
     b: Tensor | None = None
+    signs: PackedSigns | None = None
 
 
-_Part = TypeVar("_Part", PackedLinear, PackedEmbedding)
+_Part = TypeVar("_Part", PackedLinear, PackedEmbedding, PackedSigns, PackedSparse)
 
 
 class _LinearTerms(ctypes.Structure):
@@ -82,6 +95,8 @@ class _LinearTerms(ctypes.Structure):
         ("rank", ctypes.c_int64),
         ("a_stride", ctypes.c_int64),
         ("is_float32", ctypes.c_int64),
+        ("signs", SignTerms),
+        ("sparse", SparseTerms),
     )
 
 
@@ -94,6 +109,7 @@ class _EmbeddingTerms(ctypes.Structure):
         ("num_replaced", ctypes.c_int64),
         ("rank", ctypes.c_int64),
         ("is_float32", ctypes.c_int64),
+        ("signs", SignTerms),
     )
 
 
@@ -114,6 +130,7 @@ class PackedVariant:
         linears, norms, embedding: the same, as views of that memory; tables of units are those that were given.
         num_bytes: of that memory and the tables.
         max_rank: of a linear layer.
+        max_prepared: numbers that are prepared for a row of a linear layer with sign planes.
         address: of the tables.
     """
 
@@ -130,13 +147,15 @@ class PackedVariant:
         parts: list[PackedLinear | PackedEmbedding] = [*linears.values()]
         if embedding is not None:
             parts.append(embedding)
-        tensors = [tensor for part in parts for tensor in _tensors(part).values()]
+        tensors = [tensor for part in parts for tensor in _tensors(part)]
         memory, views = _put_together([*tensors, *norms.values()])
         view = iter(views)
         self.linears = {index: _replaced(part, view) for index, part in linears.items()}
         self.embedding = None if embedding is None else _replaced(embedding, view)
         self.norms = dict(zip(norms, view, strict=True))
         self.max_rank = max((part.rank for part in self.linears.values()), default=0)
+        of_signs = (part.signs for part in self.linears.values())
+        self.max_prepared = max((signs.prepared_size for signs in of_signs if signs is not None), default=0)
         self._linears = (_LinearTerms * (num_linears + 1))()  # a kernel looks at the next layer's, to fetch them ahead
         for index, linear in self.linears.items():
             self._linears[index] = _linear_terms(linear)
@@ -171,6 +190,8 @@ class _VariantPlan(ctypes.Structure):
         ("num_segments", ctypes.c_int64),
         ("t", ctypes.c_void_p),
         ("t_stride", ctypes.c_int64),
+        ("prepared", ctypes.c_void_p),
+        ("prepared_stride", ctypes.c_int64),
     )
 
 
@@ -184,6 +205,7 @@ class StepVariants:
     Attributes:
         segments: as given.
         t: [num_rows, largest rank] float32; from each `Shrink` to the linear layer after it.
+        prepared: [num_rows, most numbers] float32; the same for sign planes. Only rows of short segments are written.
         address: of what the kernels see.
     """
 
@@ -193,29 +215,56 @@ class StepVariants:
         self._segments = (_Segment * len(segments))(
             *(_Segment(start, end, variant.address) for start, end, variant in segments)
         )
-        self._plan = _VariantPlan(ctypes.addressof(self._segments), len(segments), self.t.data_ptr(), self.t.shape[1])
+        self.prepared = torch.empty(num_rows, max((segment.variant.max_prepared for segment in segments), default=0))
+        self._plan = _VariantPlan(
+            ctypes.addressof(self._segments),
+            len(segments),
+            *(self.t.data_ptr(), self.t.shape[1]),
+            *(self.prepared.data_ptr(), self.prepared.shape[1]),
+        )
         self.address = ctypes.addressof(self._plan)
 
+    def epilogue_bytes(self, index: int) -> int:
+        """Of the terms of a linear layer, each variant's once."""
+        variants = {id(segment.variant): segment.variant for segment in self.segments}.values()
+        return sum(variant.linears[index].epilogue_bytes for variant in variants if index in variant.linears)
 
-def _tensors(part: PackedLinear | PackedEmbedding) -> dict[str, Tensor]:
-    """Those that the variant has to itself."""
-    names = (field.name for field in fields(part) if field.name != "units")
-    return {name: tensor for name in names if (tensor := getattr(part, name)) is not None}
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    """All tensors of a part and of the parts in it that the variant has to itself."""
+    for value in _attributes(part).values():
+        if isinstance(value, Tensor):
+            yield value
+        else:
+            yield from _tensors(value)
 
 
 def _replaced(part: _Part, views: Iterator[Tensor]) -> _Part:
-    return replace(part, **{name: next(views) for name in _tensors(part)})
+    """The same with the next views in place of its tensors."""
+    new: dict[str, Any] = {
+        name: next(views) if isinstance(value, Tensor) else _replaced(value, views)
+        for name, value in _attributes(part).items()
+    }
+    return replace(part, **new)
+
+
+def _attributes(part: Any) -> dict[str, Any]:
+    names = (field.name for field in fields(part) if field.name != "units")
+    return {name: value for name in names if (value := getattr(part, name)) is not None}
 
 
 def _put_together(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Copies of the tensors one after the other: their memory [n] uint8, and each of them in it."""
-    starts, end = [], 0
+    starts: dict[int, int] = {}  # of each tensor, which may be there more than once
+    end = 0
     for tensor in tensors:
-        starts.append(end)
-        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if id(tensor) not in starts:
+            starts[id(tensor)] = end
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     memory = map_huge_pages(end)
     views = []
-    for start, tensor in zip(starts, tensors, strict=True):
+    for tensor in tensors:
+        start = starts[id(tensor)]
         piece = memory[start : start + tensor.nbytes]
         views.append(piece.view(tensor.dtype).view(tensor.shape).copy_(tensor))
     return memory, views
@@ -223,11 +272,15 @@ def _put_together(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 def _linear_terms(part: PackedLinear) -> _LinearTerms:
     typed = part.a if part.a is not None else part.dense
+    if part.sparse is not None:
+        typed = part.sparse.values
     return _LinearTerms(
         *(_address(getattr(part, name)) for name, _ in _LinearTerms._fields_[:7]),
         part.rank,
         0 if part.a is None else part.a.shape[1],
         typed is not None and typed.dtype == torch.float32,
+        SignTerms.of(part.signs),
+        SparseTerms.of(part.sparse),
     )
 
 
@@ -238,6 +291,7 @@ def _embedding_terms(part: PackedEmbedding) -> _EmbeddingTerms:
         0 if part.token_ids is None else len(part.token_ids),
         0 if part.b is None else len(part.b),
         typed is not None and typed.dtype == torch.float32,
+        SignTerms.of(part.signs),
     )
 
 

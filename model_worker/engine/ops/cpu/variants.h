@@ -38,6 +38,23 @@ struct Unit {
   int64_t num_ranks;
 };
 
+// Planes u ∘ (S ∘ v) of a matrix, whose layout ../sign_planes/packed_signs.py draws; mirrored there.
+struct SignTerms {
+  const uint32_t* blocks;      // [planes of all units][1 + num_words][kUnit]: u, as float32, then the signs
+  const int64_t* starts;       // [units + 1] blocks [starts[i], starts[i + 1]) are those of unit i; null: no planes
+  const int64_t* scales;       // of each block, which of column_scales is its v
+  const float* column_scales;  // [num_scales][num_words * 32]
+  int64_t num_scales;
+  int64_t num_words;           // K padded / 32
+};
+
+// A matrix by the numbers that are not 0; mirrored in ../sparse_matrix/packed_sparse.py.
+struct SparseTerms {
+  const int64_t* starts;   // [units + 1] those of unit i are [starts[i], starts[i + 1]); null: there is no such matrix
+  const int32_t* columns;  // [starts[units]][kUnit], ascending for each output
+  const void* values;      // the same
+};
+
 // Of one linear layer; null pointers: it has no such term.
 struct LinearTerms {
   const void* a;              // [rank, K padded to kPair]
@@ -49,9 +66,15 @@ struct LinearTerms {
   const float* bias;          // [N padded]
   int64_t rank;
   int64_t a_stride;           // K padded
-  int64_t is_float32;         // a, b and dense are; otherwise they are bfloat16
+  int64_t is_float32;         // a, b, dense and the values of sparse are; otherwise they are bfloat16
+  SignTerms signs;
+  SparseTerms sparse;
 
-  bool changes_sums() const { return b != nullptr || output_scale != nullptr || dense != nullptr || bias != nullptr; }
+  bool changes_sums() const {
+    return b != nullptr || output_scale != nullptr || dense != nullptr || bias != nullptr || has_matrices();
+  }
+  // Sign planes or numbers of a sparse matrix.
+  bool has_matrices() const { return signs.starts != nullptr || sparse.starts != nullptr; }
 };
 
 // Of the embedding.
@@ -63,6 +86,7 @@ struct EmbeddingTerms {
   int64_t num_replaced;
   int64_t rank;
   int64_t is_float32;        // rows, a and b are; otherwise they are bfloat16
+  SignTerms signs;           // of [vocab, size]
 };
 
 struct Variant {
@@ -82,9 +106,18 @@ struct VariantPlan {
   int64_t num_segments;
   float* t;                 // what Shrink leaves for the linear layer after it; rows t_stride apart
   int64_t t_stride;
+  float* prepared;          // the same for sign planes, of rows that are not merged; rows prepared_stride apart
+  int64_t prepared_stride;
 };
 
-// Calls f(variant, row, count) for each run of rows [row, row + count) of [first, first + count) that use a variant.
+// Whether the layer's planes and sparse matrix are added to the weight before rows are multiplied with it, which many
+// rows share, or to each row's product.
+inline bool are_merged(const Segment& segment, const LinearTerms& terms) {
+  constexpr int64_t kManyRows = 16;
+  return segment.end - segment.start >= kManyRows && terms.has_matrices();
+}
+
+// Calls f(segment, row, count) for each run of rows [row, row + count) of [first, first + count) that use a variant.
 // tokens: the step's row of each row, not descending; null: they are the step's rows themselves.
 template <typename F>
 inline void for_segments(const VariantPlan& plan, const int32_t* tokens, int64_t first, int64_t count, F&& f) {
@@ -97,7 +130,7 @@ inline void for_segments(const VariantPlan& plan, const int32_t* tokens, int64_t
     while (row < end && token_of(row) < segment->start) ++row;
     int64_t stop = row;
     while (stop < end && token_of(stop) < segment->end) ++stop;
-    if (stop > row) f(*segment->variant, row, stop - row);
+    if (stop > row) f(*segment, row, stop - row);
     if (stop == end) return;
     row = stop;
   }

@@ -294,7 +294,11 @@ class ExpertLinear:
 
     def bytes_moved(self, step: Step) -> int:
         num_pairs = step.num_rows * self.plan.num_chosen
-        return self.read_bytes(step) + 4 * num_pairs * (self.x.shape[1] + self.out.shape[1])
+        of_terms = 0
+        if self.terms is not None and step.variants is not None:
+            indices = range(self.terms, self.terms + self.plan.num_experts)
+            of_terms = sum(step.variants.epilogue_bytes(index) for index in indices)
+        return self.read_bytes(step) + of_terms + 4 * num_pairs * (self.x.shape[1] + self.out.shape[1])
 
     def flops(self, step: Step) -> int:
         num_outputs = self.weight.num_outputs // self.plan.num_experts

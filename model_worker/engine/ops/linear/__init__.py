@@ -260,7 +260,10 @@ class Linear:
             self.out[:num_rows] = y
 
     def bytes_moved(self, step: Step) -> int:
-        return self.weight.num_bytes + 4 * step.num_rows * (self.x.shape[1] + self.out.shape[1])
+        of_terms = 0
+        if self.terms is not None and step.variants is not None:
+            of_terms = step.variants.epilogue_bytes(self.terms)
+        return self.weight.num_bytes + of_terms + 4 * step.num_rows * (self.x.shape[1] + self.out.shape[1])
 
     def flops(self, step: Step) -> int:
         return 2 * step.num_rows * self.weight.num_inputs * self.weight.num_outputs

@@ -11,6 +11,8 @@
 #include "../cpu/variants.h"
 #include "../lora/expand.h"
 #include "../lora/tile_terms.h"
+#include "../sign_planes/sign_planes.h"
+#include "../sparse_matrix/sparse_matrix.h"
 #include "packed_weight.h"
 
 #if defined(__AVX512VNNI__)
@@ -155,6 +157,29 @@ void widen_group(const Int4Group& group, float* out) {
   }
 }
 
+template <typename W>
+void widen_dense(const void* weight, int64_t num_inputs, int64_t panel, int64_t first_input, int64_t count, float* out) {
+  const W* const source = static_cast<const W*>(weight) + (panel * num_inputs + first_input) * kPanel;
+  for (int64_t i = 0; i < count * kPanel; i += kLanes) store(out + i, load(source + i));
+}
+
+template <typename Group>
+void widen_groups(const void* weight, int64_t num_inputs, int64_t panel, int64_t first_input, int64_t count, float* out) {
+  const Group* const groups = static_cast<const Group*>(weight) + panel * ((num_inputs + kGroup - 1) / kGroup);
+  for (int64_t i = 0; i < count; i += kGroup) widen_group(groups[(first_input + i) / kGroup], out + i * kPanel);
+}
+
+// out = inputs [first_input, first_input + count) of a panel. [count][kPanel]; first_input is a multiple of kGroup.
+void widen_panel(const LinearArgs& a, int64_t panel, int64_t first_input, int64_t count, float* out) {
+  switch (a.format) {
+    case kFloat32: widen_dense<float>(a.weight, a.num_inputs, panel, first_input, count, out); break;
+    case kBFloat16: widen_dense<BFloat16>(a.weight, a.num_inputs, panel, first_input, count, out); break;
+    case kFloat16: widen_dense<Float16>(a.weight, a.num_inputs, panel, first_input, count, out); break;
+    case kInt8: widen_groups<Int8Group>(a.weight, a.num_inputs, panel, first_input, count, out); break;
+    case kInt4: widen_groups<Int4Group>(a.weight, a.num_inputs, panel, first_input, count, out); break;
+  }
+}
+
 // -------------------------------------------------------------------------------- one tile
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
@@ -203,27 +228,58 @@ void finish(const LinearArgs& a, int64_t panel, int64_t row, const Sums& sums) {
   }
 }
 
+// Whether the base's weight is multiplied with quantized rows.
+inline bool multiplies_integers([[maybe_unused]] const LinearArgs& a) {
+#if ROOTGRAFT_VNNI
+  return a.quantized_x != nullptr;
+#else
+  return false;
+#endif
+}
+
+// The terms that x itself is multiplied with.
 template <typename W>
-void add_dense(const LinearArgs& a, TileTerms& variants, const LinearTerms& terms, int64_t panel, int64_t row, int rows,
-               Sums* sums) {
+void add_products(const LinearArgs& a, TileTerms& variants, const LinearTerms& terms, int64_t panel, int64_t row,
+                  int rows, Sums* sums) {
+  const float* const x = a.x + row * a.x_stride;
+  if (terms.sparse.starts != nullptr) add_sparse<W>(terms.sparse, panel, x, a.x_stride, rows, sums);
+  if (terms.dense == nullptr) return;
   const W* const weights = static_cast<const W*>(terms.dense) + panel * a.num_inputs * kPanel;
   for_blocks(rows, kMaxRows, [&](int first, int count) {
-    const float* const x = a.x + (row + first) * a.x_stride;
-    multiply_rows(count, weights, x, a.x_stride, a.num_inputs, sums + first, FetchFromMemory{variants});
+    const float* const block = x + first * a.x_stride;
+    multiply_rows(count, weights, block, a.x_stride, a.num_inputs, sums + first, FetchFromMemory{variants});
   });
 }
 
-// Rows from the sums of their products with the base's weight.
+// What is left to be done for rows of a weight with merged terms; see merged_tile.
+LinearTerms without_merged(LinearTerms terms) {
+  terms.output_scale = nullptr;
+  terms.signs.starts = nullptr;
+  terms.sparse.starts = nullptr;
+  return terms;
+}
+
+void add_variant(const LinearArgs& a, TileTerms& variants, const TileTerms::Run& run, const LinearTerms& terms,
+                 int64_t panel, Sums* sums) {
+  add_terms(terms, panel, run.t, variants.t_stride(), run.num_rows, sums);
+  if (terms.signs.starts != nullptr) {
+    add_signs(terms.signs, panel, run.prepared, variants.prepared_stride(), run.num_rows, sums);
+  }
+  if (terms.is_float32) {
+    add_products<float>(a, variants, terms, panel, run.row, run.num_rows, sums);
+  } else {
+    add_products<BFloat16>(a, variants, terms, panel, run.row, run.num_rows, sums);
+  }
+}
+
+// Rows from the sums of their products with the base's weight, or with that and its merged terms.
 void finish_rows(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows, Sums* sums) {
   for (const TileTerms::Run& run : variants) {
-    const LinearTerms& terms = *run.terms;
     Sums* const of_run = sums + (run.row - first_row);
-    add_terms(terms, panel, run.t, variants.t_stride(), run.num_rows, of_run);
-    if (terms.dense == nullptr) continue;
-    if (terms.is_float32) {
-      add_dense<float>(a, variants, terms, panel, run.row, run.num_rows, of_run);
+    if (run.is_merged) {
+      add_variant(a, variants, run, without_merged(*run.terms), panel, of_run);
     } else {
-      add_dense<BFloat16>(a, variants, terms, panel, run.row, run.num_rows, of_run);
+      add_variant(a, variants, run, *run.terms, panel, of_run);
     }
   }
   for (int r = 0; r < rows; ++r) finish(a, panel, first_row + r, sums[r]);
@@ -375,9 +431,78 @@ template <typename Group>
 void quantized_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
                     float* scratch) {
 #if ROOTGRAFT_VNNI
-  if (a.quantized_x != nullptr) return integer_tile<Group>(a, variants, panel, first_row, rows, scratch);
+  if (multiplies_integers(a)) return integer_tile<Group>(a, variants, panel, first_row, rows, scratch);
 #endif
   widened_tile<Group>(a, variants, panel, first_row, rows, scratch);
+}
+
+// -------------------------------------------------------------------------------- rows of a long segment
+
+void scale_outputs(const Sums& scale, int64_t num_inputs, float* panel) {
+  for (float* const end = panel + num_inputs * kPanel; panel < end; panel += kPanel)
+    for (int v = 0; v < kVectors; ++v) store(panel + v * kLanes, load(panel + v * kLanes) * scale[v]);
+}
+
+#if ROOTGRAFT_VNNI
+// sums += scale ∘ the products of quantized rows.
+template <typename Group>
+void add_integer_products(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
+                          const Sums& scale, Sums* sums) {
+  const int64_t num_groups = (a.num_inputs + kGroup - 1) / kGroup;
+  const Group* const groups = static_cast<const Group*>(a.weight) + panel * num_groups;
+  for_blocks(rows, kMaxIntegerRows, [&](int first, int count) {
+    const int64_t row = first_row + first;
+    Sums products[kMaxIntegerRows];
+    multiply_integer_rows(count, groups, num_groups, a.quantized_x + row * num_groups * kGroup,
+                          a.x_scales + row * num_groups, a.x_sums + row * num_groups, products, FetchFromCache{variants});
+    for (int r = 0; r < count; ++r)
+      for (int v = 0; v < kVectors; ++v) sums[first + r][v] += scale[v] * products[r][v];
+  });
+}
+#endif
+
+// All rows are multiplied with e ∘ W + D, D the sign planes and the sparse matrix, which is made once. Where W is
+// multiplied by integers, rows are multiplied with D alone, and that is added to e ∘ their products with W.
+void merged_tile(const LinearArgs& a, const LinearTerms& terms, TileTerms& variants, int64_t panel, int64_t first_row,
+                 int rows, float* scratch) {
+  Sums output_scale;
+  for (int v = 0; v < kVectors; ++v) {
+    const float* const e = terms.output_scale;
+    output_scale[v] = e == nullptr ? broadcast(1.0f) : load(e + panel * kPanel + v * kLanes);
+  }
+  Sums* const sums = reinterpret_cast<Sums*>(scratch + kChunk * kPanel);
+  std::fill_n(&sums[0][0], rows * kVectors, Floats{});
+  SparsePlaces places = {};
+  for (int64_t k = 0; k < a.num_inputs; k += kChunk) {
+    const int64_t length = std::min<int64_t>(kChunk, a.num_inputs - k);
+    if (multiplies_integers(a)) {
+      std::fill_n(scratch, length * kPanel, 0.0f);
+    } else {
+      widen_panel(a, panel, k, length, scratch);
+      if (terms.output_scale != nullptr) scale_outputs(output_scale, length, scratch);
+    }
+    if (terms.signs.starts != nullptr) add_signs_to_panel(terms.signs, panel, k, length, scratch);
+    if (terms.sparse.starts == nullptr) {
+    } else if (terms.is_float32) {
+      add_sparse_to_panel<float>(terms.sparse, panel, k, length, places, scratch);
+    } else {
+      add_sparse_to_panel<BFloat16>(terms.sparse, panel, k, length, places, scratch);
+    }
+    for_blocks(rows, kMaxRows, [&](int first, int count) {
+      const float* const x = a.x + (first_row + first) * a.x_stride + k;
+      multiply_rows<float>(count, scratch, x, a.x_stride, length, sums + first, FetchFromCache{variants});
+    });
+  }
+#if ROOTGRAFT_VNNI
+  if (multiplies_integers(a)) {
+    if (a.format == kInt8) {
+      add_integer_products<Int8Group>(a, variants, panel, first_row, rows, output_scale, sums);
+    } else {
+      add_integer_products<Int4Group>(a, variants, panel, first_row, rows, output_scale, sums);
+    }
+  }
+#endif
+  finish_rows(a, variants, panel, first_row, rows, sums);
 }
 
 }  // namespace
@@ -387,10 +512,8 @@ using namespace rootgraft;
 
 namespace {
 
-// A panel times a block of rows; variants: those of the rows.
-void compute_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
-                  float* scratch) {
-  variants.begin_panel(panel);
+// A panel times a block of rows, none of them of a merged run; variants: those of the rows.
+void plain_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows, float* scratch) {
   switch (a.format) {
     case kFloat32: dense_tile<float>(a, variants, panel, first_row, rows, scratch); break;
     case kBFloat16: dense_tile<BFloat16>(a, variants, panel, first_row, rows, scratch); break;
@@ -398,6 +521,31 @@ void compute_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64
     case kInt8: quantized_tile<Int8Group>(a, variants, panel, first_row, rows, scratch); break;
     case kInt4: quantized_tile<Int4Group>(a, variants, panel, first_row, rows, scratch); break;
   }
+}
+
+// The same for any rows.
+void compute_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
+                  float* scratch) {
+  variants.begin_panel(panel);
+  if (!variants.has_merged()) return plain_tile(a, variants, panel, first_row, rows, scratch);
+  int64_t row = first_row;
+  const auto compute_until = [&](int64_t end, const TileTerms::Run* merged) {
+    if (end == row) return;
+    TileTerms piece(variants, row, end);
+    piece.begin_panel(panel);
+    if (merged != nullptr) {
+      merged_tile(a, *merged->terms, piece, panel, row, static_cast<int>(end - row), scratch);
+    } else {
+      plain_tile(a, piece, panel, row, static_cast<int>(end - row), scratch);
+    }
+    row = end;
+  };
+  for (const TileTerms::Run& run : variants) {
+    if (!run.is_merged) continue;
+    compute_until(run.row, nullptr);
+    compute_until(run.row + run.num_rows, &run);
+  }
+  compute_until(first_row + rows, nullptr);
 }
 
 // Mirrored by `_ExpertLinearArgs` in experts/__init__.py.
@@ -424,6 +572,9 @@ extern "C" void rootgraft_linear(const void* args, const Step& step, Worker& wor
     if (step.variants != nullptr && a.terms >= 0 && block != block_of_variants) {
       variants.look_up(*step.variants, nullptr, a.terms, first, rows);
       block_of_variants = block;
+      for (const TileTerms::Run& run : variants) {
+        if (!run.is_merged && run.terms->signs.starts != nullptr) fetch_panel(run.terms->signs, panel);
+      }
     }
     compute_tile(a, variants, panel, first, rows, worker.scratch<float>());
   }

@@ -8,6 +8,8 @@ namespace rootgraft {
 constexpr int kPanel = 32;  // outputs
 constexpr int kGroup = 32;  // weights along K that share a scale
 
+using PanelSums = Floats[kPanel / kLanes];  // of one row
+
 // Numbers as in packed_weight.py.
 enum WeightFormat : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 

@@ -111,6 +111,14 @@ def interleave_gated(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack([rows.view(-1, half, *rows.shape[1:]) for rows in padded], dim=1).flatten(0, 2)
 
 
+def packed_order(num_outputs: int, *, gated: bool) -> Tensor:
+    """Which output of a layer each packed output is; -1: padding. -> [N padded] int64"""
+    numbers = torch.arange(1, num_outputs + 1)  # padding becomes 0
+    if gated:
+        return interleave_gated(*numbers.chunk(2)) - 1
+    return torch.nn.functional.pad(numbers, (0, -num_outputs % PANEL)) - 1
+
+
 def separate_gated(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The gate and the up projection [size, ...] of rows in the order of a gated weight."""
     half = PANEL // 2

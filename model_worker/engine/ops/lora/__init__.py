@@ -1,23 +1,27 @@
 """Low-rank adapters and other terms of variants: what they change in the rows that use them.
 
-    y = e ∘ ((d ∘ x) W^T) + t B^T + c + x Z^T,   t = x A^T         for each row of a segment, with its variant's terms
+    y = e ∘ ((d ∘ x) W^T) + t B^T + c + x Z^T + ...,   t = x A^T   for each row of a segment, with its variant's terms
 
 Two operations compute it. All layers use the step's one plan of segments (`StepVariants`).
 
-    Shrink          t[row] = x[row] A^T, at the variant's own rank; where it has d: x[row] = d ∘ x[row] in place
+    Shrink          t[row] = x[row] A^T, at the variant's own rank; where it has d: x[row] = d ∘ x[row] in place;
+                    where it has sign planes: what these want of the row (ops/sign_planes)
     Linear, ExpertLinear    the rest, in the tiles of the base's product, before bias, activation, alpha and residual
 
         x       [T, K] float32; A [r, K], Z float32 or bfloat16; e, c [N], d [K] float32
         B       in units of 16 outputs, [unit][ranks of the unit][16]. A fused layer (q|k|v, gate|up) has the ranks of
                 its parts one after the other; a unit names the first that its outputs have, and how many they are.
         d       stands alone, and only where nobody else reads x.
+        ...     sign planes (ops/sign_planes), and Z by its numbers that are not 0 (ops/sparse_matrix)
 
     AddEmbedding    out[row] = multiplier * its replacement, where the token has one
+                    or else out[row] += multiplier * that row of its sign planes
                     out[row] += multiplier * A[token] B
 
         out     [T, H] float32, what `Embedding` made of the base;  A [V, r], B [r, H]
 
-Every number is summed in an order of its own: a row's bits depend neither on other rows nor on how many there are.
+Every number is summed in an order of its own: a row's bits depend neither on other rows nor on how many there are,
+except as ops/sign_planes says.
 Source: Hu et al., arXiv 2106.09685; segments of a batch: Punica, arXiv 2310.18547, S-LoRA, arXiv 2311.03285.
 """
 
@@ -30,6 +34,7 @@ from torch import Tensor
 
 from model_worker.engine.ops.cpu.program import Step, address, row_stride
 from model_worker.engine.ops.lora import reference
+from model_worker.engine.ops.sign_planes.reference import unpack as unpack_signs
 
 __all__ = ["AddEmbedding", "ExpertRows", "Shrink"]
 
@@ -146,6 +151,8 @@ class AddEmbedding:
             if terms is None:
                 continue
             tokens, out = step.input_ids[start:end], self.out[start:end]
+            if terms.signs is not None:
+                out += unpack_signs(terms.signs, out.shape[1])[tokens] * self.multiplier
             if terms.token_ids is not None and terms.rows is not None:
                 for token, row in zip(terms.token_ids.tolist(), terms.rows, strict=True):
                     out[tokens == token] = row.float() * self.multiplier

@@ -5,6 +5,7 @@
 #include "../cpu/runtime.h"
 #include "../cpu/simd.h"
 #include "../cpu/variants.h"
+#include "../sign_planes/sign_planes.h"
 #include "shrink_tiles.h"
 
 namespace rootgraft {
@@ -128,6 +129,8 @@ void embedding_row(const AddEmbeddingArgs& a, const EmbeddingTerms& terms, int64
   if (found != end && *found == token) {
     const W* const row = static_cast<const W*>(terms.rows) + (found - terms.token_ids) * a.size;
     for (int64_t k = 0; k < a.size; ++k) out[k] = widen(row[k]) * a.multiplier;
+  } else if (terms.signs.starts != nullptr) {
+    add_signs_of_output(terms.signs, token, a.size, a.multiplier, out);
   }
   for (int64_t i = 0; i < terms.rank; ++i) {
     const float factor = widen(static_cast<const W*>(terms.a)[token * terms.rank + i]) * a.multiplier;
@@ -143,10 +146,17 @@ void embedding_row(const AddEmbeddingArgs& a, const EmbeddingTerms& terms, int64
 
 using namespace rootgraft;
 
+// A tile is some rows of one segment times some ranks; after all of those, one row and one column scale.
 extern "C" void rootgraft_shrink(const void* args, const Step& step, Worker& worker) {
   const ShrinkArgs& a = *static_cast<const ShrinkArgs*>(args);
   ShrinkTiles tiles(*step.variants, a.index);
-  for (int64_t number; (number = worker.take(tiles.count())) >= 0;) {
+  const PrepareTiles prepare_tiles(*step.variants, a.index);
+  for (int64_t number; (number = worker.take(tiles.count() + prepare_tiles.count())) >= 0;) {
+    if (number >= tiles.count()) {
+      const PrepareTile each = prepare_tiles[number - tiles.count()];
+      prepare_row(*step.variants, *each.terms, each.row, each.scale, a.x + each.row * a.x_stride, a.num_inputs);
+      continue;
+    }
     const ShrinkTile tile = tiles[number];
     shrink(a, *step.variants, tile, number + 1 < tiles.count() ? tiles[number + 1] : tile);
   }
@@ -158,13 +168,16 @@ extern "C" void rootgraft_expert_shrink(const void* args, const Step& step, Work
   for (int64_t expert; (expert = worker.take(a.num_experts)) >= 0;) {
     const int64_t start = a.starts[expert], num_rows = a.starts[expert + 1] - start;
     if (num_rows == 0) continue;
-    for_segments(*step.variants, a.tokens, start, num_rows, [&](const Variant& variant, int64_t row, int64_t count) {
-      const LinearTerms& terms = variant.linears[a.index + expert];
+    for_segments(*step.variants, a.tokens, start, num_rows, [&](const Segment& segment, int64_t row, int64_t count) {
+      const LinearTerms& terms = segment.variant->linears[a.index + expert];
       const int64_t num_tiles = ShrinkTile::num_rank_tiles(terms);
       for (int64_t i = 0; i < num_tiles; ++i) {
         shrink(a, *step.variants, ShrinkTile::of(terms, row, count, i),
                ShrinkTile::of(terms, row, count, std::min(i + 1, num_tiles - 1)));
       }
+      for (int64_t i = 0; i < num_prepared_scales(segment, terms); ++i)
+        for (int64_t each = row; each < row + count; ++each)
+          prepare_row(*step.variants, terms.signs, each, i, a.x + each * a.x_stride, a.num_inputs);
     });
   }
 }
@@ -172,12 +185,13 @@ extern "C" void rootgraft_expert_shrink(const void* args, const Step& step, Work
 extern "C" void rootgraft_add_embedding(const void* args, const Step& step, Worker& worker) {
   const AddEmbeddingArgs& a = *static_cast<const AddEmbeddingArgs*>(args);
   for (int64_t first; (first = worker.take(step.num_rows)) >= 0;) {
-    for_segments(*step.variants, nullptr, first, 1, [&](const Variant& variant, int64_t row, int64_t) {
-      if (variant.embedding == nullptr) return;
-      if (variant.embedding->is_float32) {
-        embedding_row<float>(a, *variant.embedding, step.input_ids[row], a.out + row * a.out_stride);
+    for_segments(*step.variants, nullptr, first, 1, [&](const Segment& segment, int64_t row, int64_t) {
+      const EmbeddingTerms* const terms = segment.variant->embedding;
+      if (terms == nullptr) return;
+      if (terms->is_float32) {
+        embedding_row<float>(a, *terms, step.input_ids[row], a.out + row * a.out_stride);
       } else {
-        embedding_row<BFloat16>(a, *variant.embedding, step.input_ids[row], a.out + row * a.out_stride);
+        embedding_row<BFloat16>(a, *terms, step.input_ids[row], a.out + row * a.out_stride);
       }
     });
   }

@@ -7,8 +7,6 @@
 
 namespace rootgraft {
 
-using PanelSums = Floats[kPanel / kLanes];
-
 constexpr int kUnitVectors = kUnit / kLanes;
 // Units of a panel and rows that are computed together, whose sums fit the registers.
 constexpr int kMaxUnits = kLanes == 16 ? 2 : 1;

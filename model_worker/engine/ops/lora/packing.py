@@ -15,6 +15,8 @@ from torch.nn import functional
 from delta.variant_terms import EmbeddingTerms, LinearTerms
 from model_worker.engine.ops.cpu.step_variants import UNIT, PackedEmbedding, PackedLinear
 from model_worker.engine.ops.linear.packed_weight import PANEL, interleave_gated
+from model_worker.engine.ops.sign_planes.packing import SignPart, pack_signs
+from model_worker.engine.ops.sparse_matrix.packing import SparsePart, pack_sparse
 
 _MAX_LAYOUTS = 256  # that are kept
 
@@ -101,6 +103,10 @@ class LinearPacker:
             input_scale=None if terms[0].input_scale is None else terms[0].input_scale.float(),
             dense=None if dense is None else dense.view(-1, PANEL, dense.shape[1]).transpose(1, 2).contiguous(),
             bias=_joined(parts, [term.bias for term in terms], gated=gated, fill=0.0),
+            signs=pack_signs([SignPart(part.num_outputs, part.terms.signs) for part in parts], gated=gated),
+            sparse=pack_sparse(
+                [SparsePart(part.num_outputs, part.terms.sparse) for part in parts], gated=gated, dtype=dtype
+            ),
         )
 
 
@@ -110,7 +116,7 @@ def interleave_pairs(numbers: Tensor) -> Tensor:
 
 
 def pack_embedding(terms: EmbeddingTerms, *, dtype: torch.dtype) -> PackedEmbedding:
-    """The terms of an embedding, rows first."""
+    """The terms of an embedding but its planes, rows first."""
     return PackedEmbedding(
         token_ids=terms.token_ids,
         rows=None if terms.rows is None else terms.rows.to(dtype),

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model_worker.engine.ops.cpu.program import Step
 from model_worker.engine.ops.cpu.step_variants import UNIT, PackedLinear, PackedVariant, StepVariants
+from model_worker.engine.ops.sign_planes import reference as sign_planes
+from model_worker.engine.ops.sparse_matrix import reference as sparse_matrix
 
 
 class VariantRows(NamedTuple):
@@ -88,6 +90,10 @@ def add_terms(y: Tensor, x: Tensor, rows: VariantRows, index: int) -> None:
             changed += rows.t[mine, : terms.rank] @ unpack_b(terms).T[:, :num_outputs]
         if terms.bias is not None:
             changed += terms.bias[:num_outputs]
+        if terms.signs is not None:
+            changed += x[mine] @ sign_planes.unpack(terms.signs, x.shape[1]).T[:, :num_outputs]
+        if terms.sparse is not None:
+            changed += x[mine] @ sparse_matrix.unpack(terms.sparse, x.shape[1]).T[:, :num_outputs]
         if terms.dense is not None:
             changed += x[mine] @ terms.dense.float().transpose(1, 2).flatten(0, 1).T[:, :num_outputs]
         y[mine] = changed

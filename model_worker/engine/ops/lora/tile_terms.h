@@ -16,23 +16,45 @@ class TileTerms {
     const LinearTerms* terms;
     int64_t row;    // the first one, among those of the operation
     int num_rows;
-    const float* t; // of the first row; others t_stride apart
+    const float* t;         // of the first row; others t_stride apart
+    const float* prepared;  // the same, prepared_stride apart
+    bool is_merged;         // sign planes and a sparse matrix are added to the weight; see are_merged
   };
+
+  TileTerms() = default;
+
+  // Those of rows [first_row, end_row); every run is wholly among them or not at all.
+  TileTerms(const TileTerms& all, int64_t first_row, int64_t end_row)
+      : t_stride_(all.t_stride_), prepared_stride_(all.prepared_stride_) {
+    for (const Run& run : all)
+      if (run.row >= first_row && run.row < end_row) runs_[num_runs_++] = run;
+  }
 
   // Rows [first_row, first_row + num_rows) of an operation, at most kMaxRows; tokens as in `for_segments`.
   void look_up(const VariantPlan& plan, const int32_t* tokens, int64_t index, int64_t first_row, int64_t num_rows) {
     num_runs_ = 0;
     t_stride_ = plan.t_stride;
-    for_segments(plan, tokens, first_row, num_rows, [&](const Variant& variant, int64_t row, int64_t count) {
-      const LinearTerms& terms = variant.linears[index];
+    prepared_stride_ = plan.prepared_stride;
+    has_merged_ = false;
+    for_segments(plan, tokens, first_row, num_rows, [&](const Segment& segment, int64_t row, int64_t count) {
+      const LinearTerms& terms = segment.variant->linears[index];
       if (!terms.changes_sums()) return;
-      runs_[num_runs_++] = {&terms, row, static_cast<int>(count), plan.t + row * plan.t_stride};
+      const bool is_merged = are_merged(segment, terms);
+      has_merged_ |= is_merged;
+      runs_[num_runs_++] = {&terms,
+                            row,
+                            static_cast<int>(count),
+                            plan.t + row * plan.t_stride,
+                            plan.prepared + row * plan.prepared_stride,
+                            is_merged};
     });
   }
 
   const Run* begin() const { return runs_; }
   const Run* end() const { return runs_ + num_runs_; }
   int64_t t_stride() const { return t_stride_; }
+  int64_t prepared_stride() const { return prepared_stride_; }
+  bool has_merged() const { return has_merged_; }
 
   // From now on `fetch_line` is about this panel.
   void begin_panel(int64_t panel) {
@@ -72,7 +94,8 @@ class TileTerms {
   }
 
   int num_runs_ = 0;
-  int64_t t_stride_ = 0;
+  int64_t t_stride_ = 0, prepared_stride_ = 0;
+  bool has_merged_ = false;
   int64_t panel_ = 0;
   int num_fetched_units_ = 0;
   const char* line_ = nullptr;

@@ -27,8 +27,9 @@ extern "C" void rootgraft_rms_norm(const void* args, const Step& step, Worker& w
   for (int64_t row; (row = worker.take(step.num_rows)) >= 0;) {
     const float* row_weight = a.weight;
     if (a.index >= 0) {
-      for_segments(*step.variants, nullptr, row, 1, [&](const Variant& variant, int64_t, int64_t) {
-        if (variant.norms[a.index] != nullptr) row_weight = variant.norms[a.index];
+      for_segments(*step.variants, nullptr, row, 1, [&](const Segment& segment, int64_t, int64_t) {
+        const float* const changed = segment.variant->norms[a.index];
+        if (changed != nullptr) row_weight = changed;
       });
     }
     for (int64_t head = 0; head < a.num_heads; ++head) {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from delta.merge_terms import merge_embedding, merge_experts, merge_linear
 from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegment
 from model_worker.engine.model_parts import OpKind
@@ -18,6 +19,7 @@ from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
 from model_worker.engine.ops.paged_attention import AttentionMetadata
 from registry.errors import UnsupportedModelError
+from tests.fakes.random_terms import random_plane, random_sparse, random_ternary
 from tests.fakes.tiny_models import build_tiny_model
 
 EMBEDDING = "model.embed_tokens"
@@ -101,6 +103,16 @@ def _linear_terms(weight: Tensor, kind: str) -> LinearTerms:
         return LinearTerms(a=a, b=b, output_scale=torch.rand(num_outputs) + 0.5)
     if kind == "dense":
         return LinearTerms(output_scale=torch.zeros(num_outputs), dense=torch.randn(num_outputs, num_inputs) * 0.3)
+    if kind == "signs":
+        return LinearTerms(signs=(random_plane(num_outputs, num_inputs, scale=0.1),))
+    if kind == "ternary and more":
+        planes = (
+            *random_ternary(num_outputs, num_inputs, scale=0.1),
+            random_plane(num_outputs, num_inputs, scale=0.02),
+        )
+        return LinearTerms(a=a, b=b, signs=planes)
+    if kind == "sparse":
+        return LinearTerms(sparse=random_sparse(num_outputs, num_inputs, scale=0.3))
     assert kind == "input"
     return LinearTerms(input_scale=torch.rand(num_inputs) + 0.5)
 
@@ -116,9 +128,10 @@ def _terms(weights: Weights, *, seed: int, share: float = 0.8) -> VariantTerms:
             continue
         if weight.ndim == 3:
             chosen = [expert for expert in range(len(weight)) if random.random() < 0.7]
-            experts[name] = {expert: _linear_terms(weight[expert], "low rank") for expert in chosen}
+            kinds = ("low rank", "signs", "sparse")
+            experts[name] = {expert: _linear_terms(weight[expert], random.choice(kinds)) for expert in chosen}
         elif weight.ndim == 2:
-            kinds = ["low rank", "low rank", "scaled", "dense"]
+            kinds = ["low rank", "low rank", "scaled", "dense", "signs", "ternary and more", "sparse"]
             if module.endswith(("o_proj", "down_proj")):
                 kinds.append("input")
             linears[module] = _linear_terms(weight, random.choice(kinds))
@@ -130,15 +143,9 @@ def _terms(weights: Weights, *, seed: int, share: float = 0.8) -> VariantTerms:
         rows=torch.randn(3, hidden_size) * 0.02,
         a=torch.randn(4, vocab_size) * 0.1,
         b=torch.randn(hidden_size, 4) * 0.1,
+        signs=(random_plane(vocab_size, hidden_size, scale=0.02),),
     )
     return VariantTerms(f"sha256:{seed}", linears, experts, {EMBEDDING: embedding}, vectors)
-
-
-def _merged_linear(weight: Tensor, terms: LinearTerms) -> Tensor:
-    merged = weight if terms.input_scale is None else weight * terms.input_scale
-    merged = merged if terms.output_scale is None else merged * terms.output_scale[:, None]
-    merged = merged if terms.a is None or terms.b is None else merged + terms.b @ terms.a
-    return merged if terms.dense is None else merged + terms.dense
 
 
 def _merged(weights: Weights, terms: VariantTerms) -> Weights:
@@ -146,17 +153,11 @@ def _merged(weights: Weights, terms: VariantTerms) -> Weights:
     merged = dict(weights)
     merged.setdefault(f"{HEAD}.weight", weights[f"{EMBEDDING}.weight"])
     for module, linear in terms.linears.items():
-        merged[f"{module}.weight"] = _merged_linear(merged[f"{module}.weight"], linear)
+        merged[f"{module}.weight"], _ = merge_linear(merged[f"{module}.weight"], None, linear)
     for name, of_expert in terms.experts.items():
-        matrices = [_merged_linear(matrix, of_expert.get(i, LinearTerms())) for i, matrix in enumerate(weights[name])]
-        merged[name] = torch.stack(matrices)
+        merged[name] = merge_experts(weights[name], of_expert)
     for embedding in terms.embeddings.values():
-        matrix = weights[f"{EMBEDDING}.weight"].clone()
-        if embedding.token_ids is not None and embedding.rows is not None:
-            matrix[embedding.token_ids] = embedding.rows
-        if embedding.a is not None and embedding.b is not None:
-            matrix += (embedding.b @ embedding.a).T
-        merged[f"{EMBEDDING}.weight"] = matrix
+        merged[f"{EMBEDDING}.weight"] = merge_embedding(weights[f"{EMBEDDING}.weight"], embedding)
     return merged | dict(terms.vectors)
 
 
@@ -215,6 +216,71 @@ def test_rounded_weights_take_the_same_terms(dtype: str, quantization: str | Non
     assert (found - expected).abs().mean() < 0.05 * (without - expected).abs().mean()
 
 
+def _signs_everywhere(weights: Weights, *, seed: int, tied: bool) -> VariantTerms:
+    """A delta of planes for all matrices; a tied head has those of the embedding."""
+    torch.manual_seed(seed)
+    linears, experts = {}, {}
+    for name, weight in weights.items():
+        if weight.ndim == 3:
+            experts[name] = {expert: _linear_terms(weight[expert], "signs") for expert in range(len(weight))}
+        elif weight.ndim == 2:
+            linears[name.removesuffix(".weight")] = _linear_terms(weight, "signs")
+    signs = linears.pop(EMBEDDING).signs
+    if tied:
+        linears[HEAD] = LinearTerms(signs=signs)
+    return VariantTerms(f"sha256:{seed}", linears, experts, {EMBEDDING: EmbeddingTerms(signs=signs)})
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gemma2", "mixtral"])
+def test_answers_of_a_delta_are_those_of_its_checkpoint(family: str, best_kernels: KernelLibrary) -> None:
+    """Greedy tokens, generated one by one after prompts that are shorter and longer than 16 tokens."""
+    config, weights = _model(family)
+    team = Team(best_kernels, 2)
+    base = _decoder(config, weights, team)
+    deltas = [_signs_everywhere(weights, seed=seed, tied=config["tie_word_embeddings"]) for seed in range(2)]
+    prompts = _tokens((5, 30, 17))
+    batch = Sequences(base, [base.bind(deltas[0]), base.bind(deltas[1]), None])
+    references = [
+        Sequences(_decoder(config | {"tie_word_embeddings": False}, _merged(weights, delta), team), [None])
+        for delta in (*deltas, VariantTerms("sha256:base"))
+    ]
+    tokens = prompts
+    for _ in range(12):
+        found = batch.step(tokens)
+        expected = [reference.step([new])[0] for reference, new in zip(references, tokens, strict=True)]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        tokens = [[int(logits[-1].argmax())] for logits in expected]
+        assert tokens == [[int(logits[-1].argmax())] for logits in found]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_token_computed_again_in_a_long_segment_is_the_same_up_to_rounding(
+    dtype: str, best_kernels: KernelLibrary
+) -> None:
+    """As after preemption: what was generated token by token becomes a prompt."""
+    config, weights = _model("llama")
+    base = _decoder(config, weights, Team(best_kernels, 2), dtype=getattr(torch, dtype))
+    delta = base.bind(_signs_everywhere(weights, seed=0, tied=False))
+    (tokens,) = _tokens((40,))
+    one_by_one = Sequences(base, [delta])
+    alone = torch.cat([one_by_one.step([[token]])[0] for token in tokens])
+    (together,) = Sequences(base, [delta]).step([tokens])
+    if dtype == "float32":
+        torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+    assert torch.equal(alone.argmax(dim=1), together.argmax(dim=1))
+
+
+def test_a_tied_head_has_the_planes_of_the_embedding(best_kernels: KernelLibrary) -> None:
+    config, weights = _model("llama-tied")
+    base = _decoder(config, weights, Team(best_kernels, 1))
+    bound = base.bind(_signs_everywhere(weights, seed=0, tied=True))
+    assert bound.embedding is not None
+    assert bound.embedding.signs is not None
+    blocks = [linear.signs.blocks.data_ptr() for linear in bound.linears.values() if linear.signs is not None]
+    assert bound.embedding.signs.blocks.data_ptr() in blocks
+
+
 def test_biases_where_the_base_has_none(team: Team) -> None:
     config, weights = _model("llama")
     torch.manual_seed(0)
@@ -257,7 +323,7 @@ def test_more_rows_of_logits_than_are_computed_at_once(team: Team) -> None:
     found = base.logits(hidden, (VariantSegment(10, 70, first), VariantSegment(70, 140, second)))
     expected = hidden @ head.T
     for rows, each in ((slice(10, 70), terms[0]), (slice(70, 140), terms[1])):
-        expected[rows] = hidden[rows] @ _merged_linear(head, each.linears[HEAD]).T
+        expected[rows] = hidden[rows] @ merge_linear(head, None, each.linears[HEAD])[0].T
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
