@@ -57,7 +57,7 @@ async def test_the_whole_example(
     start_controller: StartController,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    controller = await start_controller()
+    controller = await start_controller(missed_heartbeats=3600)  # the fake worker sends none
     root = tmp_path / "root"
     root.mkdir()
     answers = [text for _ in lora.QUESTIONS for text in ("A dull answer.", "Ahoy, captain! Squawk!")]
@@ -84,7 +84,7 @@ async def test_an_adapter_that_was_refused_is_published_later(
     start_controller: StartController,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    controller = await start_controller()
+    controller = await start_controller(missed_heartbeats=3600)  # the fake worker sends none
     arguments = ("--controller", controller.url, "--adapter-root", tmp_path, "--base", "m", "--no-training")
     variants = FakeVariants(files={"parrot": digest("parrot")})
     async with FakeWorker(variants=variants) as worker:
@@ -104,7 +104,7 @@ async def test_an_adapter_that_was_refused_is_published_later(
 async def test_a_missing_root_is_said_before_the_training(
     lora: ModuleType, tmp_path: Path, start_controller: StartController, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    controller = await start_controller()
+    controller = await start_controller(missed_heartbeats=3600)  # the fake worker sends none
     async with FakeWorker() as worker:
         await worker.register(controller.url)
         arguments = ("--controller", controller.url, "--base", "m", "--adapter-root", tmp_path / "none")
