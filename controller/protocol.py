@@ -62,8 +62,9 @@ VariantState = Literal["registered", "on_disk", "in_host_memory", "active", "dra
 class VariantStatus(Message):
     """A variant as one worker has it. Counters (`*_total`) only grow as long as the worker keeps the variant.
 
-    registered: not read yet; on_disk: read once, found right, and not in memory now; in_host_memory: ready to be made
-    active; active: requests can run; draining: removed or replaced, but requests still use it; failed: see `error`.
+    registered: not read yet, or its probe is not answered yet; on_disk: read once, found right, and not in memory now;
+    in_host_memory: ready to be made active; active: requests can run; draining: removed or replaced, but requests still
+    use it; failed: see `error`.
     """
 
     name: str  # public name

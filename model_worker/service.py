@@ -22,6 +22,7 @@ from controller.protocol import (
     WorkerStats,
 )
 from model_worker.adapter_root import AdapterRoot
+from model_worker.delta_probe import DeltaProbe
 from model_worker.drain import Drain
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.outputs import EngineStats, RequestOutput
@@ -88,6 +89,9 @@ class WorkerService:
             root=AdapterRoot(adapter_root),
             published=published,
             with_templates=adapter_templates,
+            probe=DeltaProbe(
+                engine.generate, max_model_len=engine.max_model_len, weights=plan.quantization or plan.dtype
+            ),
         )
         self._engine = engine
         self._tokenizer = engine.tokenizer

@@ -70,6 +70,7 @@ class Variants:
         root: below which adapters that are named over HTTP must be.
         published: where published versions are fetched to; None: there can be none.
         with_templates: adapters' own chat templates are used; False: the operator chose one for all.
+        probe: asks what was read, a name and a directory, whether it works; raises RootgraftError if not.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Variants:
         root: AdapterRoot,
         published: PublishedVariants | None = None,
         with_templates: bool,
+        probe: Callable[[str, Path], Awaitable[None]] | None = None,
     ) -> None:
         self._engine = engine
         self._plan = plan
@@ -90,6 +92,9 @@ class Variants:
         self._root = root
         self._published = published
         self._with_templates = with_templates
+        self._probe = probe
+        self._probing: str | None = None  # a name: it is read, but nobody may count on it yet
+        self._proven: set[str] = set()  # digests
         self._adapters: dict[str, _Adapter] = {}
         self._given_paths: dict[str, str] = {}  # by the path that the engine reads; `statuses` forgets old ones
         self._adding: str | None = None  # such a path: of the addition under way, or of the last one
@@ -243,11 +248,10 @@ class Variants:
                 read_prompt_format, path, self._plan, self._tokenizer, with_template=self._with_templates
             )
             try:
-                status = await self._message(
-                    self._engine.add(
-                        name, path, parent=self._parent, pinned=pinned, from_command_line=from_command_line
-                    )
+                added = self._engine.add(
+                    name, path, parent=self._parent, pinned=pinned, from_command_line=from_command_line
                 )
+                status = await self._message(self._proved(name, path, added))
             except RootgraftError:
                 if name not in self._adapters:  # a report may have seen it being read
                     self._messages = {known: other for known, other in self._messages.items() if other.name != name}
@@ -255,6 +259,31 @@ class Variants:
             self._adapters[name] = _Adapter(self._adding, prompts, from_command_line)
             self._used = True
             return status
+
+    async def _proved(
+        self, name: str, path: Path, added: Awaitable[variant_status.VariantStatus]
+    ) -> variant_status.VariantStatus:
+        """What was added, once it has passed its probe. One that fails is removed again."""
+        if self._probe is None:
+            return await added
+        if name not in self._adapters:
+            self._probing = name
+        try:
+            status = await added
+            if status.digest is None or status.digest in self._proven:
+                return status
+            try:
+                await self._probe(name, path)
+            except BaseException:
+                self._adapters.pop(name, None)
+                await self._engine.remove(name)
+                raise
+            self._proven.add(status.digest)
+            return status
+        finally:
+            self._probing = None
+            # What a report has said of it meanwhile is said no more.
+            self._messages = {known: other for known, other in self._messages.items() if other.name != name}
 
     async def _change(self, change: Change, name: str) -> VariantStatus:
         self._known(name)
@@ -270,7 +299,10 @@ class Variants:
 
     def _to_message(self, status: variant_status.VariantStatus) -> VariantStatus:
         message = VariantStatus.model_validate(status, from_attributes=True)
-        return message.model_copy(update={"path": self._given_paths[status.path]})
+        update: dict[str, object] = {"path": self._given_paths[status.path]}
+        if status.name == self._probing and status.state != "draining":
+            update["state"] = "registered"
+        return message.model_copy(update=update)
 
     def _known(self, name: str) -> _Adapter:
         adapter = self._adapters.get(name)

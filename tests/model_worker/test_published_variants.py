@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from model_worker.published_variants import PublishedVariants
+from registry.errors import ModelNotFoundError, UpstreamError
+from registry.published_files import PublishedFiles
+from registry.store import Store
+
+CONFIG, WEIGHTS = b'{"r": 8}', bytes(range(256)) * 300
+
+
+class BlobServer(ThreadingHTTPServer):
+    """The half of a controller that workers fetch files from.
+
+    Attributes:
+        blobs: by digest.
+        asked: (digest, Range header) in order.
+        break_after: bytes after which the next answer breaks off.
+    """
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.asked: list[tuple[str, str | None]] = []
+        self.break_after: int | None = None
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: BlobServer
+
+    def do_GET(self) -> None:
+        digest, range_header = self.path.rpartition("/")[2], self.headers["range"]
+        self.server.asked.append((digest, range_header))
+        if digest not in self.server.blobs:
+            body, status = b'{"code": "model_not_found", "message": "it is not in the store"}', 404
+        else:
+            start = 0 if range_header is None else int(range_header.removeprefix("bytes=").rstrip("-"))
+            body, status = self.server.blobs[digest][start:], 200 if range_header is None else 206
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        if self.server.break_after is not None:
+            body, self.server.break_after = body[: self.server.break_after], None
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[BlobServer]:
+    with BlobServer() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def files(server: BlobServer, tmp_path: Path) -> PublishedFiles:
+    store = Store(tmp_path / "of the controller")
+    digests = {}
+    for name, data in (("adapter_config.json", CONFIG), ("files/weights.safetensors", WEIGHTS)):
+        digests[name] = store.put_stream([data]).digest
+        server.blobs[digests[name]] = data
+    return PublishedFiles(digests)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+
+
+def test_a_version_is_fetched_once_and_found_again(server: BlobServer, files: PublishedFiles, tmp_path: Path) -> None:
+    directory = PublishedVariants(tmp_path / "cache", server.url, None).directory(files)
+    assert contents(directory) == {"adapter_config.json": CONFIG, "files/weights.safetensors": WEIGHTS}
+    assert directory.name == files.manifest_digest.removeprefix("sha256:")
+    assert len(server.asked) == 2
+    nowhere = PublishedVariants(tmp_path / "cache", "http://127.0.0.1:9", None)
+    assert nowhere.directory(files) == directory
+    other = PublishedFiles({"adapter_config.json": files.digests["adapter_config.json"]})
+    assert contents(nowhere.directory(other)) == {"adapter_config.json": CONFIG}
+    assert len(server.asked) == 2
+
+
+def test_what_breaks_off_is_continued(server: BlobServer, files: PublishedFiles, tmp_path: Path) -> None:
+    only = PublishedFiles({"adapter_config.json": files.digests["files/weights.safetensors"]})
+    published = PublishedVariants(tmp_path, server.url, None)
+    server.break_after = 30_000
+    with pytest.raises(UpstreamError, match="cannot be fetched from the controller"):
+        published.directory(only)
+    assert not list((tmp_path / "variants").glob("*"))
+    assert contents(published.directory(only)) == {"adapter_config.json": WEIGHTS}
+    assert server.asked[0][1] is None
+    assert server.asked[1][1] in ("bytes=30000-", None)  # None: what had come was less than a piece
+
+
+def test_other_bytes_are_refused_and_fetched_again(server: BlobServer, files: PublishedFiles, tmp_path: Path) -> None:
+    digest = files.digests["adapter_config.json"]
+    right, server.blobs[digest] = server.blobs[digest], b"other bytes"
+    published = PublishedVariants(tmp_path, server.url, None)
+    with pytest.raises(UpstreamError, match="sent other bytes"):
+        published.directory(files)
+    server.blobs[digest] = right
+    assert contents(published.directory(files))["adapter_config.json"] == CONFIG
+
+
+def test_a_file_that_nobody_has(server: BlobServer, files: PublishedFiles, tmp_path: Path) -> None:
+    server.blobs.clear()
+    with pytest.raises(ModelNotFoundError, match="not in the store"):
+        PublishedVariants(tmp_path, server.url, None).directory(files)
+    with pytest.raises(UpstreamError, match="cannot be reached"):
+        PublishedVariants(tmp_path, "http://127.0.0.1:9", None).directory(files)
+
+
+def test_workers_of_one_machine_fetch_together(server: BlobServer, files: PublishedFiles, tmp_path: Path) -> None:
+    found: list[Path] = []
+
+    def fetch() -> None:
+        found.append(PublishedVariants(tmp_path, server.url, None).directory(files))
+
+    threads = [threading.Thread(target=fetch) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    assert len(set(found)) == 1
+    assert len(server.asked) == 2
+    assert [path.name for path in (tmp_path / "variants").iterdir()] == [found[0].name]
