@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,13 @@ from compression.safetensors_writer import SAFETENSORS_DTYPES
 from delta.codecs.choice import encode_matrix
 from delta.codecs.codec import Term
 from delta.codecs.lossless import LOSSLESS
+from delta.codecs.packed_bits import row_blocks
 from delta.codecs.policy import CodecPolicy
 from delta.codecs.replace import REPLACE
 from delta.delta_config import ROWS, DeltaTensor, StoredPart, StoredTerm
 from delta.reconstruct import reconstruct
 from delta.same_bits import same_bits
 from delta.tensor_digest import tensor_digest
-
-_BLOCK_NUMBERS = 1 << 22
 
 
 def encode_tensor(
@@ -34,15 +35,23 @@ def encode_tensor(
     """
     terms, result = _encode(before, after, policy)
     is_exact = same_bits(result, after)
-    described = DeltaTensor(
-        dtype=SAFETENSORS_DTYPES[after.dtype],
-        shape=tuple(after.shape),
+    digest = target_digest if is_exact else tensor_digest(result)
+    error = 0.0 if is_exact or before is None else _relative_error(before, after, result)
+    return terms, describe_tensor(terms, result, base_name=base_name, digest=digest, error=error)
+
+
+def describe_tensor(
+    terms: tuple[Term, ...], result: Tensor, *, base_name: str | None, digest: str, error: float
+) -> DeltaTensor:
+    """The description of terms that give back `result`, which has this digest."""
+    return DeltaTensor(
+        dtype=SAFETENSORS_DTYPES[result.dtype],
+        shape=tuple(result.shape),
         base=base_name,
         terms=tuple(StoredTerm(term.codec, {name: _part(part) for name, part in term.parts.items()}) for term in terms),
-        digest=target_digest if is_exact else tensor_digest(result),
-        error=0.0 if is_exact or before is None else _relative_error(before, after, result),
+        digest=digest,
+        error=error,
     )
-    return terms, described
 
 
 def _encode(before: Tensor | None, after: Tensor, policy: CodecPolicy) -> tuple[tuple[Term, ...], Tensor]:
@@ -91,11 +100,11 @@ def _part(part: Tensor) -> StoredPart:
 def _relative_error(before: Tensor, after: Tensor, result: Tensor) -> float:
     """|W' - given back| / |W' - W| over the rows that both have."""
     num_rows = min(len(before), len(after))
-    rows = max(1, _BLOCK_NUMBERS // max(1, after[0].numel()))
-    missed = changed = 0.0
-    for start in range(0, num_rows, rows):
-        block = slice(start, min(start + rows, num_rows))
-        wanted = after[block].float()
-        missed += (wanted - result[block].float()).square().sum(dtype=torch.float64).item()
-        changed += (wanted - before[block].float()).square().sum(dtype=torch.float64).item()
-    return (missed / changed) ** 0.5 if changed else 0.0
+    shape = (num_rows, after[0].numel())
+    before, after, result = (tensor[:num_rows].reshape(shape) for tensor in (before, after, result))
+    missed, changed = [], []
+    for rows in row_blocks(shape):
+        wanted = after[rows].float()
+        missed.append(torch.linalg.vector_norm(wanted - result[rows].float()).item())
+        changed.append(torch.linalg.vector_norm(wanted - before[rows].float()).item())
+    return math.hypot(*missed) / math.hypot(*changed) if any(changed) else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -61,7 +62,7 @@ def _read(kind: Any, value: object, where: str) -> Any:
 
 def _read_dataclass(cls: Callable[..., Any], value: object, where: str) -> Any:
     given = _instance(dict, value, where)
-    hints = typing.get_type_hints(cls)
+    hints = _types_of_fields(cls)
     if unknown := sorted(given.keys() - hints.keys()):
         raise ValueError(f"{where} has unknown fields {unknown}")
     if missing := sorted(hints.keys() - given.keys()):
@@ -70,6 +71,11 @@ def _read_dataclass(cls: Callable[..., Any], value: object, where: str) -> Any:
         return cls(**{name: _read(kind, given[name], f"{where}.{name}") for name, kind in hints.items()})
     except OverflowError as error:
         raise ValueError(f"{where} has a number that is too large") from error
+
+
+@functools.cache
+def _types_of_fields(cls: Callable[..., Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _instance(kind: type[R], value: object, where: str) -> R:
