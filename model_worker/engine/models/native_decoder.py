@@ -106,7 +106,9 @@ class NativeDecoder:
         )
         self.fused: Mapping[str, str] = self._weights.fused
         shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
-        self._variants = NativeVariants(fusions, shapes, dtype=dtype, embedding=EMBEDDING, head=HEAD)
+        self._variants = NativeVariants(
+            fusions, shapes, dtype=dtype, embedding=EMBEDDING, head=HEAD, num_threads=team.num_threads
+        )
         self.attentions = [
             NativeAttention(layer.attention, KVShape(self.spec.num_kv_heads, self.spec.head_dim, self.spec.head_dim))
             for layer in self.spec.layers

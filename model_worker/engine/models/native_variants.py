@@ -50,6 +50,7 @@ class NativeVariants:
         shapes: of the checkpoint's parameters.
         dtype: of weights that are not quantized.
         embedding, head: names of these parameters; the head may be the embedding.
+        num_threads: of the decoder's team.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class NativeVariants:
         dtype: torch.dtype,
         embedding: str,
         head: str,
+        num_threads: int,
     ) -> None:
+        self._num_threads = num_threads
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         # Float32 weights are served for exactness; others are rounded themselves, to no more digits than these.
         self._dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
@@ -124,7 +127,7 @@ class NativeVariants:
             if start < end_row and end > first_row:
                 assert isinstance(variant, PackedVariant)
                 packed.append(PackedSegment(max(start, first_row) - first_row, min(end, end_row) - first_row, variant))
-        return StepVariants(packed, num_rows * rows_per_token) if packed else None
+        return StepVariants(packed, num_rows * rows_per_token, self._num_threads) if packed else None
 
     def with_variants(self, operations: Iterable[Operation]) -> Iterator[Operation]:
         """A program's operations with those of variants among them, over the same buffers."""

@@ -57,6 +57,9 @@ class Worker {
     return -1;
   }
 
+  // Which one this is, in [0, number of threads).
+  int thread() const { return thread_; }
+
   // kScratchBytes of memory of this thread's own, aligned to 64 bytes; its content does not outlive the command.
   template <typename T>
   T* scratch() {

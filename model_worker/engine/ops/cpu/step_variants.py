@@ -22,6 +22,7 @@ from model_worker.engine.ops.sparse_matrix.packed_sparse import PackedSparse, Sp
 
 UNIT = 16  # outputs that have the same ranks
 _ALIGNMENT = 64  # a cache line
+_TILE_ROWS = 120  # of a linear layer; as in tile_terms.h
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,6 +192,7 @@ class _VariantPlan(ctypes.Structure):
         ("t", ctypes.c_void_p),
         ("t_stride", ctypes.c_int64),
         ("prepared", ctypes.c_void_p),
+        ("prepared_size", ctypes.c_int64),
         ("prepared_stride", ctypes.c_int64),
     )
 
@@ -201,26 +203,29 @@ class StepVariants:
     Args:
         segments: in ascending order, without overlap.
         num_rows: most rows that an operation of the step has.
+        num_threads: of the team that runs it.
 
     Attributes:
         segments: as given.
         t: [num_rows, largest rank] float32; from each `Shrink` to the linear layer after it.
-        prepared: [num_rows, most numbers] float32; the same for sign planes. Only rows of short segments are written.
+        prepared: [num_threads, rows of a tile, most numbers] float32; what sign planes want of rows. Each thread makes
+            it for itself, in its own cache, for the rows of its tile.
         address: of what the kernels see.
     """
 
-    def __init__(self, segments: Sequence[PackedSegment], num_rows: int) -> None:
+    def __init__(self, segments: Sequence[PackedSegment], num_rows: int, num_threads: int) -> None:
         self.segments = segments
         self.t = torch.empty(num_rows, max((segment.variant.max_rank for segment in segments), default=0))
         self._segments = (_Segment * len(segments))(
             *(_Segment(start, end, variant.address) for start, end, variant in segments)
         )
-        self.prepared = torch.empty(num_rows, max((segment.variant.max_prepared for segment in segments), default=0))
+        max_prepared = max((segment.variant.max_prepared for segment in segments), default=0)
+        self.prepared = torch.empty(num_threads, min(num_rows, _TILE_ROWS), max_prepared)
         self._plan = _VariantPlan(
             ctypes.addressof(self._segments),
             len(segments),
             *(self.t.data_ptr(), self.t.shape[1]),
-            *(self.prepared.data_ptr(), self.prepared.shape[1]),
+            *(self.prepared.data_ptr(), self.prepared[0].numel(), max_prepared),
         )
         self.address = ctypes.addressof(self._plan)
 

@@ -106,8 +106,9 @@ struct VariantPlan {
   int64_t num_segments;
   float* t;                 // what Shrink leaves for the linear layer after it; rows t_stride apart
   int64_t t_stride;
-  float* prepared;          // the same for sign planes, of rows that are not merged; rows prepared_stride apart
-  int64_t prepared_stride;
+  float* prepared;          // for each thread prepared_size numbers: what sign planes want of a tile's rows
+  int64_t prepared_size;
+  int64_t prepared_stride;  // from one row to the next
 };
 
 // Whether the layer's planes and sparse matrix are added to the weight before rows are multiplied with it, which many

@@ -548,6 +548,19 @@ void compute_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64
   compute_until(first_row + rows, nullptr);
 }
 
+// The variants of a block of rows, which are prepared for their sign planes; `panel` is the first one to be computed.
+void look_up(const LinearArgs& a, const VariantPlan& plan, const int32_t* tokens, int64_t terms, int64_t panel,
+             int64_t first_row, int rows, const Worker& worker, TileTerms& variants) {
+  variants.look_up(plan, worker.thread(), tokens, terms, first_row, rows);
+  for (const TileTerms::Run& run : variants) {
+    if (run.prepared == nullptr) continue;
+    const SignTerms& signs = run.terms->signs;
+    fetch_panel(signs, panel);
+    prepare_rows(signs, run.num_rows, a.x + run.row * a.x_stride, a.x_stride, a.num_inputs, run.prepared,
+                 plan.prepared_stride);
+  }
+}
+
 // Mirrored by `_ExpertLinearArgs` in experts/__init__.py.
 struct ExpertLinearArgs {
   LinearArgs linear;      // of the first expert
@@ -570,11 +583,8 @@ extern "C" void rootgraft_linear(const void* args, const Step& step, Worker& wor
     const int64_t first = step.num_rows * block / num_blocks;
     const int rows = static_cast<int>(step.num_rows * (block + 1) / num_blocks - first);
     if (step.variants != nullptr && a.terms >= 0 && block != block_of_variants) {
-      variants.look_up(*step.variants, nullptr, a.terms, first, rows);
+      look_up(a, *step.variants, nullptr, a.terms, panel, first, rows, worker, variants);
       block_of_variants = block;
-      for (const TileTerms::Run& run : variants) {
-        if (!run.is_merged && run.terms->signs.starts != nullptr) fetch_panel(run.terms->signs, panel);
-      }
     }
     compute_tile(a, variants, panel, first, rows, worker.scratch<float>());
   }
@@ -588,6 +598,7 @@ extern "C" void rootgraft_expert_linear(const void* args, const Step& step, Work
     num_tiles += (a.starts[e + 1] - a.starts[e] + kTileRows - 1) / kTileRows * num_panels;
   }
   TileTerms variants;
+  int64_t first_of_variants = -1;
   int64_t expert = 0, first_tile = 0;  // tiles of earlier experts come first
   for (int64_t tile; (tile = worker.take(num_tiles)) >= 0;) {
     if (tile < first_tile) expert = first_tile = 0;
@@ -602,8 +613,9 @@ extern "C" void rootgraft_expert_linear(const void* args, const Step& step, Work
     const int64_t panel = (tile - first_tile) % num_panels, block = (tile - first_tile) / num_panels;
     const int64_t first = a.starts[expert] + num_rows * block / num_blocks;
     const int rows = static_cast<int>(a.starts[expert] + num_rows * (block + 1) / num_blocks - first);
-    if (step.variants != nullptr && linear.terms >= 0) {
-      variants.look_up(*step.variants, a.tokens, linear.terms + expert, first, rows);
+    if (step.variants != nullptr && linear.terms >= 0 && first != first_of_variants) {
+      look_up(linear, *step.variants, a.tokens, linear.terms + expert, panel, first, rows, worker, variants);
+      first_of_variants = first;
     }
     compute_tile(linear, variants, panel, first, rows, worker.scratch<float>());
   }

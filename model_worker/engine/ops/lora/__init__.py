@@ -4,8 +4,7 @@
 
 Two operations compute it. All layers use the step's one plan of segments (`StepVariants`).
 
-    Shrink          t[row] = x[row] A^T, at the variant's own rank; where it has d: x[row] = d ∘ x[row] in place;
-                    where it has sign planes: what these want of the row (ops/sign_planes)
+    Shrink          t[row] = x[row] A^T, at the variant's own rank; where it has d: x[row] = d ∘ x[row] in place
     Linear, ExpertLinear    the rest, in the tiles of the base's product, before bias, activation, alpha and residual
 
         x       [T, K] float32; A [r, K], Z float32 or bfloat16; e, c [N], d [K] float32

@@ -146,17 +146,10 @@ void embedding_row(const AddEmbeddingArgs& a, const EmbeddingTerms& terms, int64
 
 using namespace rootgraft;
 
-// A tile is some rows of one segment times some ranks; after all of those, one row and one column scale.
 extern "C" void rootgraft_shrink(const void* args, const Step& step, Worker& worker) {
   const ShrinkArgs& a = *static_cast<const ShrinkArgs*>(args);
   ShrinkTiles tiles(*step.variants, a.index);
-  const PrepareTiles prepare_tiles(*step.variants, a.index);
-  for (int64_t number; (number = worker.take(tiles.count() + prepare_tiles.count())) >= 0;) {
-    if (number >= tiles.count()) {
-      const PrepareTile each = prepare_tiles[number - tiles.count()];
-      prepare_row(*step.variants, *each.terms, each.row, each.scale, a.x + each.row * a.x_stride, a.num_inputs);
-      continue;
-    }
+  for (int64_t number; (number = worker.take(tiles.count())) >= 0;) {
     const ShrinkTile tile = tiles[number];
     shrink(a, *step.variants, tile, number + 1 < tiles.count() ? tiles[number + 1] : tile);
   }
@@ -175,9 +168,6 @@ extern "C" void rootgraft_expert_shrink(const void* args, const Step& step, Work
         shrink(a, *step.variants, ShrinkTile::of(terms, row, count, i),
                ShrinkTile::of(terms, row, count, std::min(i + 1, num_tiles - 1)));
       }
-      for (int64_t i = 0; i < num_prepared_scales(segment, terms); ++i)
-        for (int64_t each = row; each < row + count; ++each)
-          prepare_row(*step.variants, terms.signs, each, i, a.x + each * a.x_stride, a.num_inputs);
     });
   }
 }

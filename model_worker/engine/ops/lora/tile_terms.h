@@ -17,7 +17,7 @@ class TileTerms {
     int64_t row;    // the first one, among those of the operation
     int num_rows;
     const float* t;         // of the first row; others t_stride apart
-    const float* prepared;  // the same, prepared_stride apart
+    float* prepared;        // the same for sign planes, prepared_stride apart; null: not wanted
     bool is_merged;         // sign planes and a sparse matrix are added to the weight; see are_merged
   };
 
@@ -30,9 +30,12 @@ class TileTerms {
       if (run.row >= first_row && run.row < end_row) runs_[num_runs_++] = run;
   }
 
-  // Rows [first_row, first_row + num_rows) of an operation, at most kMaxRows; tokens as in `for_segments`.
-  void look_up(const VariantPlan& plan, const int32_t* tokens, int64_t index, int64_t first_row, int64_t num_rows) {
+  // Rows [first_row, first_row + num_rows) of an operation, at most kMaxRows; tokens as in `for_segments`. What sign
+  // planes want of them is still to be put where the runs say, memory of this thread's own.
+  void look_up(const VariantPlan& plan, int thread, const int32_t* tokens, int64_t index, int64_t first_row,
+               int64_t num_rows) {
     num_runs_ = 0;
+    float* prepared = plan.prepared + thread * plan.prepared_size;
     t_stride_ = plan.t_stride;
     prepared_stride_ = plan.prepared_stride;
     has_merged_ = false;
@@ -41,12 +44,14 @@ class TileTerms {
       if (!terms.changes_sums()) return;
       const bool is_merged = are_merged(segment, terms);
       has_merged_ |= is_merged;
+      const bool is_prepared = terms.signs.starts != nullptr && !is_merged;
       runs_[num_runs_++] = {&terms,
                             row,
                             static_cast<int>(count),
                             plan.t + row * plan.t_stride,
-                            plan.prepared + row * plan.prepared_stride,
+                            is_prepared ? prepared : nullptr,
                             is_merged};
+      if (is_prepared) prepared += count * plan.prepared_stride;
     });
   }
 

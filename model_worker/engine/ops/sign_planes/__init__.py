@@ -6,8 +6,8 @@
 
 Two forms, chosen for a whole segment of a step's rows:
 
-    fewer than 16 rows    `Shrink` (ops/lora) prepares each row for each distinct v of the layer; the linear layer's
-                          tiles add every plane to the row's sums. A plane is read once for a row: 1/16 of bfloat16.
+    fewer than 16 rows    each thread of the linear layer prepares the rows for each distinct v of the layer; its tiles
+                          add every plane to the rows' sums. A plane has 1/16 of the bytes of a bfloat16 weight.
     16 rows or more       the tile adds all planes to its panel of the base's weight, once, and multiplies with that:
                           a prompt's rows cost hardly more than the base's. Where the base multiplies integers, the
                           panel of planes is a product of its own.

@@ -1,7 +1,7 @@
 // What sign planes add to the sums of a linear layer's tile; the formulas are in __init__.py.
 //
 // With 16 lanes a register holds the 16 sums ±x0 ±x1 ±x2 ±x3 of four inputs, and four bits of a word choose one for each
-// of 16 outputs: a shift, a permutation and an addition for 64 weights. Those tables are what `prepare_row` makes.
+// of 16 outputs: a shift, a permutation and an addition for 64 weights. Those tables are what `prepare` makes.
 // With fewer lanes it leaves v ∘ x, whose signs are turned one input at a time.
 #pragma once
 
@@ -21,10 +21,8 @@ constexpr int kMaxSignRows = kLanes == 16 ? 4 : (kLanes == 8 ? 2 : 1);  // rows 
 // Of one row and one column scale.
 inline int64_t prepared_size(const SignTerms& terms) { return terms.num_words * kWordInputs * kPreparedFloats; }
 
-// Leaves in the plan what add_signs wants of a row x and a column scale.
-inline void prepare_row(const VariantPlan& plan, const SignTerms& terms, int64_t row, int64_t scale, const float* x,
-                        int64_t num_inputs) {
-  float* const out = plan.prepared + row * plan.prepared_stride + scale * prepared_size(terms);
+// out = what add_signs wants of a row x and a column scale.
+inline void prepare(const SignTerms& terms, int64_t scale, const float* x, int64_t num_inputs, float* out) {
   const float* const v = terms.column_scales + scale * terms.num_words * kWordInputs;
   for (int64_t first = 0; first < terms.num_words * kWordInputs; first += kWordInputs) {
     alignas(64) float scaled[kWordInputs] = {};
@@ -50,43 +48,15 @@ inline void prepare_row(const VariantPlan& plan, const SignTerms& terms, int64_t
   }
 }
 
-// Column scales that each row of a segment is prepared for.
-inline int64_t num_prepared_scales(const Segment& segment, const LinearTerms& terms) {
-  return terms.signs.starts == nullptr || are_merged(segment, terms) ? 0 : terms.signs.num_scales;
+// The same for some rows and all column scales of a layer; in `out`, rows are `stride` apart.
+inline void prepare_rows(const SignTerms& terms, int rows, const float* x, int64_t x_stride, int64_t num_inputs,
+                         float* out, int64_t stride) {
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t scale = 0; scale < terms.num_scales; ++scale) {
+      prepare(terms, scale, x + r * x_stride, num_inputs, out + r * stride + scale * prepared_size(terms));
+    }
+  }
 }
-
-struct PrepareTile {
-  const SignTerms* terms;
-  int64_t row;
-  int64_t scale;
-};
-
-// Every row of a step with every column scale that it is prepared for.
-class PrepareTiles {
- public:
-  // index: of the linear layer's terms.
-  PrepareTiles(const VariantPlan& plan, int64_t index) : plan_(plan), index_(index) {
-    for (int64_t s = 0; s < plan.num_segments; ++s) count_ += num_tiles_of(plan.segments[s]);
-  }
-
-  int64_t count() const { return count_; }
-
-  PrepareTile operator[](int64_t tile) const {
-    const Segment* segment = plan_.segments;
-    for (int64_t count; tile >= (count = num_tiles_of(*segment)); ++segment) tile -= count;
-    const SignTerms& terms = segment->variant->linears[index_].signs;
-    return {&terms, segment->start + tile / terms.num_scales, tile % terms.num_scales};
-  }
-
- private:
-  int64_t num_tiles_of(const Segment& segment) const {
-    return (segment.end - segment.start) * num_prepared_scales(segment, segment.variant->linears[index_]);
-  }
-
-  const VariantPlan& plan_;
-  int64_t index_;
-  int64_t count_ = 0;
-};
 
 // The numbers ±value of 16 outputs, bit `bit` of whose words says the sign.
 inline Floats with_sign(Floats value, Ints words, int bit) {

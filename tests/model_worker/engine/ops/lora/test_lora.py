@@ -135,7 +135,7 @@ def test_linear_layers(team: Team, data: st.DataObject) -> None:
         accumulate=data.draw(st.booleans()),
         alpha=data.draw(st.sampled_from([1.0, -3.0])),
     )
-    step = Step.of_rows(num_rows, StepVariants(_segments(lengths, variants), num_rows))
+    step = Step.of_rows(num_rows, StepVariants(_segments(lengths, variants), num_rows, team.num_threads))
     before = out.clone()
     _run(team, operations, step)
     got = out.clone()
@@ -203,11 +203,11 @@ def test_a_row_has_the_same_bits_in_any_company(team: Team, format: str) -> None
     variants = [_variant({0: _packed([LinearPart(88, _low_rank(88, 96, rank))], dtype)}) for rank in (16, 3, 64)]
     lengths = (1, 40, 70)
     x, out = torch.randn(111, 96), torch.zeros(111, 88)
-    step = Step.of_rows(111, StepVariants(_segments(lengths, variants), 111))
+    step = Step.of_rows(111, StepVariants(_segments(lengths, variants), 111, team.num_threads))
     _run(team, _products(team, x, weight, out), step)
     for row, variant in ((0, variants[0]), (1, variants[1]), (17, variants[1]), (40, variants[1]), (110, variants[2])):
         alone = torch.zeros(1, 88)
-        step = Step.of_rows(1, StepVariants((PackedSegment(0, 1, variant),), 1))
+        step = Step.of_rows(1, StepVariants((PackedSegment(0, 1, variant),), 1, team.num_threads))
         _run(team, _products(team, x[row : row + 1].clone(), weight, alone), step)
         assert torch.equal(alone[0], out[row])
 
@@ -219,7 +219,11 @@ def test_inputs_are_scaled_in_place(team: Team) -> None:
     x = torch.randn(130, 37)
     expected = x.clone()
     expected[20:120] *= scale
-    _run(team, [Shrink("shrink", x, 0)], Step.of_rows(130, StepVariants((PackedSegment(20, 120, variant),), 130)))
+    _run(
+        team,
+        [Shrink("shrink", x, 0)],
+        Step.of_rows(130, StepVariants((PackedSegment(20, 120, variant),), 130, team.num_threads)),
+    )
     assert torch.equal(x, expected)
 
 
@@ -251,7 +255,7 @@ def test_experts(team: Team, data: st.DataObject) -> None:
         Shrink("shrink", x, 2, ExpertRows(plan.starts, plan.tokens)),
         ExpertLinear("experts", x, weight, out, plan, activation, terms=2),
     ]
-    step = Step.of_rows(num_rows, StepVariants(_segments(lengths, variants), num_rows * num_chosen))
+    step = Step.of_rows(num_rows, StepVariants(_segments(lengths, variants), num_rows * num_chosen, team.num_threads))
     _run(team, operations, step)
     got = out.clone()
     for operation in operations:
@@ -272,7 +276,7 @@ def test_embeddings(team: Team, dtype: torch.dtype) -> None:
     ids = torch.arange(12).repeat(4)
     out = torch.zeros(48, 37)
     empty = Step.of_rows(48)
-    plan = StepVariants(_segments((12, 12, 12), variants), 48)
+    plan = StepVariants(_segments((12, 12, 12), variants), 48, team.num_threads)
     step = Step(ids, ids, ids[None], empty.block_tables, empty.query_start, empty.seq_lens, plan)
     operations = [Embedding("embedding", pack(torch.randn(12, 37)), out, 3.0), AddEmbedding("add", out, 3.0)]
     _run(team, operations, step)
@@ -287,7 +291,7 @@ def test_norms(team: Team) -> None:
     torch.manual_seed(0)
     variant = PackedVariant({}, {1: torch.randn(20)}, None, num_linears=0, num_norms=2)
     x, out = torch.randn(9, 40), torch.zeros(9, 40)
-    step = Step.of_rows(9, StepVariants((PackedSegment(2, 5, variant),), 9))
+    step = Step.of_rows(9, StepVariants((PackedSegment(2, 5, variant),), 9, team.num_threads))
     for index in (0, 1):
         norm = RMSNorm("norm", x, torch.ones(20), out, 1e-5, num_heads=2, index=index)
         _run(team, [norm], step)

@@ -155,7 +155,12 @@ def test_linear_layers(team: Team, data: st.DataObject) -> None:
         accumulate=data.draw(st.booleans()),
         alpha=data.draw(st.sampled_from([1.0, -3.0])),
     )
-    _check(team, operations, Step.of_rows(num_rows, StepVariants(_segments(lengths, variants), num_rows)), out)
+    _check(
+        team,
+        operations,
+        Step.of_rows(num_rows, StepVariants(_segments(lengths, variants), num_rows, team.num_threads)),
+        out,
+    )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +217,7 @@ def test_bits_depend_on_the_form_alone(team: Team, format: str) -> None:
         out = torch.zeros(len(inputs), num_outputs)
         segments = [PackedSegment(0, before // 2, other)] if before else []
         segments.append(PackedSegment(before, before + count, variant))
-        step = Step.of_rows(len(inputs), StepVariants(segments, len(inputs)))
+        step = Step.of_rows(len(inputs), StepVariants(segments, len(inputs), team.num_threads))
         Program(team, _products(team, inputs, weight, out)).run(step)
         return out[before:]
 
@@ -253,7 +258,10 @@ def test_experts(team: Team, data: st.DataObject) -> None:
         ExpertLinear("experts", x, weight, out, plan, Activation.GELU_TANH if gated else Activation.NONE, terms=2),
     ]
     _check(
-        team, operations, Step.of_rows(num_rows, StepVariants(_segments(lengths, variants), num_rows * num_chosen)), out
+        team,
+        operations,
+        Step.of_rows(num_rows, StepVariants(_segments(lengths, variants), num_rows * num_chosen, team.num_threads)),
+        out,
     )
 
 
@@ -274,7 +282,7 @@ def test_embeddings(team: Team, size: int) -> None:
     variants = [PackedVariant({}, {}, each, num_linears=0, num_norms=0) for each in embeddings]
     ids = torch.arange(vocab).repeat(3)
     out, none = torch.zeros(3 * vocab, size), Step.of_rows(3 * vocab)
-    plan = StepVariants(_segments((vocab, vocab, vocab), [*variants, None]), len(ids))
+    plan = StepVariants(_segments((vocab, vocab, vocab), [*variants, None]), len(ids), team.num_threads)
     step = Step(ids, ids, ids[None], none.block_tables, none.query_start, none.seq_lens, plan)
     operations = [Embedding("embedding", pack(table), out, 3.0), AddEmbedding("add", out, 3.0)]
     Program(team, operations).run(step)
