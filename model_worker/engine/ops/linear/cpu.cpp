@@ -461,6 +461,26 @@ void add_integer_products(const LinearArgs& a, TileTerms& variants, int64_t pane
 }
 #endif
 
+constexpr int64_t kMerged = 128;  // inputs that are merged at a time: their numbers stay in the first level of cache
+
+// out = inputs [first_input, first_input + num_inputs) of the panel with which merged_tile multiplies its rows.
+void merge_panel(const LinearArgs& a, const LinearTerms& terms, int64_t panel, int64_t first_input, int64_t num_inputs,
+                 const Sums& output_scale, SparsePlaces& places, float* out) {
+  if (multiplies_integers(a)) {
+    std::fill_n(out, num_inputs * kPanel, 0.0f);
+  } else {
+    widen_panel(a, panel, first_input, num_inputs, out);
+    if (terms.output_scale != nullptr) scale_outputs(output_scale, num_inputs, out);
+  }
+  if (terms.signs.starts != nullptr) add_signs_to_panel(terms.signs, panel, first_input, num_inputs, out);
+  if (terms.sparse.starts == nullptr) return;
+  if (terms.is_float32) {
+    add_sparse_to_panel<float>(terms.sparse, panel, first_input, num_inputs, places, out);
+  } else {
+    add_sparse_to_panel<BFloat16>(terms.sparse, panel, first_input, num_inputs, places, out);
+  }
+}
+
 // All rows are multiplied with e ∘ W + D, D the sign planes and the sparse matrix, which is made once. Where W is
 // multiplied by integers, rows are multiplied with D alone, and that is added to e ∘ their products with W.
 void merged_tile(const LinearArgs& a, const LinearTerms& terms, TileTerms& variants, int64_t panel, int64_t first_row,
@@ -475,18 +495,8 @@ void merged_tile(const LinearArgs& a, const LinearTerms& terms, TileTerms& varia
   SparsePlaces places = {};
   for (int64_t k = 0; k < a.num_inputs; k += kChunk) {
     const int64_t length = std::min<int64_t>(kChunk, a.num_inputs - k);
-    if (multiplies_integers(a)) {
-      std::fill_n(scratch, length * kPanel, 0.0f);
-    } else {
-      widen_panel(a, panel, k, length, scratch);
-      if (terms.output_scale != nullptr) scale_outputs(output_scale, length, scratch);
-    }
-    if (terms.signs.starts != nullptr) add_signs_to_panel(terms.signs, panel, k, length, scratch);
-    if (terms.sparse.starts == nullptr) {
-    } else if (terms.is_float32) {
-      add_sparse_to_panel<float>(terms.sparse, panel, k, length, places, scratch);
-    } else {
-      add_sparse_to_panel<BFloat16>(terms.sparse, panel, k, length, places, scratch);
+    for (int64_t i = 0; i < length; i += kMerged) {
+      merge_panel(a, terms, panel, k + i, std::min(length - i, kMerged), output_scale, places, scratch + i * kPanel);
     }
     for_blocks(rows, kMaxRows, [&](int first, int count) {
       const float* const x = a.x + (first_row + first) * a.x_stride + k;
