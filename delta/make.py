@@ -87,7 +87,7 @@ def make_delta(
         resumable_directory(out, replaces=(CONFIG_FILE,) if force else ()) as directory,
     ):
         inputs = {
-            "made_with": [FORMAT_VERSION, _made_with()],
+            "made_with": [FORMAT_VERSION, made_with()],
             "base": ours.states(),
             "target": theirs.states(),
             "policy": asdict(policy),
@@ -97,7 +97,7 @@ def make_delta(
                 report(f"going on after {len(journal.entries)} tensors")
             pair = pair_tensors(ours, theirs)
             _encode_all(ours, theirs, pair, policy, journal, progress)
-            files = _store_files(companion_files(base), companion_files(target), directory.result)
+            files = store_files(companion_files(base), companion_files(target), directory.result)
             config = _describe(ours, theirs, pair, journal, files, labels)
             if (ours.states(), theirs.states()) != (inputs["base"], inputs["target"]):
                 raise CheckpointError("a model was written to while it was read; make the delta again")
@@ -138,7 +138,7 @@ def _encode_all(
             progress(done, target.num_bytes)
 
 
-def _store_files(base: Mapping[str, Path], target: Mapping[str, Path], directory: Path) -> dict[str, str]:
+def store_files(base: Mapping[str, Path], target: Mapping[str, Path], directory: Path) -> dict[str, str]:
     """Digests of all small files of the fine-tune; those that the base does not have alike are copied."""
     digests: dict[str, str] = {}
     for name, file in target.items():
@@ -182,7 +182,7 @@ def _describe(
         tied=pair.tied,
         dropped=pair.dropped,
         files=files,
-        lineage=Lineage(_made_with(), "full fine-tune", labels.parents),
+        lineage=Lineage(made_with(), "full fine-tune", labels.parents),
         license=labels.license,
     )
 
@@ -191,7 +191,7 @@ def _write_config(config: DeltaConfig, directory: Path) -> None:
     (directory / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
 
 
-def _made_with() -> str:
+def made_with() -> str:
     return f"rootgraft {version('rootgraft')}"
 
 

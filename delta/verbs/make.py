@@ -9,10 +9,12 @@ from typing import Any
 
 from delta.codecs.policy import EXACT_CODECS, CodecChoice, CodecPolicy, Residual
 from delta.delta_table import delta_table
+from delta.imports.weight_difference import make_weight_difference
 from delta.make import Labels, make_delta
 from delta.progress_bar import progress_bar
 from delta.quality_gate import QualityGate
 from delta.quality_prompts import default_prompts, read_prompts
+from registry.errors import InvalidRequestError
 
 
 def add_parser(verbs: Any) -> None:
@@ -38,6 +40,13 @@ def add_parser(verbs: Any) -> None:
     )
     verb.add_argument(
         "--rank", type=int, default=CodecPolicy().rank, metavar="INT", help="of low-rank terms (default: %(default)s)"
+    )
+    verb.add_argument(
+        "--layout",
+        choices=("delta", "huggingface"),
+        default="delta",
+        help="huggingface: with --codec dense, a model directory of plain differences in the fine-tune's dtype, as "
+        "FastChat makes them; exact but for rounding (default: %(default)s)",
     )
     verb.add_argument(
         "--quality",
@@ -68,6 +77,9 @@ def add_parser(verbs: Any) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
+    if args.layout == "huggingface":
+        _make_differences(args)
+        return
     policy = CodecPolicy(codec=args.codec, residuals=tuple(args.residual), rank=args.rank)
     labels = Labels(args.base_name, args.base_revision, args.name, args.license, tuple(args.parent))
     with progress_bar("making") as progress:
@@ -83,6 +95,14 @@ def _make(args: argparse.Namespace) -> None:
                 args.base, args.target, args.out, policy, prompts=prompts, gate=_gate(args), **common
             )
     print(delta_table(config))
+    print(f"wrote {args.out}")
+
+
+def _make_differences(args: argparse.Namespace) -> None:
+    if args.codec != "dense":
+        raise InvalidRequestError("--layout huggingface holds plain differences; add --codec dense")
+    with progress_bar("making") as progress:
+        make_weight_difference(args.base, args.target, args.out, force=args.force, progress=progress)
     print(f"wrote {args.out}")
 
 
