@@ -12,7 +12,7 @@ documents, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from delta.codecs.dense import encode_dense
 from delta.codecs.lossless import LOSSLESS
 from delta.codecs.lowrank import encode_low_rank, low_rank_term
 from delta.codecs.packed_bits import row_blocks
-from delta.codecs.policy import CodecPolicy
+from delta.codecs.policy import CodecPolicy, Residual
 from delta.codecs.registry import DIFFERENCE_CODECS
 from delta.codecs.replace import REPLACE
 from delta.codecs.sign import encode_sign
@@ -117,15 +117,34 @@ def _sampled_energy(difference: Tensor) -> float:
 
 
 def _with_residuals(difference: Tensor, first: Callable[[Tensor], Term], policy: CodecPolicy) -> tuple[Term, ...]:
-    terms = [first(difference)]
-    for residual in policy.residuals:
-        # What is left is minus what would have to be added to -D.
-        left = -difference
-        for term in terms:
-            DIFFERENCE_CODECS[term.codec].add_to(left, term.parts)
-        left.neg_()
-        terms.append(encode_sign(left) if residual == "sign" else encode_low_rank(left, policy.rank))
+    """Each term is of what those before it left, but signs before a low-rank term leave its components alone.
+
+    What training changed lies in few components, and rounding to 16 bits in all: signs of the whole difference would
+    blur those components, and no later term of the same rank could mend it. So the components are taken out before the
+    signs are fitted, and fitted again at their place. (A ternary term keeps its zeros, and needs none of that.)
+    """
+    terms: list[Term] = []
+    encoders = [first, *(_encoder(residual, policy.rank) for residual in policy.residuals)]
+    for index, encode in enumerate(encoders):
+        left = _left_by(difference, terms)
+        if first is encode_sign and encode is encode_sign and "lowrank" in policy.residuals[index:]:
+            left = _left_by(left, [encode_low_rank(left, policy.rank)])
+        terms.append(encode(left))
     return tuple(terms)
+
+
+def _encoder(residual: Residual, rank: int) -> Callable[[Tensor], Term]:
+    return encode_sign if residual == "sign" else lambda left: encode_low_rank(left, rank)
+
+
+def _left_by(difference: Tensor, terms: Sequence[Term]) -> Tensor:
+    """D less the terms."""
+    if not terms:
+        return difference
+    left = -difference  # codecs can only add
+    for term in terms:
+        DIFFERENCE_CODECS[term.codec].add_to(left, term.parts)
+    return left.neg_()
 
 
 def _exact(base: Tensor, target: Tensor, encode: Callable[[Tensor, Tensor], Term | None]) -> Term:

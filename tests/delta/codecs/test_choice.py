@@ -105,6 +105,17 @@ def test_residuals_follow() -> None:
     assert errors[-1] < 0.2
 
 
+def test_components_are_taken_out_before_signs_are_fitted() -> None:
+    low_rank = torch.randn(SHAPE[0], 8) @ torch.randn(8, SHAPE[1]) * 1e-3
+    base = torch.zeros(SHAPE)
+    target = low_rank + 2e-3 * torch.randn(SHAPE)
+    terms = encode_matrix(base, target, CodecPolicy("sign", residuals=("lowrank",), rank=8))
+    product = torch.zeros(SHAPE)
+    DIFFERENCE_CODECS["lowrank"].add_to(product, terms[1].parts)
+    assert float((product - low_rank).norm() / low_rank.norm()) < 0.35
+    assert _error(base, target, terms) < 0.5
+
+
 @pytest.mark.parametrize("codec", ["sign", "ternary", "lowrank", "sparse", "dense", "lossless"])
 def test_a_named_codec_is_taken(codec: str) -> None:
     base = torch.randn(SHAPE)
