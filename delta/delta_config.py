@@ -222,6 +222,15 @@ class DeltaConfig:
     def is_exact(self) -> bool:
         return self.result_digest == self.target.digest
 
+    @property
+    def misfits(self) -> list[str]:
+        """Tensors for which a model of the base's configuration has no place: new ones, and those with new rows."""
+        return sorted(
+            name
+            for name, tensor in self.tensors.items()
+            if tensor.base != name or (tensor.terms and tensor.terms[-1].codec == ROWS)
+        )
+
     def result_tensors(self) -> dict[str, str]:
         """Name -> digest in hex of every tensor that is given back; raises ValueError for a copy of none."""
         digests = {name: digest for name, digest in self.base.tensors.items() if name not in self.dropped}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from delta.artifact import Delta
-from delta.delta_config import ROWS, DeltaTensor
+from delta.delta_config import DeltaTensor
 from delta.reconstruct import add_difference, reconstruct
 from delta.tensor_digest import tensor_digest
 from registry.errors import CheckpointError, UnsupportedModelError
@@ -86,12 +86,8 @@ def _sum(name: str, base: torch.Tensor, changing: Sequence[tuple[Delta, str, Del
 
 
 def _check_fits(delta: Delta) -> None:
-    config = delta.config
-    more = [name for name, entry in config.tensors.items() if entry.base != name]
-    resized = [name for name, entry in config.tensors.items() if entry.terms and entry.terms[-1].codec == ROWS]
-    for names, what in ((more, "which its base does not have"), (resized, "with more rows than in its base")):
-        if names:
-            raise UnsupportedModelError(
-                f"{delta.path} gives back {', '.join(sorted(names)[:3])}, {what}; write it out and serve that: "
-                f"python -m delta apply --base BASE --delta {delta.path} --out DIRECTORY"
-            )
+    if names := delta.config.misfits:
+        raise UnsupportedModelError(
+            f"{delta.path} gives back {', '.join(names[:3])}, which the base does not have or only with fewer rows; "
+            f"write it out and serve that: python -m delta apply --base BASE --delta {delta.path} --out DIRECTORY"
+        )

@@ -188,10 +188,10 @@ class _Reader:
         return place
 
     def _unsupported(self, reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{self._delta.path} cannot be served beside its base: {reason}. Serve it applied: start a worker with "
-            f"--apply-delta {self._delta.path}, or write it out with python -m delta apply"
-        )
+        remedy = "write it out with python -m delta apply, and serve that"
+        if not self._delta.config.misfits:
+            remedy = f"start a worker with --apply-delta {self._delta.path}, or {remedy}"
+        return UnsupportedModelError(f"{self._delta.path} cannot be served beside its base: {reason}; {remedy}")
 
 
 def _differences(terms: Sequence[Term], shape: tuple[int, ...]) -> LinearTerms:

@@ -194,14 +194,14 @@ class TestRefusals:
         table = tuned["model.embed_tokens.weight"]
         tuned["model.embed_tokens.weight"] = torch.cat([table, table[:2]])
         delta = self._make(tmp_path, model, tuned)
-        with pytest.raises(UnsupportedModelError, match=r"rows.*--apply-delta"):
+        with pytest.raises(UnsupportedModelError, match=r"rows.*write it out with python -m delta apply"):
             read_delta(delta, TinyBase(model))
 
     def test_a_parameter_that_the_model_does_not_have(self, tmp_path: Path, model: PreTrainedModel) -> None:
         delta = self._make(
             tmp_path, model, _weights(model) | {"model.layers.0.mlp.experts.0.w1.weight": torch.ones(2, 2)}
         )
-        with pytest.raises(UnsupportedModelError, match=r"no parameter model\.layers\.0\.mlp\.experts.*--apply-delta"):
+        with pytest.raises(UnsupportedModelError, match=r"no parameter model\.layers\.0\.mlp\.experts.*delta apply"):
             read_delta(delta, TinyBase(model))
 
     def test_values_that_are_not_finite(self, tmp_path: Path, model: PreTrainedModel) -> None:
