@@ -10,13 +10,16 @@ Residual: TypeAlias = Literal["sign", "lowrank"]
 EXACT_CODECS: frozenset[CodecChoice] = frozenset({"lossless", "sparse", "dense"})
 
 _LADDER: tuple[tuple[tuple[Residual, ...], int], ...] = (
-    ((), 16),
+    ((), 0),
     (("lowrank",), 16),
-    (("sign",), 16),
+    (("lowrank",), 64),
     (("sign", "lowrank"), 64),
     (("sign", "sign", "sign"), 64),
 )
-"""Residuals and rank: about 1, 1 and a low-rank term, 2, 2 and a larger one, and 4 bits a weight."""
+"""Residuals and rank: about 1, 1 and a low-rank term, 2 and a low-rank term, and 4 bits a weight.
+
+Low rank comes first: of the change of a fine-tune in bfloat16, most is rounding, and what was trained has a low rank.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,14 @@ class CodecPolicy:
         """The next of the ladder, for a delta that is not close enough to its fine-tune; None: it is exact already."""
         if self.codec in EXACT_CODECS:
             return None
-        known = [residuals for residuals, _ in _LADDER]
-        if self.codec == "lowrank" or self.residuals not in known[:-1]:
+        if self.codec == "lowrank":
             return CodecPolicy("dense")
-        residuals, rank = _LADDER[known.index(self.residuals) + 1]
+        reached = [
+            index
+            for index, (residuals, rank) in enumerate(_LADDER)
+            if residuals == self.residuals and rank <= self.rank
+        ]
+        if not reached or reached[-1] + 1 == len(_LADDER):
+            return CodecPolicy("dense")
+        residuals, rank = _LADDER[reached[-1] + 1]
         return replace(self, residuals=residuals, rank=max(rank, self.rank))

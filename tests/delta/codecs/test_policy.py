@@ -12,7 +12,7 @@ def test_every_step_of_the_ladder_is_finer_and_the_last_is_exact() -> None:
     assert [(step.codec, step.residuals, step.rank) for step in steps] == [
         ("auto", (), 16),
         ("auto", ("lowrank",), 16),
-        ("auto", ("sign",), 16),
+        ("auto", ("lowrank",), 64),
         ("auto", ("sign", "lowrank"), 64),
         ("auto", ("sign", "sign", "sign"), 64),
         ("dense", (), 16),
@@ -21,8 +21,8 @@ def test_every_step_of_the_ladder_is_finer_and_the_last_is_exact() -> None:
 
 def test_a_larger_rank_is_kept() -> None:
     finer = CodecPolicy("sign", rank=32).finer()
-    assert finer is not None
-    assert finer.rank == 32
+    assert finer == CodecPolicy("sign", ("lowrank",), 32)
+    assert finer.finer() == CodecPolicy("sign", ("lowrank",), 64)
 
 
 @pytest.mark.parametrize("policy", [CodecPolicy("lowrank"), CodecPolicy(residuals=("lowrank", "lowrank"))])
