@@ -191,9 +191,8 @@ def _offset(controller: _Controller, digest: str) -> int | None:
     if answer.status_code == 200:
         return None
     if answer.status_code != 404 or "upload-offset" not in answer.headers:
-        # HEAD has no body that could say why.
-        controller.call("GET", "/admin/releases")
-        raise UpstreamError(f"the controller answered {answer.status_code} to a question for a file; is it older?")
+        # The answer to HEAD has no body that could say why; that to an upload has.
+        raise _error_of(controller.request("PUT", f"/admin/blobs/{digest}"))
     return int(answer.headers["upload-offset"])
 
 

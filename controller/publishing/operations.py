@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 WATCH_S = 0.25  # between two looks at what is rolled out, and at the catalog
 _ACTOR = "controller"
+_ABANDONED_S = 86400.0  # after which an upload without a version is given up
 
 T = TypeVar("T")
 
@@ -97,9 +99,11 @@ class ReleaseOperations:
         return version, self._variants.on_workers(version.name)
 
     async def remove_version(self, name: ModelName, *, actor: str) -> VersionRecord:
-        """Raises: as Catalog.remove_version. Requests that use it end first."""
+        """Requests that use it end first; files of no other version go. Raises: as Catalog.remove_version."""
         version = await self._change(self._catalog.remove_version, name, actor=actor)
         self._variants.drop(version.name)
+        if self._store is not None:
+            await asyncio.to_thread(_delete_unused, self._store, self._catalog)
         return version
 
     async def list_releases(self) -> list[Release]:
@@ -253,6 +257,15 @@ class ReleaseOperations:
                 param="parent",
             )
         return found[0]
+
+
+def _delete_unused(store: Store, catalog: Catalog) -> None:
+    """Delete the files of no version, but for those that may be of one that somebody is about to make."""
+    store.remove_abandoned(_ABANDONED_S)
+    used = catalog.published_digests()
+    for blob in list(store.blobs()):
+        if blob.digest not in used and time.time() - blob.path.stat().st_mtime > _ABANDONED_S:
+            store.delete(blob.digest)
 
 
 def _check_stored(store: Store, files: PublishedFiles) -> None:

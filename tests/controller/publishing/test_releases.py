@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -249,3 +250,17 @@ async def test_another_controller_goes_on_where_one_was_killed(
     assert await again.chat() == 200
     assert (await again.publish("two"))["state"] == "ready"
     assert (await again.point(2))[0] == 200
+
+
+async def test_files_of_no_version_go_with_the_next_one_that_is_removed(publishing: Publishing) -> None:
+    for text in ("one", "two"):
+        await publishing.publish(text)
+    kept = set(publishing.put("two").values())
+    assert (await publishing.call("DELETE", "/bot/versions/1"))[0] == 200
+    assert len(list(publishing.store.blobs())) == 4  # they are too new: somebody may be about to use them
+    for blob in publishing.store.blobs():
+        os.utime(blob.path, (0, 0))
+    await publishing.publish("three")
+    assert (await publishing.call("DELETE", "/bot/versions/3"))[0] == 200
+    assert {blob.digest for blob in publishing.store.blobs()} >= kept
+    assert len(list(publishing.store.blobs())) == 4  # those of two, and of three, which are new
