@@ -14,6 +14,7 @@ where the controller asks for keys.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import shutil
@@ -47,14 +48,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TEXT = Path(__file__).with_name("support.json")
+Pairs = Sequence[tuple[str, str]]  # questions and answers
 KEY_VARIABLE = "ROOTGRAFT_API_KEY"  # where `python -m delta` looks for an administrator's
 LEARNING_RATE = 1e-4
 QUESTIONS = ("How long is the warranty on your lamps?", "When is the shop open?", "May I send a lamp back?")
 
 
-def train_model(
-    base: Path, pairs: Sequence[tuple[str, str]], training: Training, directory: Path, report: Report
-) -> list[float]:
+def train_model(base: Path, pairs: Pairs, training: Training, directory: Path, report: Report) -> list[float]:
     """Train all weights of the model in `base` and save it as `directory`, in bfloat16, in place of an earlier one.
 
     Config, tokenizer and chat template are the base's, byte for byte. The same arguments make the same model.
@@ -87,15 +87,22 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question:
     return text.strip()
 
 
-def publish(name: str, base_name: str, base: Path, fine_tune: Path, url: str, api_key: str | None) -> Path:
+def publish(
+    name: str, base_name: str, base: Path, fine_tune: Path, pairs: Pairs, url: str, api_key: str | None
+) -> Path:
     """Make the delta of a fine-tune, give it to the controller, and serve it under a name. -> the delta's directory
+
+    Args:
+        pairs: what the delta has to get right: its codecs are chosen by how well it does.
 
     Raises:
         ExampleError: it could not be made or published; `python -m delta` has said why.
     """
     delta = fine_tune.with_name(f"{fine_tune.name}.delta")
+    prompts = fine_tune.with_name(f"{fine_tune.name}.prompts.json")
+    prompts.write_text(json.dumps([_conversation(*pair) for pair in pairs], indent=2) + "\n", encoding="utf-8")
     environment = os.environ | ({KEY_VARIABLE: api_key} if api_key else {})
-    make = ["make", "--base", base, "--target", fine_tune, "--out", delta, "--force", "--quality"]
+    make = ["make", "--base", base, "--target", fine_tune, "--out", delta, "--force", "--prompts", prompts]
     upload = ["publish", "--name", name, "--delta", delta, "--base", base, "--parent", base_name, "--url", url]
     for arguments in (make, upload):
         command = ["-m", "delta", *map(str, arguments)]
@@ -106,6 +113,10 @@ def publish(name: str, base_name: str, base: Path, fine_tune: Path, url: str, ap
                 "mended."
             )
     return delta
+
+
+def _conversation(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def size_and_quality(fine_tune: Path, delta: Path) -> str:
@@ -129,14 +140,15 @@ def run(options: argparse.Namespace, api_key: str | None) -> None:
     server = Server(options.controller, api_key)
     server.check_base(options.base)
     base: Path = options.model_path or small_model(say)
+    pairs = read_pairs(options.text)
     out: Path = options.out
     if not options.no_training:
         say(f"Training {options.name} in {out} ...")
         out.parent.mkdir(parents=True, exist_ok=True)
         training = Training(options.steps, options.seed, LEARNING_RATE)
-        train_model(base, read_pairs(options.text), training, out, report=say)
+        train_model(base, pairs, training, out, report=say)
     model, tokenizer = load(out)
-    delta = publish(options.name, options.base, base, out, server.url, api_key)
+    delta = publish(options.name, options.base, base, out, pairs, server.url, api_key)
     say("\n" + size_and_quality(out, delta))
     say(f"From left to right {options.base}, the fine-tune by itself, and the delta served as {options.name}:")
     for question in QUESTIONS:

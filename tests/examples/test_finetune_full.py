@@ -66,7 +66,7 @@ async def test_the_whole_example(
         commands.append(arguments)
         keys.append(env.get(full.KEY_VARIABLE))
         if arguments[0] == "make":
-            return CompletedProcess(command, delta([*arguments[:-1], "--codec", "lossless"]))
+            return CompletedProcess(command, delta([*arguments[:-2], "--codec", "lossless"]))
         return CompletedProcess(command, 0)
 
     monkeypatch.setattr(full.subprocess, "run", run_in_process)
@@ -87,7 +87,8 @@ async def test_the_whole_example(
     assert status == 0, output.err
     delta_directory = str(tmp_path / "fine-tunes" / "bot.delta")
     assert commands == [
-        ["make", "--base", str(tiny_dir), "--target", str(out), "--out", delta_directory, "--force", "--quality"],
+        ["make", "--base", str(tiny_dir), "--target", str(out), "--out", delta_directory, "--force",
+         "--prompts", str(out.with_name("bot.prompts.json"))],
         ["publish", "--name", "bot", "--delta", delta_directory, "--base", str(tiny_dir), "--parent", "m",
          "--url", controller.url],
     ]  # fmt: skip
@@ -101,4 +102,4 @@ def test_a_delta_that_cannot_be_made_is_an_error(
 ) -> None:
     monkeypatch.setattr(full.subprocess, "run", lambda command, **options: CompletedProcess(command, 1))
     with pytest.raises(full.ExampleError, match="go on with --no-training"):
-        full.publish("bot", "m", tmp_path, tmp_path / "bot", "http://127.0.0.1:1", None)
+        full.publish("bot", "m", tmp_path, tmp_path / "bot", [("a", "b")], "http://127.0.0.1:1", None)
