@@ -101,12 +101,17 @@ def stored_parts(config: DeltaConfig) -> dict[str, StoredPart]:
     }
 
 
+def _is_exact(rows: torch.Tensor, entry: DeltaTensor) -> bool:
+    """Whether their dtype is that of the tensor, or goes into it without rounding."""
+    return rows.dtype == entry.torch_dtype or (rows.is_floating_point() and entry.torch_dtype == torch.float32)
+
+
 def _check(terms: tuple[Term, ...], entry: DeltaTensor) -> None:
     """Raises ValueError."""
     shape = entry.shape
     if terms and terms[-1].codec == ROWS:
         rows = terms[-1].parts.get(ROWS)
-        if rows is None or len(terms[-1].parts) > 1 or rows.dtype != entry.torch_dtype or rows.ndim != len(shape):
+        if rows is None or len(terms[-1].parts) > 1 or rows.ndim != len(shape) or not _is_exact(rows, entry):
             raise ValueError("the rows that the base does not have are missing or of another type")
         if rows.ndim == 0 or rows.shape[1:] != shape[1:] or len(rows) > shape[0]:
             raise ValueError(f"the rows that the base does not have are {list(rows.shape)} of {list(shape)}")

@@ -13,6 +13,7 @@ from delta.codecs.codec import Term
 from delta.codecs.lossless import LOSSLESS
 from delta.codecs.packed_bits import row_blocks
 from delta.codecs.policy import CodecPolicy
+from delta.codecs.registry import WHOLE_CODECS
 from delta.codecs.replace import REPLACE
 from delta.delta_config import ROWS, DeltaTensor, StoredPart, StoredTerm
 from delta.reconstruct import reconstruct
@@ -25,7 +26,8 @@ def encode_tensor(
 ) -> tuple[tuple[Term, ...], DeltaTensor]:
     """The terms of a tensor that differs from the base's, and their description.
 
-    Matrices are coded as `policy` says. Stored whole are tensors without a counterpart, of one dimension, of integers,
+    Matrices are coded as `policy` says, and given back in the dtype of the fine-tune where that is exact, else in
+    float32. Stored whole are tensors without a counterpart, of one dimension, of integers,
     or with numbers that are not finite.
 
     Args:
@@ -68,11 +70,14 @@ def _encode(before: Tensor | None, after: Tensor, policy: CodecPolicy) -> tuple[
         terms = encode_matrix(of_base.reshape(matrix.shape), matrix, policy)
     if num_rows < len(after):
         terms += (Term(ROWS, {ROWS: after[num_rows:]}),)
-    result = reconstruct(before, terms, after.dtype, tuple(after.shape))
+    are_whole = bool(terms) and terms[0].codec in WHOLE_CODECS
+    sums = reconstruct(before, terms, after.dtype if are_whole else torch.float32, tuple(after.shape))
+    result = sums.to(after.dtype)
     if not _all_finite(result):  # a sum beyond float16
         terms = _whole(before, after, policy)
         return terms, after
-    return terms, result
+    # Rounding what is near the fine-tune anyway would blur it, and it is not rounded where it is served unapplied.
+    return terms, result if same_bits(result, after) else sums
 
 
 def _is_coded(before: Tensor, after: Tensor) -> bool:

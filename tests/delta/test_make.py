@@ -121,7 +121,7 @@ class TestVocabularies:
                 assert config.is_exact == (policy is LOSSLESS)
                 if policy is LOSSLESS:
                     assert _equal(back, weights)
-                assert same_bits(back["embed"][20:], weights["embed"][20:])
+                assert torch.equal(back["embed"][20:].bfloat16(), weights["embed"][20:])
 
     def test_only_new_rows(self, tmp_path: Path, base: Path) -> None:
         weights = base_weights()
