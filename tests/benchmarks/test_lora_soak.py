@@ -102,7 +102,7 @@ def test_a_short_soak(scripts: None, smollm2_dir: Path, tmp_path: Path, capsys: 
     sizes = ["--num-adapters", "6", "--ranks", "1,4", "--combinations", "1", "--max-loras", "4", "--max-cpu-loras", "5"]
     arguments = ["--model-path", str(smollm2_dir), *sizes, "--num-requests", "60", "--clients", "6"]
     status = importlib.import_module("lora_soak").main([*arguments, "--json", str(report)])
-    assert status == 0, capsys.readouterr().out
+    assert status == 0, capsys.readouterr()
     found = json.loads(report.read_text())
     assert found["num_violations"] == 0
     assert found["num_different_answers"] == found["num_recorded_answers"] == 6 * 2 * 2 + 4 + 2
