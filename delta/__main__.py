@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from delta.verbs import apply, import_delta, inspect, make, merge, publish, verify
+from delta.verbs import apply, import_delta, inspect, make, merge, publish, sign, verify
 from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m delta", description="Full fine-tunes as deltas of their base model")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (make, apply, inspect, verify, publish, import_delta, merge):
+    for verb in (make, apply, inspect, verify, sign, publish, import_delta, merge):
         verb.add_parser(verbs)
     return parser
 

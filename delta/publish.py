@@ -23,6 +23,9 @@ from registry.errors import CheckpointError, OverloadedError, RootgraftError, Up
 from registry.progress import Report
 from registry.published_files import PublishedFiles
 
+SIGNATURE_FILE = "model.sig"
+"""Among the files of a fine-tune, if it is signed (delta/signature.py)."""
+
 PART_BYTES = 256 << 20  # of an upload, so that what breaks off costs no more than one
 _CHUNK_BYTES = 4 << 20
 _POLL_S = 0.2
@@ -109,7 +112,7 @@ def find_files(directory: Path) -> dict[str, Path]:
             f"{directory} is neither a delta (delta_config.json) nor an adapter (adapter_config.json)"
         )
     # The trainer's own files, such as checkpoints and optimizer states, stay where they are.
-    patterns = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt")
+    patterns = ("adapter_*", "*.json", "*.jinja", "*.model", "*.txt", SIGNATURE_FILE)
     found = {path.name: path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
     return dict(sorted(found.items()))
 

@@ -30,6 +30,7 @@ from model_worker.engine.ops.cpu.machine_level import machine_levels
 from model_worker.engine.step_profiler import make_profiler
 from model_worker.identity import weights_digest
 from model_worker.model_source import find_model
+from model_worker.signature_check import make_signature_check
 from model_worker.worker import Worker, bind
 from registry.errors import RootgraftError
 from registry.paths import default_cache_dir
@@ -63,6 +64,10 @@ def _inspect(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]) -> int:
     cache_dir = default_cache_dir(environ)
+    check_signature = make_signature_check(config.signatures)
+    if check_signature is not None:
+        for delta in config.deltas:
+            check_signature(delta)
     has_deltas = bool(config.deltas)
     source = find_model(config.model, name=config.model_name, cache_dir=cache_dir, report=_say, has_deltas=has_deltas)
     must_be_native = config.quantization in ("int8", "int4") or config.engine.model_impl == "native"
@@ -100,6 +105,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
         model_name=source.name,
         digest=digest,
         cache_dir=cache_dir,
+        check_signature=check_signature,
         engine_died=engine_died,
     )
     return asyncio.run(worker.run(_say))

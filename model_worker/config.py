@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from adapters.quantization import QUANTIZATIONS
@@ -19,6 +20,7 @@ from registry.names import is_name
 
 DEFAULT_PORT = 21002
 DEFAULT_CONTROLLER = "http://127.0.0.1:8000"
+SignaturePolicy: TypeAlias = Literal["off", "warn", "require"]
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -30,6 +32,18 @@ class GivenVariant:
     name: str
     path: Path
     pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SignatureConfig:
+    """Attributes:
+    policy: for fine-tunes that are not signed with one of the keys. off: nothing is looked at; warn: they are served,
+        and logged; require: they are refused.
+    keys: PEM files with public keys; none if and only if the policy is off.
+    """
+
+    policy: SignaturePolicy = "off"
+    keys: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,7 @@ class WorkerConfig:
         dtype, quantization, chat_template, max_model_len, deltas: as in `adapters.plan_load`.
         variants: adapters and deltas that are loaded before the worker registers.
         adapter_root: directory below which those named over HTTP must be; None: there can be none.
+        signatures: which fine-tunes may be served, by who signed them.
         drain_timeout_s: how long running requests may go on after SIGTERM.
         log_level: of the worker's own log lines on stderr.
         engine: configuration of the engine.
@@ -67,6 +82,7 @@ class WorkerConfig:
     deltas: tuple[Path, ...]
     variants: tuple[GivenVariant, ...]
     adapter_root: Path | None
+    signatures: SignatureConfig
     drain_timeout_s: float
     log_level: str
     engine: EngineConfig
@@ -101,6 +117,21 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="those named over HTTP are read below this directory only (default: none are)",
+    )
+    variants.add_argument(
+        "--signatures",
+        choices=get_args(SignaturePolicy),
+        default="off",
+        help="fine-tunes that are not signed with one of the keys are served (off), served and logged (warn), or "
+        "refused (require), from the command line, --adapter-root or a release alike (default: %(default)s)",
+    )
+    variants.add_argument(
+        "--signature-key",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="public key (PEM) that is trusted; may be repeated",
     )
     where = parser.add_argument_group("network")
     controller = where.add_mutually_exclusive_group()
@@ -180,11 +211,12 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
 
     Raises:
         InvalidRequestError: a token that no header can hold, or none for a worker that a network can reach; fine-tunes
-            of one name; a directory that does not exist.
+            of one name; a directory that does not exist; a policy for signatures without keys, or keys without one.
     """
     args = build_parser().parse_args(argv)
     variants = (*args.lora, *args.delta)
     _check_variants(variants, args.adapter_root)
+    _check_signatures(args.signatures, args.signature_key)
     token = _token(args.worker_token if args.worker_token is not None else worker_token)
     if token is None and not _is_loopback(args.host):
         raise InvalidRequestError(
@@ -206,6 +238,7 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
         deltas=tuple(args.apply_delta),
         variants=variants,
         adapter_root=args.adapter_root,
+        signatures=SignatureConfig(args.signatures, tuple(args.signature_key)),
         drain_timeout_s=args.drain_timeout,
         log_level=args.log_level,
         engine=config_from_args(args, EngineConfig),
@@ -222,6 +255,13 @@ def _check_variants(variants: Sequence[GivenVariant], adapter_root: Path | None)
             raise InvalidRequestError(f"{given.flag} {given.name}: {given.path} is no directory; check the path.")
     if adapter_root is not None and not adapter_root.is_dir():
         raise InvalidRequestError(f"--adapter-root {adapter_root} is no directory; make it or check the path.")
+
+
+def _check_signatures(policy: SignaturePolicy, keys: Sequence[Path]) -> None:
+    if policy != "off" and not keys:
+        raise InvalidRequestError(f"--signatures {policy} has to know whom to trust; add --signature-key FILE.")
+    if policy == "off" and keys:
+        raise InvalidRequestError("--signature-key is of use only with --signatures warn or require; add that.")
 
 
 def _is_loopback(host: str) -> bool:

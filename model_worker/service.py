@@ -30,6 +30,7 @@ from model_worker.engine.sampling_params import SamplingParams
 from model_worker.events import Event, EventBuilder, TokenNames
 from model_worker.prompt import EncodedPrompt, PromptEncoder
 from model_worker.published_variants import PublishedVariants
+from model_worker.signature_check import SignatureCheck
 from model_worker.variants import EngineLoras, Variants
 from registry.errors import InternalError, InvalidRequestError, ModelNotFoundError
 
@@ -78,6 +79,7 @@ class WorkerService:
         adapter_root: Path | None = None,
         published: PublishedVariants | None = None,
         adapter_templates: bool = True,
+        check_signature: SignatureCheck | None = None,
     ) -> None:
         """Args: as in WorkerConfig and Variants; `adapter_templates`: adapters' own chat templates are used."""
         self.drain = Drain()
@@ -89,6 +91,7 @@ class WorkerService:
             root=AdapterRoot(adapter_root),
             published=published,
             with_templates=adapter_templates,
+            check_signature=check_signature,
             probe=DeltaProbe(
                 engine.generate, max_model_len=engine.max_model_len, weights=plan.quantization or plan.dtype
             ),

@@ -20,6 +20,7 @@ from model_worker.adapter_root import AdapterRoot
 from model_worker.config import GivenVariant
 from model_worker.engine.lora import variant_status
 from model_worker.published_variants import PublishedVariants
+from model_worker.signature_check import SignatureCheck
 from registry.errors import (
     InternalError,
     InvalidRequestError,
@@ -70,6 +71,8 @@ class Variants:
         root: below which adapters that are named over HTTP must be.
         published: where published versions are fetched to; None: there can be none.
         with_templates: adapters' own chat templates are used; False: the operator chose one for all.
+        check_signature: blocks while it reads a fine-tune's directory; raises RootgraftError if it may not be served.
+            None: all may.
         probe: asks what was read, a name and a directory, whether it works; raises RootgraftError if not.
     """
 
@@ -83,6 +86,7 @@ class Variants:
         root: AdapterRoot,
         published: PublishedVariants | None = None,
         with_templates: bool,
+        check_signature: SignatureCheck | None = None,
         probe: Callable[[str, Path], Awaitable[None]] | None = None,
     ) -> None:
         self._engine = engine
@@ -92,6 +96,7 @@ class Variants:
         self._root = root
         self._published = published
         self._with_templates = with_templates
+        self._check_signature = check_signature
         self._probe = probe
         self._probing: str | None = None  # a name: it is read, but nobody may count on it yet
         self._proven: set[str] = set()  # digests
@@ -244,6 +249,8 @@ class Variants:
         async with self._changing:
             self._adding = str(path)
             self._given_paths[self._adding] = given_path
+            if self._check_signature is not None:
+                await asyncio.to_thread(self._check_signature, path)
             prompts = await asyncio.to_thread(
                 read_prompt_format, path, self._plan, self._tokenizer, with_template=self._with_templates
             )

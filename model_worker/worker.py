@@ -23,6 +23,7 @@ from model_worker.config import DEFAULT_PORT, WorkerConfig
 from model_worker.controller_link import ControllerLink
 from model_worker.published_variants import PublishedVariants
 from model_worker.service import Engine, WorkerService
+from model_worker.signature_check import SignatureCheck
 from registry.errors import InternalError, InvalidRequestError, OverloadedError
 
 logger = logging.getLogger(__name__)
@@ -102,10 +103,12 @@ class Worker:
         model_name: str,
         digest: str | None = None,
         cache_dir: Path | None = None,
+        check_signature: SignatureCheck | None = None,
         engine_died: asyncio.Event,
     ) -> None:
         """Args:
         cache_dir: where published versions are kept; None: this worker serves none.
+        check_signature: as in Variants.
         engine_died: set by the engine, in the event loop's thread, when it can serve no more.
         """
         self.id = f"worker-{uuid.uuid4().hex[:12]}"
@@ -125,6 +128,7 @@ class Worker:
             adapter_root=config.adapter_root,
             published=published,
             adapter_templates=config.chat_template is None,
+            check_signature=check_signature,
         )
         self._stop = asyncio.Event()
 

@@ -11,6 +11,7 @@
     │   ├── RateLimitError             429  rate_limit_exceeded
     │   ├── CheckpointError            400  checkpoint_invalid      missing, truncated or contradictory files
     │   ├── ProbeFailedError           400  probe_failed            a fine-tune does not answer as its maker measured
+    │   ├── SignatureError             400  signature_invalid       a fine-tune is not signed by a key that is trusted
     │   ├── UnsupportedModelError      400  model_unsupported       we know that we cannot run it exactly
     │   └── InsufficientMemoryError    400  insufficient_memory
     └── ServerError            ours to mend (5xx)
@@ -96,6 +97,10 @@ class ProbeFailedError(ClientError):
     code = "probe_failed"
 
 
+class SignatureError(ClientError):
+    code = "signature_invalid"
+
+
 class UnsupportedModelError(ClientError):
     code = "model_unsupported"
 
@@ -135,6 +140,7 @@ _BY_CODE: dict[str, type[RootgraftError]] = {
         RateLimitError,
         CheckpointError,
         ProbeFailedError,
+        SignatureError,
         UnsupportedModelError,
         InsufficientMemoryError,
         InternalError,

@@ -39,6 +39,12 @@ def add_parser(verbs: Any) -> None:
         "--base", type=Path, metavar="DIR", help="the base model (safetensors); a delta is compared with it"
     )
     verb.add_argument("--out", type=Path, metavar="DIR", help="where to keep the delta of --target (default: nowhere)")
+    verb.add_argument(
+        "--sign-key",
+        type=Path,
+        metavar="FILE",
+        help="sign the files first, with this private key (PEM); a signature of it that holds is kept",
+    )
     verb.add_argument("--parent", metavar="NAME", help="served name of the base (default: found by its digest)")
     verb.add_argument("--url", default=DEFAULT_URL, help="of the controller (default: %(default)s)")
     verb.add_argument(
@@ -69,6 +75,11 @@ def _publish(args: argparse.Namespace) -> None:
             if args.target is None:  # what was just made has been verified
                 with progress_bar("verifying") as progress:
                     verify_delta(directory, args.base, progress=progress)
+        if args.sign_key is not None:
+            # The packages that it needs are optional.
+            from delta.signature import sign
+
+            sign(directory, args.sign_key)
         publication = Publication(
             args.name, directory, args.parent, base_digest, quality, None if args.no_alias else args.alias, args.canary
         )

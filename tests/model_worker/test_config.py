@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model_worker.config import DEFAULT_CONTROLLER, GivenVariant, parse_config
+from model_worker.config import DEFAULT_CONTROLLER, GivenVariant, SignatureConfig, parse_config
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from registry.errors import InvalidRequestError
 
@@ -60,6 +60,13 @@ def test_fine_tunes_of_the_command_line(tmp_path: Path) -> None:
         GivenVariant("--delta", "sage", tmp_path, pinned=False),
     )
     assert config.adapter_root == tmp_path
+    assert config.signatures == SignatureConfig("off", ())
+
+
+def test_whom_to_trust() -> None:
+    flags = ["--signatures", "require", "--signature-key", "a.pem", "--signature-key", "b.pem"]
+    signatures = parse_config([*MODEL, *flags], worker_token=None).signatures
+    assert signatures == SignatureConfig("require", (Path("a.pem"), Path("b.pem")))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,8 @@ def test_fine_tunes_of_the_command_line(tmp_path: Path) -> None:
         (["--lora", "a=no-such-directory"], "no-such-directory"),
         (["--lora", "a=., pin"], "is no directory"),
         (["--adapter-root", "no-such-directory"], "--adapter-root"),
+        (["--signatures", "require"], "add --signature-key FILE"),
+        (["--signature-key", "a.pem"], "add that"),
     ],
 )
 def test_adapters_that_cannot_be_there_are_refused_before_anything_is_loaded(flags: list[str], remedy: str) -> None:
