@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import requests
+
+from registry.paths import default_cache_dir
 
 MODEL = "smollm2-135m-instruct"
 START_TIMEOUT_S = 120.0
@@ -38,15 +40,33 @@ def wait_until(ready: Callable[[], Any], timeout_s: float, what: str) -> None:
         time.sleep(0.05)
 
 
+def run_module(*arguments: str, timeout_s: float = 900.0) -> str:
+    """Run `python -m MODULE ...` to its end. -> what it printed
+
+    Raises:
+        AssertionError: it failed.
+    """
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, env=_environment({}), capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert done.returncode == 0, f"{arguments}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **more}
+
+
 class Process:
     """One child process whose output goes to a log file."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
         with log.open("ab") as output:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", *arguments], stdout=output, stderr=subprocess.STDOUT, env=environment
+                [sys.executable, "-m", *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_environment(environment or {}),
             )
 
     def kill(self) -> None:
@@ -69,7 +89,7 @@ class Process:
 
 
 class Cluster:
-    """A controller and its workers, all on loopback."""
+    """A controller and its workers, all on loopback; what they keep is in `directory`, but for the kernels."""
 
     def __init__(self, directory: Path, model: Path) -> None:
         self.directory = directory
@@ -79,11 +99,18 @@ class Cluster:
         self.database = f"sqlite:///{directory / 'catalog.sqlite3'}"
         self.controller: Process | None = None
         self.workers: list[Process] = []
+        self._environment = {"XDG_CACHE_HOME": str(directory / "cache"), "XDG_STATE_HOME": str(directory / "state")}
+        cache = default_cache_dir(self._environment)
+        cache.mkdir(parents=True)
+        kernels = default_cache_dir(os.environ) / "kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        (cache / "kernels").symlink_to(kernels)
 
     def start_controller(self, *arguments: str) -> Process:
         self.controller = Process(
             self.directory / "controller.log",
             "controller", "--port", str(self.port), "--database", self.database, *arguments,
+            environment=self._environment,
         )  # fmt: skip
         wait_until(lambda: self.get("/health") is not None, START_TIMEOUT_S, "controller")
         return self.controller
@@ -94,6 +121,7 @@ class Cluster:
             self.directory / f"worker-{number}.log",
             "model_worker", "--model-path", str(self.model), "--model-name", MODEL, "--port", "0",
             "--dtype", "float32", "--controller", self.url, *arguments,
+            environment=self._environment,
         )  # fmt: skip
         self.workers.append(worker)
         if wait:
