@@ -63,7 +63,7 @@ def sign(directory: Path, private_key: Path) -> bool:
             signer = signing.Config().use_elliptic_key_signer(private_key=private_key)
             public_key.write_bytes(_public_part(private_key))
         except _KEY_ERRORS as error:
-            raise _no_key(private_key, "private key, without a password,", error) from error
+            raise _no_key(private_key, "private key without a password", error) from error
         if (directory / SIGNATURE_FILE).is_file():
             try:
                 SignatureVerifier((public_key,)).verify(directory)
@@ -154,7 +154,7 @@ def _public_part(private_key: Path) -> bytes:
 
 def _no_key(file: Path, what: str, error: Exception) -> InvalidRequestError:
     return InvalidRequestError(
-        f"{file} is no {what} of the elliptic curve P-256, P-384 or P-521 in PEM: {_reason(error)}"
+        f"{file} is no {what} in PEM of the elliptic curve P-256, P-384 or P-521 ({' '.join(str(error).split())[:200]})"
     )
 
 
