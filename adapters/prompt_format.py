@@ -96,9 +96,9 @@ def _own_tokenizer(
             return own
     raise UnsupportedModelError(
         f"The tokenizer has the token {text!r} with id {index}, which the base model's tokenizer has not; for that, a "
-        f"tokenizer.json with it is needed, and a base whose embedding has a row for it (this one's has {base.vocab_size}). "
-        "Train it without new tokens, take the tokenizer's files away if no prompt holds this one, or serve the "
-        "fine-tune as a model of its own."
+        f"tokenizer.json with it is needed, and a base whose embedding has a row for it (this one's has "
+        f"{base.vocab_size}). Train it without new tokens, take the tokenizer's files away if no prompt holds "
+        "this one, or serve the fine-tune as a model of its own."
     )
 
 
