@@ -180,7 +180,8 @@ def _upload(
     total = sum(path.stat().st_size for path in lacking.values())
     done = sum(offset or 0 for offset in offsets.values())
     there = len(by_digest) - len(lacking)
-    report(f"uploading {len(lacking)} files, {(total - done) / 1e6:.1f} MB; {there} are there already")
+    count = f"{len(lacking)} file{'' if len(lacking) == 1 else 's'}"
+    report(f"uploading {count}, {(total - done) / 1e6:.1f} MB; {there} are there already")
     with progress_bar("uploading") as progress:
         for digest, path in lacking.items():
             for num_bytes in _send(controller, digest, path, offsets[digest] or 0):
@@ -222,7 +223,8 @@ def _send(controller: _Controller, digest: str, path: Path, offset: int) -> Iter
             return
         if failures > _RETRIES or (current == offset and not isinstance(error, OverloadedError)):
             raise error
-        time.sleep(1.0 if isinstance(error, OverloadedError) else 0.0)
+        if isinstance(error, OverloadedError):
+            time.sleep(1.0)
         yield current - offset
         offset = current
 

@@ -151,7 +151,7 @@ class ReleaseOperations:
                 await self.check()
             except RootgraftError as error:
                 logger.warning("releases stay as they are for now: %s", error.message)
-            except Exception:
+            except Exception:  # a bug: the next look at the catalog may go well
                 logger.exception("releases stay as they are for now")
             await asyncio.sleep(WATCH_S)
 

@@ -87,7 +87,7 @@ class Shadows:
                     own.take(events)
         except RootgraftError as error:
             logger.info("the shadow %s did not answer: %s", request.model, error.message)
-        except Exception:
+        except Exception:  # whatever becomes of a shadow, its client must not notice
             logger.exception("the shadow %s failed", request.model)
         await ended.wait()
         if not answer.complete:

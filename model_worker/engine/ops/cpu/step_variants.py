@@ -157,7 +157,7 @@ class PackedVariant:
         self.max_rank = max((part.rank for part in self.linears.values()), default=0)
         of_signs = (part.signs for part in self.linears.values())
         self.max_prepared = max((signs.prepared_size for signs in of_signs if signs is not None), default=0)
-        self._linears = (_LinearTerms * (num_linears + 1))()  # a kernel looks at the next layer's, to fetch them ahead
+        self._linears = (_LinearTerms * num_linears)()
         for index, linear in self.linears.items():
             self._linears[index] = _linear_terms(linear)
         self._norms = (ctypes.c_void_p * num_norms)()
