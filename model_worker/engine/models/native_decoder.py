@@ -24,12 +24,13 @@ from compression.grouped_weight import GroupedWeight
 from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.attention import ForwardContext, KVShape
 from model_worker.engine.lora.bound_variant import VariantSegments
+from model_worker.engine.models.decoder_fusions import decoder_fusions
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
 from model_worker.engine.models.decoder_spec import DecoderSpec, Mixture, read_spec
 from model_worker.engine.models.native_attention import KV_FORMATS, NativeAttention
 from model_worker.engine.models.native_trace import Runner, TracedRun, run_plainly
 from model_worker.engine.models.native_variants import NativeVariants
-from model_worker.engine.models.native_weights import Fusion, NativeWeights
+from model_worker.engine.models.native_weights import NativeWeights
 from model_worker.engine.ops.cpu.program import Operation, Program, Step, Team, new_buffer
 from model_worker.engine.ops.cpu.step_variants import PackedVariant, StepVariants
 from model_worker.engine.ops.embedding import Embedding
@@ -95,7 +96,7 @@ class NativeDecoder:
         }
         self._max_rows = max_rows
         self._team = team
-        fusions = self._fusions()
+        fusions = decoder_fusions(self.spec)
         self._weights = NativeWeights(
             fusions,
             dtype=dtype,
@@ -207,45 +208,6 @@ class NativeDecoder:
 
     def finish(self) -> None:
         """See CausalModel; the programs are put together when they are first run, because the KV cache comes later."""
-
-    def _fusions(self) -> list[Fusion]:
-        spec = self.spec
-        found: list[Fusion] = []
-
-        def add(
-            key: str, *names: str, gated: bool = False, offset: float = 0.0, num_experts: int | None = None
-        ) -> None:
-            known = tuple(name for name in names if name in self._parameters)
-            assert known in ((), names), f"the model has only {known} of {names}"
-            if known:
-                found.append(Fusion(key, names, gated, offset, num_experts))
-
-        add("embedding", EMBEDDING)
-        add("head", HEAD)
-        add("norm", "model.norm.weight", offset=spec.norm_offset)
-        qkv = ("qkv_proj",) if spec.fused_names else ("q_proj", "k_proj", "v_proj")
-        gate_up = ("gate_up_proj",) if spec.fused_names else ("gate_proj", "up_proj")
-        for i, layer in enumerate(spec.layers):
-            path = f"model.layers.{i}"
-            for kind in ("weight", "bias"):
-                suffix = "" if kind == "weight" else ".bias"
-                add(f"layers.{i}.qkv{suffix}", *(f"{path}.self_attn.{part}.{kind}" for part in qkv))
-                add(f"layers.{i}.output{suffix}", f"{path}.self_attn.o_proj.{kind}")
-                add(f"layers.{i}.gate_up{suffix}", *(f"{path}.mlp.{part}.{kind}" for part in gate_up), gated=True)
-                add(f"layers.{i}.down{suffix}", f"{path}.mlp.down_proj.{kind}")
-            if layer.mixture is not None:
-                experts, num_experts = f"{path}.mlp.experts", layer.mixture.num_experts
-                add(f"layers.{i}.router", f"{path}.mlp.gate.weight")
-                add(f"layers.{i}.experts.gate_up", f"{experts}.gate_up_proj", gated=True, num_experts=num_experts)
-                add(f"layers.{i}.experts.down", f"{experts}.down_proj", num_experts=num_experts)
-            norms = {*(spec.input_norms or ()), *(spec.output_norms or ())}
-            for norm in sorted(norms):
-                add(f"layers.{i}.{norm}", f"{path}.{norm}.weight", offset=spec.norm_offset)
-            for norm in ("q_norm", "k_norm"):
-                add(f"layers.{i}.{norm}", f"{path}.self_attn.{norm}.weight", offset=spec.norm_offset)
-        covered = {name for fusion in found for name in fusion.names}
-        assert covered == self._parameters.keys(), f"no place for {sorted(self._parameters.keys() - covered)}"
-        return found
 
     # ------------------------------------------------------------------------------------------ programs
 

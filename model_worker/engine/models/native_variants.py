@@ -13,7 +13,7 @@ import torch
 
 from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
 from model_worker.engine.lora.bound_variant import VariantSegments
-from model_worker.engine.models.native_weights import Fusion
+from model_worker.engine.models.decoder_fusions import Fusion
 from model_worker.engine.ops.cpu.program import Operation
 from model_worker.engine.ops.cpu.step_variants import PackedLinear, PackedSegment, PackedVariant, StepVariants
 from model_worker.engine.ops.embedding import Embedding

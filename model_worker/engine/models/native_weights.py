@@ -13,9 +13,9 @@ matrix in another form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from compression.grouped_weight import GroupedWeight, can_quantize
 from compression.int8 import quantize_int8
+from model_worker.engine.models.decoder_fusions import Fusion
 from model_worker.engine.ops.cpu.huge_pages import HugePageArena
 from model_worker.engine.ops.cpu.program import Team
 from model_worker.engine.ops.int4_grid import quantize_int4_natively
@@ -30,26 +31,6 @@ from model_worker.engine.ops.linear import PackedWeight, interleave_gated, pack,
 from registry.errors import ClientError
 
 Quantizer = Callable[[Tensor], GroupedWeight]
-
-
-@dataclass(slots=True, eq=False)
-class Fusion:
-    """A matrix or vector made of parts of a checkpoint.
-
-    Attributes:
-        key: its name here.
-        names: its parts in the checkpoint, in the order of the outputs.
-        gated: there are a gate and an up projection, to be interleaved; one part holds both, one after the other.
-        offset: added to a vector.
-        num_experts: there is one part, [E, N, K], of so many matrices; None: a single matrix.
-    """
-
-    key: str
-    names: tuple[str, ...]
-    gated: bool = False
-    offset: float = 0.0
-    num_experts: int | None = None
-    parts: dict[str | int, Tensor | GroupedWeight] = field(default_factory=dict)
 
 
 class NativeWeights:
@@ -69,7 +50,7 @@ class NativeWeights:
 
     def __init__(
         self,
-        fusions: list[Fusion],
+        fusions: Sequence[Fusion],
         *,
         dtype: torch.dtype,
         quantization: str | None,
@@ -81,6 +62,7 @@ class NativeWeights:
         self.vectors: dict[str, Tensor] = {}
         self._arena = HugePageArena()
         self._fusions = {name: fusion for fusion in fusions for name in fusion.names}
+        self._parts: dict[str, dict[str | int, Tensor | GroupedWeight]] = {}  # of what is not complete, by key
         self._dtype = dtype
         self._quantization = quantization
         self._wide_keys = wide_keys
@@ -103,10 +85,12 @@ class NativeWeights:
             for index, matrix in enumerate(tensor):
                 self.put_expert(name, index, None, matrix)
             return
-        fusion.parts[name] = tensor
-        if len(fusion.parts) < len(fusion.names):
+        there = self._parts.setdefault(fusion.key, {})
+        there[name] = tensor
+        if len(there) < len(fusion.names):
             return
-        parts = [fusion.parts.pop(part) for part in fusion.names]
+        del self._parts[fusion.key]
+        parts = [there[part] for part in fusion.names]
         if len(parts[0].shape) == 1:
             self.vectors[fusion.key] = self._vector(fusion, parts)
         else:
@@ -117,9 +101,10 @@ class NativeWeights:
         """Take one expert's matrix, or its gate (half 0) or up projection (half 1)."""
         fusion = self._fusions[name]
         if half is not None:
-            other = fusion.parts.pop(index, None)
+            there = self._parts.setdefault(fusion.key, {})
+            other = there.pop(index, None)
             if other is None:
-                fusion.parts[index] = tensor
+                there[index] = tensor
                 return
             parts = [other, tensor] if half == 1 else [tensor, other]
         else:
