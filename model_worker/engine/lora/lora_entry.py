@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from model_worker.engine.lora.residency import RequestRate, Resident, value_of_keeping
-from model_worker.engine.lora.variant import Variant
+from model_worker.engine.lora.variant import Bound, Variant
 from model_worker.engine.lora.variant_status import VariantState, VariantStatus
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.sequence_queue import SequenceQueue
@@ -22,6 +23,22 @@ class Held(Protocol):
 
     @property
     def num_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What was read, and is now in host memory.
+
+    Attributes:
+        digest, rank, adds_only: as of `VariantTerms`.
+        seconds: that it took.
+    """
+
+    held: Held
+    digest: str
+    rank: int
+    adds_only: bool
+    seconds: float
 
 
 class LoraEntry:
@@ -122,6 +139,28 @@ class LoraEntry:
         if self.variant.bound is not None:
             return "active"
         return "on_disk" if self.held is None else "in_host_memory"
+
+    def take(self, loaded: Loaded) -> None:
+        """It is in host memory."""
+        self.held = loaded.held
+        self.host_bytes = loaded.held.num_bytes
+        self.rank = loaded.rank
+        self.adds_only = loaded.adds_only
+        self.load_s = loaded.seconds
+        self.num_loads += 1
+        self.total_load_s += loaded.seconds
+
+    def activate(self, bound: Bound) -> None:
+        """It has a place."""
+        self.variant.bound = bound
+        self.num_activations += 1
+        for reply in self.take_activations():
+            reply.set_result(self.status())
+
+    def take_activations(self) -> list[Future[VariantStatus]]:
+        """The answers that are due, which are the caller's to give from now on."""
+        taken, self.activations = self.activations, []
+        return taken
 
     def as_active(self, now_s: float) -> Resident[LoraEntry]:
         """What keeping it active is worth, rather than only in host memory."""

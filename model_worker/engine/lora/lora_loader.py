@@ -11,28 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 from model_worker.engine.freed_memory import return_freed_memory
-from model_worker.engine.lora.lora_entry import Held, LoraEntry
+from model_worker.engine.lora.lora_entry import Held, Loaded, LoraEntry
 from model_worker.engine.lora.lora_source import LoraSource, Terms
 from model_worker.engine.lora.variant import Bound
 from registry.errors import CheckpointError, InternalError, RootgraftError
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """What was read, and is now in host memory.
-
-    Attributes:
-        digest, rank, adds_only: as of `VariantTerms`.
-        seconds: that it took.
-    """
-
-    held: Held
-    digest: str
-    rank: int
-    adds_only: bool
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)

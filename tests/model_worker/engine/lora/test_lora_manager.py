@@ -548,8 +548,8 @@ def test_combinations_whose_requests_are_refused_leave_nothing_behind() -> None:
     added(manager, adapters, "a")
     for number in range(100):
         manager.resolve([LoraWeight("a", 0.5 + number)])
-    assert len(manager._combinations) == 1
-    assert len(manager._entries) == 2
+    assert len(manager._directory.combinations) == 1
+    assert len(manager._directory.entries) == 2
 
 
 def test_combinations_are_refused_where_they_are_no_sums() -> None:

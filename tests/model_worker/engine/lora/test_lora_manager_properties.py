@@ -150,7 +150,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_pinned_stays(self) -> None:
-        entries = self.manager._by_name.values()
+        entries = self.manager._directory.by_name.values()
         pinned = {entry for entry in entries if entry.pinned}
         for entry in self.pinned_and_active.keys() & pinned:
             assert entry.variant.bound is not None
