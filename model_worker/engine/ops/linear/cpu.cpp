@@ -13,17 +13,13 @@
 #include "../lora/tile_terms.h"
 #include "../sign_planes/sign_planes.h"
 #include "../sparse_matrix/sparse_matrix.h"
+#include "integer_products.h"
 #include "packed_weight.h"
-
-#if defined(__AVX512VNNI__)
-#define ROOTGRAFT_VNNI 1
-#endif
+#include "widening.h"
 
 namespace rootgraft {
 namespace {
 
-constexpr int kVectors = kPanel / kLanes;   // of one row of a panel
-constexpr int kMaxRows = kLanes == 16 ? 12 : (kLanes == 8 ? 3 : 1);  // rows whose sums fit the registers
 constexpr int kTileRows = 120;              // rows of a tile: what a widened weight is reused for
 constexpr int kChunk = 768;                 // K that is widened at a time; a multiple of kGroup
 
@@ -50,135 +46,6 @@ struct LinearArgs {
 };
 
 static_assert(kTileRows <= TileTerms::kMaxRows);
-
-// Asks for weights that are used some microseconds later: the machine's own prefetching ends at each page. They go to
-// the second level of cache, because requests for the first one wait for a few buffers, up to the memory's whole latency.
-inline void fetch_ahead(const void* weights, int num_bytes) {
-  constexpr int kAhead = 8192, kForRead = 0, kSecondLevel = 2;
-  const char* const start = static_cast<const char*>(weights) + kAhead;
-  for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(start + i, kForRead, kSecondLevel);
-}
-
-// What a product asks for each time that it has used some weights: more weights, where they come from memory and not from
-// the cache, and a line of what its tile needs at the end. So the memory is busy while the product is computed.
-template <bool kFromMemory>
-struct Fetch {
-  TileTerms& terms;
-  void operator()(const void* used, int num_bytes) const {
-    if constexpr (kFromMemory) fetch_ahead(used, num_bytes);
-    terms.fetch_line();
-  }
-};
-using FetchFromMemory = Fetch<true>;
-using FetchFromCache = Fetch<false>;
-
-using Sums = PanelSums;
-
-// sums[r] += x[r, 0:K] * panel[0:K], for R rows. The widened weights are kept in `wide`, unless that is null.
-// Each sum is one chain in the order of K, for every R: a row's result does not depend on how many others there are.
-template <int R, typename W, typename Fetch>
-inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums, Fetch fetch,
-                     float* wide) {
-  Floats local[R][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) local[r][v] = sums[r][v];
-  // Four rows share a pointer: twelve of them would not fit the integer registers.
-  const float* rows[(R + 3) / 4];
-  for (int i = 0; i < (R + 3) / 4; ++i) rows[i] = x + 4 * i * x_stride;
-  for (int64_t k = 0; k < num_inputs; ++k) {
-    Floats w[kVectors];
-    fetch(panel + k * kPanel, kPanel * sizeof(W));
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) w[v] = load(panel + k * kPanel + v * kLanes);
-    if (wide != nullptr) {
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) store(wide + k * kPanel + v * kLanes, w[v]);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Floats value = broadcast(rows[r / 4][r % 4 * x_stride + k]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) local[r][v] += value * w[v];
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = local[r][v];
-}
-
-template <typename W, typename Fetch, int R = kMaxRows>
-void multiply_rows(int rows, const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums,
-                   Fetch fetch, float* wide = nullptr) {
-  if constexpr (R > 1) {
-    if (rows < R) {
-      return multiply_rows<W, Fetch, R - 1>(rows, panel, x, x_stride, num_inputs, sums, fetch, wide);
-    }
-  }
-  multiply<R>(panel, x, x_stride, num_inputs, sums, fetch, wide);
-}
-
-// Cuts `rows` into blocks of nearly equal size, at most `most` each, and calls f(first row, number of rows).
-template <typename F>
-inline void for_blocks(int rows, int most, F&& f) {
-  const int num_blocks = (rows + most - 1) / most;
-  for (int block = 0; block < num_blocks; ++block) {
-    const int first = rows * block / num_blocks;
-    f(first, rows * (block + 1) / num_blocks - first);
-  }
-}
-
-// -------------------------------------------------------------------------------- widening
-
-inline Ints quad_byte(const uint8_t (*values)[4], int v, int byte) {
-  return (bits_of<Ints>(values[v * kLanes]) >> (8 * byte)) & 0xff;
-}
-
-void widen_group(const Int8Group& group, float* out) {
-  for (int v = 0; v < kVectors; ++v) {
-    const Floats scale = load(group.scale + v * kLanes);
-    for (int k = 0; k < kGroup; ++k) {
-      const Ints value = quad_byte(group.values[k / 4], v, k % 4) - 128;
-      store(out + k * kPanel + v * kLanes, __builtin_convertvector(value, Floats) * scale);
-    }
-  }
-}
-
-void widen_group(const Int4Group& group, float* out) {
-  for (int v = 0; v < kVectors; ++v) {
-    const Floats scale = load(group.scale + v * kLanes), minimum = load(group.minimum + v * kLanes);
-    for (int k = 0; k < kGroup; ++k) {
-      const Ints both = quad_byte(group.values[k % 16 / 4], v, k % 4);
-      const Ints value = k < 16 ? both & 0xf : both >> 4;
-      store(out + k * kPanel + v * kLanes, __builtin_convertvector(value, Floats) * scale + minimum);
-    }
-  }
-}
-
-template <typename W>
-void widen_dense(const void* weight, int64_t num_inputs, int64_t panel, int64_t first_input, int64_t count, float* out) {
-  const W* const source = static_cast<const W*>(weight) + (panel * num_inputs + first_input) * kPanel;
-  for (int64_t i = 0; i < count * kPanel; i += kLanes) store(out + i, load(source + i));
-}
-
-template <typename Group>
-void widen_groups(const void* weight, int64_t num_inputs, int64_t panel, int64_t first_input, int64_t count, float* out) {
-  const Group* const groups = static_cast<const Group*>(weight) + panel * ((num_inputs + kGroup - 1) / kGroup);
-  for (int64_t i = 0; i < count; i += kGroup) widen_group(groups[(first_input + i) / kGroup], out + i * kPanel);
-}
-
-// out = inputs [first_input, first_input + count) of a panel. [count][kPanel]; first_input is a multiple of kGroup.
-void widen_panel(const LinearArgs& a, int64_t panel, int64_t first_input, int64_t count, float* out) {
-  switch (a.format) {
-    case kFloat32: widen_dense<float>(a.weight, a.num_inputs, panel, first_input, count, out); break;
-    case kBFloat16: widen_dense<BFloat16>(a.weight, a.num_inputs, panel, first_input, count, out); break;
-    case kFloat16: widen_dense<Float16>(a.weight, a.num_inputs, panel, first_input, count, out); break;
-    case kInt8: widen_groups<Int8Group>(a.weight, a.num_inputs, panel, first_input, count, out); break;
-    case kInt4: widen_groups<Int4Group>(a.weight, a.num_inputs, panel, first_input, count, out); break;
-  }
-}
 
 // -------------------------------------------------------------------------------- one tile
 
@@ -339,75 +206,6 @@ void widened_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64
 }
 
 #if ROOTGRAFT_VNNI
-// Quantized weights and activations: products of four bytes are summed in integers, exactly, group by group:
-//     sum over k of (s q) (t x)            = s t * (dot(q + 128, x) - 128 sum(x))        int8
-//     sum over k of (s q + m) (t x)        = s t * dot(q, x) + m t sum(x)                int4
-constexpr int kMaxIntegerRows = 5;
-
-template <typename Group, int R, typename Fetch>
-inline void multiply_integers(const Group* groups, int64_t num_groups, const int8_t* x, const float* scales,
-                              const int32_t* x_sums, Sums* sums, Fetch fetch) {
-  constexpr bool kIsInt8 = sizeof(Group) == sizeof(Int8Group);
-  const int64_t x_stride = num_groups * kGroup;
-  Floats local[R][kVectors] = {};
-  for (int64_t g = 0; g < num_groups; ++g) {
-    __m512i dots[R][kVectors];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kVectors; ++v)
-        dots[r][v] = kIsInt8 ? _mm512_set1_epi32(-128 * x_sums[r * num_groups + g]) : _mm512_setzero_si512();
-    const auto add = [&](int quad, const __m512i (&w)[kVectors]) {
-      for (int r = 0; r < R; ++r) {
-        const __m512i value = _mm512_set1_epi32(bits_of<int32_t>(x + r * x_stride + g * kGroup + quad * 4));
-        for (int v = 0; v < kVectors; ++v) dots[r][v] = _mm512_dpbusd_epi32(dots[r][v], w[v], value);
-      }
-    };
-    if constexpr (kIsInt8) {
-      for (int quad = 0; quad < 8; ++quad) {
-        __m512i w[kVectors];
-        fetch(groups[g].values[quad], sizeof(groups[g].values[quad]));
-        for (int v = 0; v < kVectors; ++v) w[v] = bits_of<__m512i>(groups[g].values[quad][v * kLanes]);
-        add(quad, w);
-      }
-    } else {
-      const __m512i low = _mm512_set1_epi8(0x0f);
-      for (int quad = 0; quad < 4; ++quad) {
-        __m512i w[kVectors], high[kVectors];
-        fetch(groups[g].values[quad], sizeof(groups[g].values[quad]));
-        for (int v = 0; v < kVectors; ++v) {
-          const __m512i both = bits_of<__m512i>(groups[g].values[quad][v * kLanes]);
-          w[v] = _mm512_and_si512(both, low);
-          high[v] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-        }
-        add(quad, w);
-        add(quad + 4, high);
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) {
-      const Floats scale = load(groups[g].scale + v * kLanes);
-      for (int r = 0; r < R; ++r) {
-        const float t = scales[r * num_groups + g];
-        local[r][v] += scale * (reinterpret_cast<Floats>(_mm512_cvtepi32_ps(dots[r][v])) * t);
-        if constexpr (!kIsInt8) {
-          local[r][v] += load(groups[g].minimum + v * kLanes) * (t * static_cast<float>(x_sums[r * num_groups + g]));
-        }
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = local[r][v];
-}
-
-template <typename Group, typename Fetch, int R = kMaxIntegerRows>
-void multiply_integer_rows(int rows, const Group* groups, int64_t num_groups, const int8_t* x, const float* scales,
-                           const int32_t* x_sums, Sums* sums, Fetch fetch) {
-  if constexpr (R > 1) {
-    if (rows < R) {
-      return multiply_integer_rows<Group, Fetch, R - 1>(rows, groups, num_groups, x, scales, x_sums, sums, fetch);
-    }
-  }
-  multiply_integers<Group, R>(groups, num_groups, x, scales, x_sums, sums, fetch);
-}
-
 template <typename Group>
 void integer_tile(const LinearArgs& a, TileTerms& variants, int64_t panel, int64_t first_row, int rows,
                   float* scratch) {
@@ -469,7 +267,7 @@ void merge_panel(const LinearArgs& a, const LinearTerms& terms, int64_t panel, i
   if (multiplies_integers(a)) {
     std::fill_n(out, num_inputs * kPanel, 0.0f);
   } else {
-    widen_panel(a, panel, first_input, num_inputs, out);
+    widen_panel(static_cast<WeightFormat>(a.format), a.weight, a.num_inputs, panel, first_input, num_inputs, out);
     if (terms.output_scale != nullptr) scale_outputs(output_scale, num_inputs, out);
   }
   if (terms.signs.starts != nullptr) add_signs_to_panel(terms.signs, panel, first_input, num_inputs, out);
