@@ -1,64 +1,10 @@
-"""Attention of a flat batch over a paged KV cache, and writing to that cache.
+"""Attention of a flat batch over a paged KV cache, and writing to that cache; `functional.py` has the contract.
 
-For token t of sequence s, at position p = positions[t], and head h, which reads KV head g = h // (H // Hkv):
-
-    visible   J = { j : first <= j <= p },  first = max(0, p - sliding_window + 1, p - p % chunk_size)
-    score     a[j] = cap(scale * query[t, h] . key[s, j, g]) + multiplier * slopes[h] * j      for j in J
-              cap(x) = softcap * tanh(x / softcap)
-    weight    w[j] = exp(a[j]) / (exp(sinks[h]) + sum over i in J of exp(a[i]))
-    output    out[t, h] = sum over j in J of w[j] * value[s, j, g]
-
-Terms of options that are off fall away. key[s, j] is key_cache[block_tables[s, j // block_size], j % block_size].
-
-    paged_attention(query, key_cache, value_cache, metadata, params) -> out [T, H, Dv]
-
-        query        [T, H, D]                               float32, bfloat16 or float16
-        key_cache    [num_blocks, block_size, Hkv, D]        the same dtype; the step's own keys are in it already
-        value_cache  [num_blocks, block_size, Hkv, Dv]       Dv may differ from D; H is a multiple of Hkv
-
-Softmax and sums are float32 whatever the dtype. All slots of a sequence's blocks must hold finite numbers, those past
-its end too: they are multiplied by zero, not left out (see `KVCache.clear_blocks`).
-
-    write_kv(key, value, key_cache, value_cache, slot_mapping)      in place
-
-        key [T, Hkv, D], value [T, Hkv, Dv]; slot_mapping [T] int64: block number * block_size + offset, all distinct
-
-Raises ValueError where shapes or dtypes do not fit. `reference.py` is the definition; `torch_cpu.py` the fast version.
-The native decoder computes the same formula over a cache of its own: `operation.py`, `native_kv.py`.
-
-Source: PagedAttention, Kwon et al., arXiv 2309.06180, section 4.1.
+`reference.py` is the definition. On CPUs `torch_cpu.py` is the fast version, on GPUs `triton.py`. The native decoder
+computes the same formula over a cache of its own: `operation.py`, `native_kv.py`.
 """
 
-from __future__ import annotations
-
-from torch import Tensor
-
+from model_worker.engine.ops.paged_attention.functional import paged_attention, write_kv
 from model_worker.engine.ops.paged_attention.metadata import Alibi, AttentionMetadata, AttentionParams
-from model_worker.engine.ops.paged_attention.reference import paged_attention_reference
-from model_worker.engine.ops.paged_attention.torch_cpu import paged_attention_cpu
 
 __all__ = ["Alibi", "AttentionMetadata", "AttentionParams", "paged_attention", "write_kv"]
-
-
-def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, params: AttentionParams
-) -> Tensor:
-    """See the module's docstring. -> [T, H, Dv]"""
-    num_tokens, num_heads, key_dim = query.shape
-    if key_cache.shape[3] != key_dim or key_cache.shape[:3] != value_cache.shape[:3]:
-        raise ValueError(f"query {list(query.shape)} does not fit {list(key_cache.shape)}, {list(value_cache.shape)}")
-    if num_heads % key_cache.shape[2]:
-        raise ValueError(f"{num_heads} query heads cannot share {key_cache.shape[2]} KV heads")
-    if not query.dtype == key_cache.dtype == value_cache.dtype:
-        raise ValueError(f"dtypes differ: {query.dtype}, {key_cache.dtype}, {value_cache.dtype}")
-    if metadata.query_start[-1] != num_tokens:
-        raise ValueError(f"the metadata describes {metadata.query_start[-1]} tokens, the query has {num_tokens}")
-    if query.device.type == "cpu":
-        return paged_attention_cpu(query, key_cache, value_cache, metadata, params)
-    return paged_attention_reference(query, key_cache, value_cache, metadata, params)
-
-
-def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
-    """See the module's docstring."""
-    key_cache.flatten(0, 1).index_copy_(0, slot_mapping, key)
-    value_cache.flatten(0, 1).index_copy_(0, slot_mapping, value)

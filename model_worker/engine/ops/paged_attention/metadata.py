@@ -19,11 +19,18 @@ class AttentionMetadata:
         their positions       [seq_lens[s] - query length, seq_lens[s])
         position j            slot j % block_size of block block_tables[s, j // block_size]
 
+    A *decode step* has one token of each sequence. On a GPU its kernels take from the host only how many sequences
+    there are and how wide the block tables are, and read all else on the device, so that a captured graph of them can
+    be replayed with other contents of `block_tables` and `device_seq_lens`. While a graph can be replayed its metadata
+    must live: its plans hold workspace. Of other steps the host's numbers are looked at, and they are not captured.
+
     Attributes:
         block_tables: [S, max_blocks] int32; entries past the end of a sequence are not looked at.
         query_start: S + 1 ascending numbers, on the host so that nothing waits for a device.
         seq_lens: S numbers; tokens of the sequence up to and with those of this batch.
         positions: [T] int64, position of each token in its sequence.
+        device_seq_lens: [S] int32 on the device, read in place of `seq_lens` in decode steps on GPUs; 0: a row that
+            only fills the batch up, for which nothing is read and zeros are written. None: made from `seq_lens`.
         plans: what an implementation derived from the above for this step, kept because all layers need the same.
     """
 
@@ -31,7 +38,13 @@ class AttentionMetadata:
     query_start: tuple[int, ...]
     seq_lens: tuple[int, ...]
     positions: Tensor
+    device_seq_lens: Tensor | None = None
     plans: dict[Hashable, Any] = field(default_factory=dict)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether the batch has one token of each sequence; none has less."""
+        return self.query_start[-1] == len(self.seq_lens)
 
     @property
     def num_sequences(self) -> int:

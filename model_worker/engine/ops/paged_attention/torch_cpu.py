@@ -68,7 +68,7 @@ class _Plan:
 def paged_attention_cpu(
     query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, params: AttentionParams
 ) -> Tensor:
-    """See the package's docstring. -> [T, H, Dv]"""
+    """See functional.py. -> [T, H, Dv]"""
     key = (params.sliding_window, params.chunk_size, id(params.alibi), _written_out(params), query.dtype)
     plan: _Plan | None = metadata.plans.get(key)
     if plan is None:
