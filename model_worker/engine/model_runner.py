@@ -1,10 +1,12 @@
-"""Computes steps: from a SchedulerOutput to one flat batch through the model, and its samples."""
+"""Computes steps: from a SchedulerOutput to one flat batch through the model, and its samples.
+
+SchedulerOutput ──BatchBuilder──► StepBatch ──StepRunner──► hidden, logits ──Sampler──► StepResult
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from adapters.load_plan import LoadPlan
 from adapters.memory import available_memory_bytes
+from model_worker.engine.batch_builder import BatchBuilder, prompt_targets
 from model_worker.engine.config import EngineConfig
+from model_worker.engine.extra_logits import sample_by_vocabulary
 from model_worker.engine.kv_cache import (
     KVCache,
     bytes_per_block,
@@ -23,11 +27,8 @@ from model_worker.engine.kv_cache import (
 from model_worker.engine.layer_groups import group_layers
 from model_worker.engine.load_report import LoadReport
 from model_worker.engine.loader import NativeRoute, load_model
-from model_worker.engine.lora.bound_variant import VariantHost
-from model_worker.engine.lora.row_segments import segments_of_rows, segments_of_step
-from model_worker.engine.lora.variant import Variant
+from model_worker.engine.lora.bound_variant import BoundVariant
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
-from model_worker.engine.ops.paged_attention import AttentionMetadata
 from model_worker.engine.outputs import TokenLogprobs
 from model_worker.engine.sampled_row import SampledRow
 from model_worker.engine.sampler import Sampler
@@ -35,11 +36,11 @@ from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.speculation.drafted_sequence import DraftedSequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput, StepResult
+from model_worker.engine.step_batch import BlockMoves, StepBatch
 from model_worker.engine.step_profiler import Profiler
+from model_worker.engine.step_runner import BoundVariants, StepRunner
 from model_worker.engine.visibility import Visibility
 from registry.errors import UnsupportedModelError
-
-_LOGPROB_ROWS = 64  # prompt rows whose logits are held at once
 
 
 class ModelRunner:
@@ -120,6 +121,8 @@ class ModelRunner:
             device=self.device,
             num_host_blocks=num_host_blocks,
         )
+        self._builder = BatchBuilder(block_size, groups.num_groups)
+        self._steps = StepRunner(self.model, self._cache, self.device)
         self._warm_up(
             min(
                 config.scheduler.max_num_batched_tokens,
@@ -155,149 +158,57 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Swap and copy blocks, write K and V of all scheduled tokens, and sample where asked. Blocks until done."""
-        swap_s = self._swap(output)
-        self._cache.copy_blocks(output.block_copies)
-        self._cache.clear_blocks([block for item in output.scheduled for block in self._blocks_begun(item)])
-        hidden = self._forward(output.scheduled)  # [T, hidden]
-        sampled: list[SampledRow] = []
-        rows: list[int] = []  # of `hidden`, one for each of `sampled`
-        variants: list[Variant | None] = []  # of these rows
-        prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
-        start = 0
-        for item in output.scheduled:
-            end = start + item.num_tokens
-            last = end - 1 - len(item.drafts)  # of what is known
-            sampled += item.sampled
-            rows += [last] * len(item.sampled)
-            for num in range(1, len(item.drafts) + 1):
-                sampled.append(DraftedSequence(item.sequence, item.drafts[:num]))
-                rows.append(last + num)
-            variants += [item.sequence.variant] * (len(rows) - len(variants))
-            if item.sequence.sampling.prompt_logprobs is not None:
-                prompt_logprobs[item.sequence.seq_id] = self._prompt_logprobs(item, hidden[start:end])
-            start = end
+        with self.profiler.span("prepare"):
+            batch = self._builder.build(output)
+        bound = _bound_variants(output.scheduled) if batch.segments else {}
+        swap_s = self._move_blocks(batch.blocks)
+        with self.profiler.span("forward", rows=batch.num_tokens):
+            hidden = self._steps.forward(batch, bound)  # [T, hidden]
+        prompt_logprobs = self._prompt_logprobs(output.scheduled, batch, hidden, bound)
+        sampled = _sampled_rows(output.scheduled)
         if not sampled:
             return StepResult((), prompt_logprobs, swap_s)
-        with self.profiler.span("logits", rows=len(rows)):
-            logits = self._logits(hidden, rows, variants)
-        with self.profiler.span("sample", rows=len(rows)):
-            samples = self._sampler.sample(logits, sampled)
+        with self.profiler.span("logits", rows=len(sampled)):
+            logits = self._steps.logits(batch, hidden, bound)
+            extra = self._steps.extra_logits(batch, hidden, bound)
+            if batch.repeats is not None:
+                logits = logits[torch.from_numpy(batch.repeats).to(self.device)]
+        with self.profiler.span("sample", rows=len(sampled)):
+            if extra:
+                rows = np.arange(len(sampled)) if batch.repeats is None else batch.repeats
+                samples = sample_by_vocabulary(self._sampler, logits, extra, rows, sampled)
+            else:
+                samples = self._sampler.sample(logits, sampled)
         return StepResult(tuple(samples), prompt_logprobs, swap_s)
 
-    def _swap(self, output: SchedulerOutput) -> float:
-        """Returns the seconds that it took."""
-        if not output.swapped:
+    def _move_blocks(self, moves: BlockMoves) -> float:
+        """Returns the seconds that swapping took."""
+        if not (moves.swap_out or moves.swap_in):
+            self._steps.move_blocks(moves)
             return 0.0
         start_s = time.perf_counter()
-        with self.profiler.span("swap", blocks=len(output.swap_out) + len(output.swap_in)):
-            self._cache.swap_out(output.swap_out)
-            self._cache.swap_in(output.swap_in)
+        with self.profiler.span("swap", blocks=len(moves.swap_out) + len(moves.swap_in)):
+            self._steps.move_blocks(moves)
         return time.perf_counter() - start_s
 
-    def _forward(self, scheduled: SequenceOf[ScheduledSequence]) -> Tensor:
-        """Run the model once over all scheduled tokens. -> [T, hidden]"""
-        context = self.model.context
-        with self.profiler.span("prepare"):
-            input_ids, metadata, slot_mapping = self._batch(scheduled)
-            context.further_groups = tuple(
-                self._tables_of_group(scheduled, group, metadata) for group in range(1, len(self.groups))
-            )
-        context.metadata, context.slot_mapping = metadata, slot_mapping
-        context.variants = segments_of_step(scheduled)
-        try:
-            with self.profiler.span("forward", rows=len(input_ids)):
-                return self.model(input_ids, metadata.positions)
-        finally:
-            context.metadata = context.slot_mapping = None
-            context.further_groups = ()
-            context.variants = ()
-
-    def _batch(self, scheduled: SequenceOf[ScheduledSequence]) -> tuple[Tensor, AttentionMetadata, Tensor]:
-        """Token ids [T], what attention needs to know of them, and the KV cache slot [T] of each."""
-        input_ids, positions, slots = [], [], []
-        query_start = [0]
+    def _prompt_logprobs(
+        self, scheduled: SequenceOf[ScheduledSequence], batch: StepBatch, hidden: Tensor, bound: BoundVariants
+    ) -> dict[int, list[TokenLogprobs]]:
+        """By seq_id, for those who ask: logprobs of the prompt's tokens after each of the item's positions."""
+        found: dict[int, list[TokenLogprobs]] = {}
+        pieces = iter(batch.prompt_rows)
         for item in scheduled:
-            end = item.start + item.num_tokens
-            query_start.append(query_start[-1] + item.num_tokens)
-            input_ids += item.sequence.token_ids[item.start : end]
-            input_ids += item.drafts
-            positions.append(np.arange(item.start, end))
-            slots.append(self._slots(item.sequence.block_table, positions[-1]))
-        metadata = AttentionMetadata(
-            block_tables=self._block_tables(scheduled),
-            query_start=tuple(query_start),
-            seq_lens=tuple(item.start + item.num_tokens for item in scheduled),
-            positions=torch.from_numpy(np.concatenate(positions)).to(self.device),
-        )
-        slot_mapping = torch.from_numpy(np.concatenate(slots)).to(self.device)
-        return torch.tensor(input_ids, device=self.device), metadata, slot_mapping
-
-    def _tables_of_group(
-        self, scheduled: SequenceOf[ScheduledSequence], group: int, metadata: AttentionMetadata
-    ) -> tuple[AttentionMetadata, Tensor]:
-        """The same batch for another layer group, and the KV cache slot [T] of each token there."""
-        slots = [
-            self._slots(item.sequence.block_tables[group], np.arange(item.start, item.start + item.num_tokens))
-            for item in scheduled
-        ]
-        other = replace(metadata, block_tables=self._block_tables(scheduled, group), plans={})
-        return other, torch.from_numpy(np.concatenate(slots)).to(self.device)
-
-    def _slots(self, block_table: list[int], positions: np.ndarray) -> np.ndarray:
-        """KV cache slots of consecutive positions. -> int64"""
-        first = int(positions[0]) // self.block_size
-        last = int(positions[-1]) // self.block_size
-        blocks = np.array(block_table[first : last + 1], dtype=np.int64)
-        slots: np.ndarray = blocks[positions // self.block_size - first] * self.block_size + positions % self.block_size
-        return slots
-
-    def _blocks_begun(self, item: ScheduledSequence) -> list[int]:
-        """Blocks whose first slot is written by the item, but not all of them. At most one a group, the last."""
-        end = item.start + item.num_tokens
-        begun = end // self.block_size * self.block_size  # where the last block begins, if it stays incomplete
-        if not item.start <= begun < end:
-            return []
-        return [table[begun // self.block_size] for table in item.sequence.block_tables]
-
-    def _block_tables(self, scheduled: SequenceOf[ScheduledSequence], group: int = 0) -> Tensor:
-        """[S, max_blocks] int32, padded with block 0."""
-        num_blocks = [-(-(item.start + item.num_tokens) // self.block_size) for item in scheduled]
-        tables = np.zeros((len(scheduled), max(num_blocks)), dtype=np.int32)
-        for row, (item, num) in enumerate(zip(scheduled, num_blocks, strict=True)):
-            tables[row, :num] = item.sequence.block_tables[group][:num]
-        return torch.from_numpy(tables).to(self.device)
-
-    def _logits(self, hidden: Tensor, rows: list[int], variants: list[Variant | None]) -> Tensor:
-        """hidden [T, hidden] -> [len(rows), vocab]; equal rows are computed once and then repeated."""
-        variant_of = dict(zip(rows, variants, strict=True))
-        unique = list(variant_of)
-        if len(unique) != len(hidden):
-            hidden = hidden[torch.tensor(unique, device=self.device)]
-        logits = self._head(hidden, list(variant_of.values()))
-        if len(unique) == len(rows):
-            return logits
-        place = {row: i for i, row in enumerate(unique)}
-        return logits[torch.tensor([place[row] for row in rows], device=self.device)]
-
-    def _head(self, hidden: Tensor, variants: SequenceOf[Variant | None]) -> Tensor:
-        """hidden [R, hidden], the variants of its rows -> [R, vocab]"""
-        segments = segments_of_rows(variants)
-        if not segments:
-            return self.model.logits(hidden)
-        assert isinstance(self.model, VariantHost)
-        return self.model.logits(hidden, segments)
-
-    def _prompt_logprobs(self, item: ScheduledSequence, hidden: Tensor) -> list[TokenLogprobs]:
-        """Logprobs of the prompt's tokens after each of the item's positions; hidden [num_tokens, hidden]."""
-        sequence = item.sequence
-        num_top = sequence.sampling.prompt_logprobs
-        assert num_top is not None
-        targets = sequence.token_ids[item.start + 1 : min(item.start + item.num_tokens + 1, sequence.num_prompt_tokens)]
-        found: list[TokenLogprobs] = []
-        for start in range(0, len(targets), _LOGPROB_ROWS):
-            piece = targets[start : start + _LOGPROB_ROWS]
-            logits = self._head(hidden[start : start + len(piece)], [sequence.variant] * len(piece))
-            found += self._sampler.prompt_logprobs(logits, piece, num_top)
+            num_top = item.sequence.sampling.prompt_logprobs
+            if num_top is None:
+                continue
+            of_item = found.setdefault(item.sequence.seq_id, [])
+            targets = prompt_targets(item)
+            while len(of_item) < len(targets):
+                rows = next(pieces)
+                first = targets[len(of_item)]
+                token_ids = item.sequence.token_ids[first : first + rows.end - rows.start]
+                logits = self._steps.prompt_logits(rows, hidden, bound)
+                of_item += self._sampler.prompt_logprobs(logits, token_ids, num_top)
         return found
 
     def _warm_up(self, num_tokens: int) -> None:
@@ -312,3 +223,23 @@ class ModelRunner:
         ]
         for start in sorted({0, num_tokens - 1}):
             self.execute(SchedulerOutput((ScheduledSequence(sequence, start, num_tokens - start, (sequence,)),)))
+
+
+def _sampled_rows(scheduled: SequenceOf[ScheduledSequence]) -> list[SampledRow]:
+    """For whom is sampled, in the order of the step's samples."""
+    rows: list[SampledRow] = []
+    for item in scheduled:
+        rows += item.sampled
+        for num in range(1, len(item.drafts) + 1):
+            rows.append(DraftedSequence(item.sequence, item.drafts[:num]))
+    return rows
+
+
+def _bound_variants(scheduled: SequenceOf[ScheduledSequence]) -> BoundVariants:
+    bound: dict[int, BoundVariant] = {}
+    for item in scheduled:
+        variant = item.sequence.variant
+        if variant is not None:
+            assert variant.bound is not None, "a sequence runs whose variant is not active"
+            bound[variant.number] = variant.bound
+    return bound

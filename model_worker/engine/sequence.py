@@ -28,6 +28,8 @@ class Sequence:
         to compute next   [num_computed_tokens, num_tokens)
 
     A sequence that is decoding has exactly one token left to compute; after preemption by recomputation it has all.
+    That token may be pending: it is being drawn by the step that a device computes, and its place in `token_ids` holds
+    no id yet (see step_ahead.py).
 
     Attributes:
         seq_id: unique in the engine's life; also the order of arrival.
@@ -39,7 +41,8 @@ class Sequence:
         block_tables: for each layer group the physical block numbers, one per block_size tokens (see BlockManager).
         num_released_blocks: for each layer group, leading entries of its table that are not held any more.
         host_block_tables: while swapped, for each layer group the blocks of the host pool.
-        output_counts: how often each token id was sampled.
+        num_pending_tokens: 1 while its last token is pending, else 0.
+        output_counts: how often each token id was sampled; without a pending one.
         drafter: guesses its next tokens, once it decodes with speculation.
         may_have_drafts: False once a guess has spoiled a step.
     """
@@ -57,6 +60,7 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_entered_blocks",
+        "num_pending_tokens",
         "num_prompt_tokens",
         "num_released_blocks",
         "output_counts",
@@ -103,6 +107,7 @@ class Sequence:
         self.host_block_tables: list[list[int]] = []
         self.block_hashes: list[bytes] = []  # hash chain over the leading full blocks of token_ids, made as needed
         self.num_entered_blocks = 0  # leading full blocks that are accounted for as computed
+        self.num_pending_tokens = 0
         self.output_counts: dict[int, int] = {}
         self.drafter: SequenceDrafter | None = None
         self.may_have_drafts = True
@@ -150,9 +155,19 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     def append(self, token_id: int) -> None:
-        """Add a sampled token; its KV is computed in the next step."""
-        self.token_ids.append(token_id)
+        """Add a sampled token, the pending one if there is one; its KV is computed in the next step."""
+        if self.num_pending_tokens:
+            self.num_pending_tokens = 0
+            self.token_ids[-1] = token_id
+        else:
+            self.token_ids.append(token_id)
         self.output_counts[token_id] = self.output_counts.get(token_id, 0) + 1
+
+    def expect(self) -> None:
+        """A token is being drawn: keep its place, so that the step after it can be scheduled."""
+        assert not self.num_pending_tokens
+        self.num_pending_tokens = 1
+        self.token_ids.append(0)
 
     def __repr__(self) -> str:
         return (
