@@ -1,0 +1,1 @@
+"""The activation of a gate, times what it lets through: functional.py is the contract."""
