@@ -32,6 +32,8 @@ from model_worker.engine.models.patches import PATCHES
 from model_worker.engine.models.rope_limits import refuse_batch_dependent_rope
 from model_worker.engine.models.transformers_trace import trace_modules
 from model_worker.engine.models.transformers_variants import TransformersVariants
+from model_worker.engine.parallel.divided_module import DividedModule
+from model_worker.engine.parallel.group import RankGroup
 from model_worker.engine.trace import TraceRow
 from registry.errors import UnsupportedModelError
 
@@ -46,6 +48,7 @@ class TransformersModel:
         dtype: of weights and activations.
         device: where it will run; until it is loaded the weights are on meta.
         max_model_len: most positions that will ever be used.
+        group: the ranks that this model is divided among; this one keeps its share.
 
     Attributes:
         causal_lm: transformers' module.
@@ -61,7 +64,13 @@ class TransformersModel:
     fused: Mapping[str, str] = MappingProxyType({})  # transformers keeps weights as checkpoints do, but for experts
 
     def __init__(
-        self, config: Mapping[str, Any], *, dtype: torch.dtype, device: torch.device, max_model_len: int
+        self,
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int,
+        group: RankGroup | None = None,
     ) -> None:
         model_type = str(config["model_type"])
         hf_config = CONFIG_MAPPING[model_type].from_dict(dict(config))
@@ -81,15 +90,19 @@ class TransformersModel:
             refuse_batch_dependent_rope(rope, max_model_len)
         if model_type in PATCHES:
             PATCHES[model_type](self.causal_lm)
+        self._divided: DividedModule | None = None
         self._replace_linears()
         self._keep_in_float32()
+        self._vocab_size = self._head.out_features
+        if group is not None and group.size > 1:
+            self._divided = DividedModule(self.causal_lm, group)
         for module in self.causal_lm.modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation = PAGED_ATTENTION
 
     @property
     def vocab_size(self) -> int:
-        return self._head.out_features
+        return self._vocab_size
 
     @property
     def decoder_prefix(self) -> str:
@@ -148,10 +161,13 @@ class TransformersModel:
     # ------------------------------------------------------------------------------------------ weights
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of everything that a checkpoint holds; of tied parameters only the one that owns them."""
+        """Name and tensor of all that a checkpoint holds; of tied parameters only the one that owns them.
+
+        Where the model is divided they are on meta, and whole as in the checkpoint.
+        """
         for name, tensor in self.causal_lm.state_dict(keep_vars=True).items():
             if name not in self.ties:
-                yield name, tensor
+                yield name, tensor if self._divided is None else self._divided.whole(name, tensor)
 
     def linear_of(self, name: str) -> Linear | None:
         """The linear layer whose weight or bias has this name."""
@@ -175,6 +191,7 @@ class TransformersModel:
             weight = weight[index]
         if half is not None:
             weight = weight.chunk(2)[half]
+        tensor = tensor if self._divided is None else self._divided.cut(name, tensor, half=half)
         weight.copy_(tensor)
 
     def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
@@ -187,6 +204,7 @@ class TransformersModel:
         """After all weights are set: compute buffers, find the attention layers, choose how linears are computed.
 
         Raises:
+        tensor = tensor if self._divided is None else self._divided.cut(name, tensor)
             UnsupportedModelError: the dry run found something that would give wrong tokens.
         """
         for target, source in self.ties.items():
