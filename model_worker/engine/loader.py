@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from compression.grouped_weight import GroupedWeight
 from model_worker.engine.freed_memory import return_freed_memory
 from model_worker.engine.load_report import LoadReport, Outcome
 from model_worker.engine.models.causal_model import CausalModel
+from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.ops.cpu.program import Team
+from model_worker.engine.parallel.group import OneRank, RankGroup
 from registry.errors import CheckpointError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class NativeRoute:
-    """What the native decoder runs on.
+    """What the native decoder for CPUs runs on.
 
     Attributes:
         team: threads and kernels.
@@ -71,6 +73,17 @@ class NativeRoute:
     max_rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class GpuRoute:
+    """What the native decoder for GPUs runs on; it computes on CPUs too, slowly.
+
+    Attributes:
+        group: of the ranks that compute the model together.
+    """
+
+    group: RankGroup = field(default_factory=OneRank)
+
+
 @torch.no_grad()
 def load_model(
     plan: LoadPlan,
@@ -79,13 +92,15 @@ def load_model(
     *,
     model_impl: str = "auto",
     native: NativeRoute | None = None,
+    group: RankGroup | None = None,
 ) -> CausalModel:
     """Build the planned model and fill it; at most one matrix is in memory beside it.
 
     Args:
         report: takes note of what happens to each tensor.
         model_impl: "native", "transformers", or "auto": native where the model and the machine allow it.
-        native: None: the machine does not allow it.
+        native: None: that of the device; for CPUs there is none without kernels.
+        group: the ranks that the model is divided among; None: it is whole.
 
     Raises:
         CheckpointError: tensors are missing, unknown, given twice or of the wrong shape; names them.
@@ -93,7 +108,7 @@ def load_model(
     """
     report = LoadReport() if report is None else report
     with report.phase("build"):
-        model = _build(plan, device, model_impl, native)
+        model = _build(plan, device, model_impl, native, group)
         filler = _Filler(model, report)
     for name, tensor in report.timed("read", iterate_weights(plan, keep_blocks=model.keeps_blocks)):
         with report.phase("fill"):
@@ -106,23 +121,24 @@ def load_model(
     return model
 
 
-def _build(plan: LoadPlan, device: torch.device, model_impl: str, native: NativeRoute | None) -> CausalModel:
+def _build(
+    plan: LoadPlan,
+    device: torch.device,
+    model_impl: str,
+    native: NativeRoute | GpuRoute | None,
+    group: RankGroup | None,
+) -> CausalModel:
     dtype = getattr(torch, plan.dtype)
     assert isinstance(dtype, torch.dtype)
+    if native is None and (device.type == "cuda" or group is not None):
+        native = GpuRoute(group or OneRank())
     why = "--model-impl transformers was asked for"
     if model_impl != "transformers":
         if native is None:
             why = "there are no kernels for this machine: a C++ compiler is needed once, to build them"
         else:
             try:
-                return NativeDecoder(
-                    plan.config,
-                    dtype=dtype,
-                    quantization=plan.quantization,
-                    max_model_len=plan.max_model_len,
-                    max_rows=native.max_rows,
-                    team=native.team,
-                )
+                return _build_natively(plan, device, dtype, native)
             except UnsupportedModelError as error:
                 why = error.message
         if model_impl == "native":
@@ -133,14 +149,39 @@ def _build(plan: LoadPlan, device: torch.device, model_impl: str, native: Native
             "model with --quantization none."
         )
     logger.info("The native decoder is not used: %s", why)
-    return _build_from_transformers(plan, device, dtype)
+    return _build_from_transformers(plan, device, dtype, group)
 
 
-def _build_from_transformers(plan: LoadPlan, device: torch.device, dtype: torch.dtype) -> CausalModel:
+def _build_natively(
+    plan: LoadPlan, device: torch.device, dtype: torch.dtype, native: NativeRoute | GpuRoute
+) -> CausalModel:
+    """Raises UnsupportedModelError where neither decoder knows the model."""
+    if isinstance(native, GpuRoute):
+        return GpuDecoder(
+            plan.config,
+            dtype=dtype,
+            device=device,
+            quantization=plan.quantization,
+            max_model_len=plan.max_model_len,
+            group=native.group,
+        )
+    return NativeDecoder(
+        plan.config,
+        dtype=dtype,
+        quantization=plan.quantization,
+        max_model_len=plan.max_model_len,
+        max_rows=native.max_rows,
+        team=native.team,
+    )
+
+
+def _build_from_transformers(
+    plan: LoadPlan, device: torch.device, dtype: torch.dtype, group: RankGroup | None
+) -> CausalModel:
     # Imported here because transformers' modeling code takes 3 s, which the native decoder need not spend.
     from model_worker.engine.models.transformers_model import TransformersModel
 
-    return TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len)
+    return TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len, group=group)
 
 
 class _Filler:

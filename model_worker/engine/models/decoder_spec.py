@@ -71,6 +71,7 @@ class DecoderSpec:
 
     Attributes:
         norm_offset: added to every norm's weight (gemma stores w and means 1 + w).
+        norm_rounds_first: what is normalized is rounded to the model's dtype before it is multiplied with the weight.
         qk_norm: queries and keys are normalized, each head for itself ("head") or all together ("row"); None: not.
         input_norms: names of the norms before attention and before the MLP; None: absent.
         output_norms: names of the norms after attention and after the MLP; None: absent.
@@ -89,6 +90,7 @@ class DecoderSpec:
     layers: tuple[LayerSpec, ...]
     ropes: dict[str, Rope]
     norm_offset: float = 0.0
+    norm_rounds_first: bool = True
     qk_norm: str | None = None
     input_norms: tuple[str, str] | None = ("input_layernorm", "post_attention_layernorm")
     output_norms: tuple[str, str] | None = None
@@ -146,6 +148,7 @@ def read_spec(config: Mapping[str, Any], max_model_len: int) -> DecoderSpec:
         layers=tuple(_layer(config, index, ropes) for index in range(config["num_hidden_layers"])),
         ropes=ropes,
         norm_offset=1.0 if gemma else 0.0,
+        norm_rounds_first=not gemma and model_type != "olmo2",
         qk_norm={"qwen3": "head", "qwen3_moe": "head", "gemma3_text": "head", "olmo2": "row"}.get(model_type),
         input_norms=input_norms,
         output_norms=output_norms if sandwich or model_type == "olmo2" else None,

@@ -99,7 +99,7 @@ class _ModuleOperation:
 
     def row(self, inputs: list[Tensor], outputs: list[Tensor], begin_ns: int, self_ns: int) -> TraceRow:
         weight_bytes, flops = self._weights_read(inputs, outputs)
-        dtype = (self._weights or outputs)[0].dtype
+        dtype = (self._weights or outputs or inputs)[0].dtype
         moves = self._kind is not OpKind.BETWEEN  # what such a module does itself cannot be seen from outside
         return TraceRow(
             layer=self._place.layer,
@@ -146,9 +146,9 @@ class _TracedAttention:
         self._context = context
         self._tracer = tracer
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *rotation: Any) -> Tensor:
         self._tracer.enter()
-        out = self._attention(query, key, value)
+        out: Tensor = self._attention(query, key, value, *rotation)
         self._tracer.leave(lambda begin_ns, self_ns: self._row([query, key, value], out, begin_ns, self_ns))
         return out
 

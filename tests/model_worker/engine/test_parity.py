@@ -1,6 +1,7 @@
 """Greedy tokens of the whole engine equal those of transformers' `generate`, for every family that is served.
 
-Each family runs through transformers' modeling code, and again through the native decoder if that knows it.
+Each family runs through transformers' modeling code, and again through the native decoders if they know it: that for
+CPUs, and that for GPUs on CPU tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.sampling_params import SamplingParams
 from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.gpu_runner import make_gpu_runner
 from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
 
 NUM_NEW_TOKENS = 24
 PROMPT_LENGTHS = (5, 17, 70, 33, 48)
 NATIVE = [name for name, model in TINY_MODELS.items() if model.model_type in NATIVE_MODEL_TYPES]
-BOTH = [*((name, "transformers") for name in TINY_MODELS), *((name, "native") for name in NATIVE)]
+MIXTURES = ("mixtral", "qwen3_moe")
+ALL = [
+    *((name, "transformers") for name in TINY_MODELS),
+    *((name, "native") for name in NATIVE),
+    *((name, "gpu") for name in NATIVE if name not in MIXTURES),
+]
 NUM_SHARED = 40  # tokens that the last two prompts have in common with the longest
 
 
@@ -103,16 +110,19 @@ def _runner(
     block_size: int,
     num_blocks: int,
     swap_space_gib: float | None = None,
+    dtype: str = "float32",
 ) -> ModelRunner:
     config = EngineConfig(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, swap_space_gib=swap_space_gib),
         scheduler=SchedulerConfig(max_num_batched_tokens=512),
-        model_impl=impl,
+        model_impl="native" if impl == "gpu" else impl,
     )
-    return ModelRunner(make_tiny_plan(path), config, kernels=kernels)
+    if impl == "gpu":
+        return make_gpu_runner(make_tiny_plan(path, dtype=dtype), config)
+    return ModelRunner(make_tiny_plan(path, dtype=dtype), config, kernels=kernels)
 
 
-@pytest.mark.parametrize(("name", "impl"), BOTH)
+@pytest.mark.parametrize(("name", "impl"), ALL)
 def test_greedy_tokens_equal_those_of_generate(
     name: str, impl: str, best_kernels: KernelLibrary, tmp_path: Path
 ) -> None:
@@ -148,7 +158,7 @@ def test_greedy_tokens_equal_those_of_generate(
     [
         *itertools.product(
             ["llama", "mistral-window", "gemma2", "gemma3_text"],
-            ["transformers", "native"],
+            ["transformers", "native", "gpu"],
         ),
         ("llama4-chunked", "transformers"),
         ("deepseek_v3", "transformers"),
@@ -177,7 +187,7 @@ def test_preempted_sequences_go_on_as_if_nothing_had_happened(
 @pytest.mark.parametrize(
     ("name", "impl"),
     [
-        *itertools.product(["llama", "mistral-window", "gemma2"], ["transformers", "native"]),
+        *itertools.product(["llama", "mistral-window", "gemma2"], ["transformers", "native", "gpu"]),
         *((name, "transformers") for name in ["gpt2", "bloom", "falcon-alibi", "deepseek_v3", "gpt_oss"]),
     ],
 )
@@ -187,8 +197,7 @@ def test_half_precision_stays_close(
     """The median, because rounding may send a token to another expert."""
     model = build_tiny_model(name)
     model.save_pretrained(tmp_path)
-    config = EngineConfig(CacheConfig(num_blocks=64), SchedulerConfig(max_num_batched_tokens=512), model_impl=impl)
-    runner = ModelRunner(make_tiny_plan(tmp_path, dtype=dtype), config, kernels=best_kernels)
+    runner = _runner(tmp_path, impl, best_kernels, block_size=16, num_blocks=64, dtype=dtype)
     prompt = _prompts()[2]
     difference = _prompt_logprobs(runner, prompt) - _reference_prompt_logprobs(model, prompt)
     assert difference.abs().median() < (0.15 if dtype == "bfloat16" else 0.02)

@@ -1,0 +1,192 @@
+"""Our own decoder for the Llama-shaped families on GPUs, of torch modules over the ops' functions.
+
+    embedding ──► layer × N (gpu_layer.py) ──► norm ──► (rows) ──► head ──► logits
+
+It computes on CPU tensors too, with the ops' references: so it is compared with transformers, and split over ranks in
+tests. Activations have the model's dtype, and are rounded where transformers rounds them. Nothing in a step waits for
+the device or asks it anything, so that a step can be captured in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compression.grouped_weight import GroupedWeight
+from model_worker.engine.layers.attention import ForwardContext
+from model_worker.engine.layers.fused_linear import FusedLinear
+from model_worker.engine.layers.rms_norm import RMSNorm
+from model_worker.engine.layers.rotary_attention import RotaryAttention, RotaryTable
+from model_worker.engine.layers.token_embedding import TokenEmbedding
+from model_worker.engine.models.decoder_fusions import decoder_fusions
+from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
+from model_worker.engine.models.decoder_spec import DecoderSpec, read_spec
+from model_worker.engine.models.gpu_layer import DecoderLayer, make_input_norm
+from model_worker.engine.models.gpu_weights import GpuWeights, WeightPlace
+from model_worker.engine.parallel.group import OneRank, RankGroup
+from model_worker.engine.trace import TraceRow
+from registry.errors import UnsupportedModelError
+
+
+class GpuDecoder(nn.Module):
+    """A causal language model that computes flat batches.
+
+    Args:
+        config: of the model, with `model_type`.
+        dtype: of activations, and of weights that are not quantized.
+        device: of the weights.
+        quantization: int8, int4, fp8, or None: as the checkpoint has them.
+        max_model_len: most positions that will ever be used.
+        group: of the ranks that compute the model together.
+
+    Attributes:
+        context: the step under way; set before each call.
+        attentions: one for each layer, in order.
+        ties: parameter name to the name of the parameter that it is.
+        fused: name of a weight to the larger one that it becomes a part of.
+
+    Raises:
+        UnsupportedModelError: the model is not of this shape.
+        CheckpointError: its config holds a value that it cannot have.
+    """
+
+    decoder_prefix = "model"
+    keeps_blocks = True
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: str | None,
+        max_model_len: int,
+        group: RankGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec: DecoderSpec = read_spec(config, max_model_len)
+        if any(layer.mixture is not None for layer in self.spec.layers):
+            raise UnsupportedModelError("The native decoder for GPUs does not know mixtures of experts.")
+        self._group = OneRank() if group is None else group
+        self._dtype = dtype
+        self._device = device
+        own = str(dtype).removeprefix("torch.")
+        self.kv_dtypes: tuple[str, ...] = (own, "float8_e4m3fn")
+        self.context = ForwardContext()
+        self.ties: dict[str, str] = {HEAD: EMBEDDING} if self.spec.tied_head else {}
+        self._parameters_by_name = {
+            name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in parameter_shapes(self.spec).items()
+        }
+        fusions = decoder_fusions(self.spec)
+        self.fused: Mapping[str, str] = {
+            name: fusion.key for fusion in fusions for name in fusion.names if len(fusion.names) > 1
+        }
+        self._build(self.spec)
+        self._weights = GpuWeights(self._places(), device, quantization=quantization, head=self.lm_head)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.spec.vocab_size
+
+    @property
+    def attentions(self) -> list[RotaryAttention]:
+        return [layer.self_attn.paged_attention for layer in self._decoder_layers]
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm."""
+        tables = {kind: rope(positions) for kind, rope in self.rotary.items()}
+        residual = self.embed_tokens(input_ids)
+        update: Tensor | None = None
+        for layer in self._decoder_layers:
+            table = None if layer.rope is None else tables[layer.rope]
+            update = layer(residual, update, table, None)
+        hidden: Tensor = self.norm(residual, update, None)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, hidden] -> [R, vocab_size] in the model's dtype."""
+        logits: Tensor = self.lm_head(hidden)
+        if self.spec.logits_divisor != 1.0:
+            logits = logits / self.spec.logits_divisor
+        if (cap := self.spec.logits_softcap) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def trace(self) -> AbstractContextManager[list[TraceRow]]:
+        """See `Traceable.trace`."""
+        # Imported here because it takes transformers along, which the decoder need not wait for.
+        from model_worker.engine.models.transformers_trace import trace_modules
+
+        return trace_modules(self, self.context, self._device)
+
+    # ------------------------------------------------------------------------------------------ weights
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See CausalModel."""
+        yield from self._parameters_by_name.items()
+
+    def is_stored_transposed(self, name: str) -> bool:
+        return False
+
+    def fill(
+        self, name: str, tensor: Tensor | GroupedWeight, *, index: int | None = None, half: int | None = None
+    ) -> None:
+        """See CausalModel."""
+        assert index is None, "there are no experts"
+        self._weights.put(name, tensor)
+
+    def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
+        """See CausalModel."""
+        return self._weights.holds(name, tensor)
+
+    def finish(self) -> None:
+        """See CausalModel."""
+        if self.spec.tied_head:
+            self._weights.tie_head(self.embed_tokens)
+
+    # ------------------------------------------------------------------------------------------ internal
+
+    def _build(self, spec: DecoderSpec) -> None:
+        dtype = self._dtype
+        self.embed_tokens = TokenEmbedding(spec.vocab_size, spec.hidden_size, spec.embed_multiplier, dtype=dtype)
+        self.rotary = nn.ModuleDict(
+            {
+                kind: RotaryTable(rope.inverse_frequencies, rope.attention_scaling, dtype=dtype, device=self._device)
+                for kind, rope in spec.ropes.items()
+            }
+        )
+        self._decoder_layers = [
+            DecoderLayer(spec, index, self.context, self._group, dtype=dtype) for index in range(len(spec.layers))
+        ]
+        self.layers = nn.ModuleList(self._decoder_layers)
+        self.norm = make_input_norm(spec, "norm", dtype)
+        self.lm_head = FusedLinear(spec.hidden_size, (spec.vocab_size,), "head", bias=False, dtype=dtype)
+
+    def _places(self) -> dict[str, WeightPlace]:
+        """Where each tensor of the checkpoint goes."""
+        by_key: dict[str, nn.Module] = {"embedding": self.embed_tokens}
+        for module in self.modules():
+            if isinstance(module, FusedLinear | RMSNorm):
+                by_key[module.key] = module
+        places: dict[str, WeightPlace] = {}
+        for fusion in decoder_fusions(self.spec):
+            path, _, last = fusion.key.rpartition(".")
+            if last in ("q_norm", "k_norm") and f"{path}.qk_norm" in by_key:
+                heads = (0, self.spec.num_heads) if last == "q_norm" else (self.spec.num_heads, self.spec.num_kv_heads)
+                (name,), size = fusion.names, self.spec.head_dim
+                places[name] = WeightPlace(
+                    by_key[f"{path}.qk_norm"], "weight", heads[0] * size, size, heads[1], fusion.offset
+                )
+                continue
+            attribute = "bias" if last == "bias" else "weight"
+            module = by_key[path if last == "bias" else fusion.key]
+            first = 0
+            for part, name in enumerate(fusion.names):
+                num_rows = module.widths[part] if isinstance(module, FusedLinear) else len(getattr(module, attribute))
+                places[name] = WeightPlace(module, attribute, first, num_rows, offset=fusion.offset)
+                first += num_rows
+        return places
