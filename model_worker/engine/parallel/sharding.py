@@ -122,11 +122,6 @@ def cut_grouped(weight: GroupedWeight, division: Division, share: Share) -> Grou
     return GroupedWeight(cut(weight.values, 1, division, share), scales, minimums)
 
 
-def groups_of(parts: Iterable[Part]) -> list[Part]:
-    """What has to be divisible where the inputs of these parts are quantized in groups."""
-    return [Part(part.size, max(1, part.size // GROUP), f"groups of {GROUP} {part.what}") for part in parts]
-
-
 def check_divisible(parts: Iterable[Part], num_ranks: int) -> None:
     """Raises UnsupportedModelError where something cannot be divided, and says what else is possible."""
     parts = list(dict.fromkeys(parts))
@@ -143,6 +138,19 @@ def check_divisible(parts: Iterable[Part], num_ranks: int) -> None:
 def check_divisions(divisions: Mapping[str, Division], num_ranks: int) -> None:
     """The same for all weights of a model."""
     check_divisible((part for division in divisions.values() for part in division.parts), num_ranks)
+
+
+def check_groups(divisions: Mapping[str, Division], num_ranks: int) -> None:
+    """The same for the quantized weights of a model, whose groups of inputs stay whole."""
+    check_divisible(
+        (
+            Part(part.size, max(1, part.size // GROUP), f"groups of {GROUP} {part.what}")
+            for division in divisions.values()
+            if division.by_inputs
+            for part in division.parts
+        ),
+        num_ranks,
+    )
 
 
 def _listed(numbers: Sequence[int]) -> str:
