@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from delta.artifact import Delta, open_delta
 from delta.codecs.codec import Term
 from delta.codecs.registry import DIFFERENCE_CODECS, WHOLE_CODECS
 from delta.delta_config import ROWS, DeltaTensor
+from delta.extra_tokens import check_extra_rows
 from delta.linear_terms import add_up, block_of_rows, transposed
 from delta.parameter_places import Place, find_place
 from delta.peft.adapter_files import all_finite
@@ -63,7 +65,12 @@ class _Reader:
             )
         for name, entry in config.tensors.items():
             place = self._place(name)
-            if place.shape[1:] == entry.shape[1:] and (place.shape != entry.shape or ROWS in entry.codec):
+            num_given = sum(
+                math.prod(part.shape[:1]) for term in entry.terms if term.codec == ROWS for part in term.parts.values()
+            )
+            if self._has_extra_rows(place, entry) and num_given in (0, entry.shape[0] - place.shape[0]):
+                continue
+            if place.shape[1:] == entry.shape[1:] and (place.shape != entry.shape or num_given):
                 raise self._unsupported(f"{name} has {entry.shape[0]} rows, the base {place.shape[0]}")
             if entry.shape != place.shape:
                 raise CheckpointError(
@@ -80,15 +87,22 @@ class _Reader:
             place = self._place(name)
             if not self._follows_its_table(name, place):
                 self._read_tensor(place, entry, self._delta.read_terms(name))
-        return self._builder.build(self._delta.digest)
+        terms = self._builder.build(self._delta.digest)
+        check_extra_rows(terms, self._base.shapes, self._delta.path)
+        return terms
+
+    def _has_extra_rows(self, place: Place, entry: DeltaTensor) -> bool:
+        """Those of tokens that the base does not have."""
+        shapes = self._base.shapes
+        if place.name != (shapes.input_embedding if place.kind == "embedding" else shapes.output_head):
+            return False
+        return not place.transposed and place.shape[1:] == entry.shape[1:] and place.shape[0] < entry.shape[0]
 
     def _read_tensor(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> None:
         if place.kind == "vector":
             self._builder.add_vector(place.name, reconstruct(None, terms, entry.torch_dtype, entry.shape))
         elif place.kind == "bias":
-            bias = reconstruct(None, terms, entry.torch_dtype, entry.shape).float()
-            has_bias = self._base.shapes.linears[place.name].has_bias
-            self._builder.add_linear(place.name, bias=bias - self._base.bias(place.name) if has_bias else bias)
+            self._read_bias(place, reconstruct(None, terms, entry.torch_dtype, entry.shape).float())
         elif place.kind == "experts":
             self._read_experts(place, entry, terms)
         elif place.kind == "linear":
@@ -96,24 +110,34 @@ class _Reader:
         else:
             self._read_embedding(place, entry, terms)
 
+    def _read_bias(self, place: Place, bias: Tensor) -> None:
+        bias, extra = _split(bias, place.shape[0])
+        has_bias = self._base.shapes.linears[place.name].has_bias
+        self._builder.add_linear(place.name, bias=bias - self._base.bias(place.name) if has_bias else bias)
+        if extra is not None:
+            self._builder.add_linear(place.name, extra_bias=extra)
+
     def _read_embedding(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> None:
+        differences, extra = _without_rows(terms)
         of_heads = None
-        if all(term.codec in DIFFERENCE_CODECS for term in terms):
-            of_heads = _differences(terms, entry.shape)
+        if all(term.codec in DIFFERENCE_CODECS for term in differences):
+            of_heads = _differences(differences, place.shape)
         if of_heads is not None and of_heads.dense is None and of_heads.sparse is None:
             a, b = of_heads.a, of_heads.b
             # Of the table D = B A, of an embedding's terms D = (B A)ᵀ.
             swapped = {} if a is None or b is None else {"a": b.T.contiguous(), "b": a.T.contiguous()}
-            self._builder.add_embedding(place.name, EmbeddingTerms(signs=of_heads.signs, **swapped))
+            self._builder.add_embedding(place.name, EmbeddingTerms(signs=of_heads.signs, extra_rows=extra, **swapped))
         else:
-            table = self._given_back(place, entry, terms)
+            table, extra = _split(self._given_back(place, entry, terms), place.shape[0])
             before = self._base.weight(place.name).to(table.dtype)
             token_ids = (table != before).any(dim=1).nonzero().flatten()
-            self._builder.add_embedding(place.name, EmbeddingTerms(token_ids=token_ids, rows=table[token_ids]))
+            self._builder.add_embedding(
+                place.name, EmbeddingTerms(token_ids=token_ids, rows=table[token_ids], extra_rows=extra)
+            )
             if of_heads is None:
                 of_heads = LinearTerms(output_scale=torch.zeros(len(table)), dense=table)
         for head in self._heads(place.name):
-            self._add_linear(head, of_heads)
+            self._add_linear(head, replace(of_heads, extra_rows=extra))
 
     def _heads(self, embedding: str) -> list[str]:
         """Output heads that compute with this table, and have no change of their own."""
@@ -140,11 +164,12 @@ class _Reader:
 
     def _linear(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> LinearTerms:
         if any(term.codec in WHOLE_CODECS for term in terms):
-            weight = self._given_back(place, entry, terms)
+            weight, extra = _split(self._given_back(place, entry, terms), place.shape[0])
             weight = weight.T.contiguous() if place.transposed else weight
-            return LinearTerms(output_scale=torch.zeros(len(weight)), dense=weight)
-        stored = _differences(terms, entry.shape)
-        return transposed(stored, entry.shape[-1]) if place.transposed else stored
+            return LinearTerms(output_scale=torch.zeros(len(weight)), dense=weight, extra_rows=extra)
+        differences, extra = _without_rows(terms)
+        stored = _differences(differences, place.shape)
+        return transposed(stored, place.shape[-1]) if place.transposed else replace(stored, extra_rows=extra)
 
     def _read_experts(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> None:
         num_experts, num_rows, num_columns = entry.shape
@@ -178,7 +203,8 @@ class _Reader:
         return weight
 
     def _add_linear(self, module: str, terms: LinearTerms) -> None:
-        given = {name: getattr(terms, name) for name in ("a", "b", "output_scale", "dense", "signs", "sparse")}
+        names = ("a", "b", "output_scale", "dense", "signs", "sparse", "extra_rows")
+        given = {name: getattr(terms, name) for name in names}
         self._builder.add_linear(module, **{name: value for name, value in given.items() if value is not None})
 
     def _place(self, name: str) -> Place:
@@ -192,6 +218,18 @@ class _Reader:
         if not self._delta.config.misfits:
             remedy = f"start a worker with --apply-delta {self._delta.path}, or {remedy}"
         return UnsupportedModelError(f"{self._delta.path} cannot be served beside its base: {reason}; {remedy}")
+
+
+def _without_rows(terms: Sequence[Term]) -> tuple[Sequence[Term], Tensor | None]:
+    """The terms of the rows that the base has, and the rows that it does not have, if they are a term of their own."""
+    if not terms or terms[-1].codec != ROWS:
+        return terms, None
+    return terms[:-1], terms[-1].parts[ROWS]
+
+
+def _split(rows: Tensor, num_rows: int) -> tuple[Tensor, Tensor | None]:
+    """The first `num_rows`, and the others, if there are any."""
+    return (rows, None) if len(rows) == num_rows else (rows[:num_rows], rows[num_rows:])
 
 
 def _differences(terms: Sequence[Term], shape: tuple[int, ...]) -> LinearTerms:

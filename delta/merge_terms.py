@@ -14,7 +14,10 @@ from delta.variant_terms import EmbeddingTerms, LinearTerms, SignPlane, SparseMa
 
 
 def merge_linear(weight: Tensor, bias: Tensor | None, terms: LinearTerms) -> tuple[Tensor, Tensor | None]:
-    """W' = e ∘ W ∘ d + Σ u ∘ (S ∘ v) + B A + Z and b' = b + c; a missing bias counts as 0. [N, K] and [N] float32"""
+    """W' = e ∘ W ∘ d + Σ u ∘ (S ∘ v) + B A + Z and b' = b + c; a missing bias counts as 0. [N, K] and [N] float32
+
+    Then the rows that the base does not have: [N + E, K] and [N + E].
+    """
     merged = weight.clone()
     if terms.output_scale is not None:
         merged *= terms.output_scale.float()[:, None]
@@ -28,13 +31,18 @@ def merge_linear(weight: Tensor, bias: Tensor | None, terms: LinearTerms) -> tup
         merged += sparse_to_dense(terms.sparse, weight.shape[1])
     for plane in terms.signs:
         merged += signs_to_dense(plane, weight.shape[1])
-    if terms.bias is None:
-        return merged, bias
-    return merged, terms.bias.float() if bias is None else bias + terms.bias.float()
+    if terms.bias is not None:
+        bias = terms.bias.float() if bias is None else bias + terms.bias.float()
+    if terms.extra_rows is not None:
+        merged = torch.cat([merged, terms.extra_rows.float()])
+    if terms.extra_bias is not None:
+        assert bias is not None
+        bias = torch.cat([bias, terms.extra_bias.float()])
+    return merged, bias
 
 
 def merge_embedding(table: Tensor, terms: EmbeddingTerms) -> Tensor:
-    """The table plus (B A)ᵀ plus planes, with the rows of `terms` in place of some. table [V, H] float32"""
+    """The table plus (B A)ᵀ plus planes, with the rows of `terms` in place of some, and after it. [V, H] float32"""
     merged = table.clone()
     for plane in terms.signs:
         merged += signs_to_dense(plane, table.shape[1])
@@ -42,7 +50,7 @@ def merge_embedding(table: Tensor, terms: EmbeddingTerms) -> Tensor:
         merged[terms.token_ids] = terms.rows.float()
     if terms.a is not None and terms.b is not None:
         merged += (terms.b.float() @ terms.a.float()).T
-    return merged
+    return merged if terms.extra_rows is None else torch.cat([merged, terms.extra_rows.float()])
 
 
 def merge_experts(weights: Tensor, terms: Mapping[int, LinearTerms]) -> Tensor:

@@ -4,6 +4,9 @@
     embedding   row i of the base, or a replacement for it, plus  B A[:, i]  plus  Σ u[i] (v ∘ S[i])
     vector      a replacement
 
+A fine-tune with more tokens than its base has further rows in the input embedding and the output head. They stand for
+themselves: none of the other terms reaches them.
+
 Modules and parameters have the names that transformers gives them in the causal language model, as in
 "model.layers.0.self_attn.q_proj". All terms of a module are optional. Source of the operator: VARIANTS in the design
 documents; LoRA arXiv 2106.09685, DoRA arXiv 2402.09353, (IA)3 arXiv 2205.05638, signs arXiv 2402.10193.
@@ -62,6 +65,8 @@ class LinearTerms:
         sparse: the same where most of it is 0; at most one of both.
         bias: c [N].
         signs: planes u, S, v of [N, K].
+        extra_rows: [E, K], and
+        extra_bias: [E], where the layer has a bias: of the outputs N … N + E - 1, which the base does not have.
     """
 
     a: Tensor | None = None
@@ -72,6 +77,8 @@ class LinearTerms:
     bias: Tensor | None = None
     signs: tuple[SignPlane, ...] = ()
     sparse: SparseMatrix | None = None
+    extra_rows: Tensor | None = None
+    extra_bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert (self.a is None) == (self.b is None)
@@ -85,7 +92,7 @@ class LinearTerms:
     @property
     def adds_only(self) -> bool:
         """The base's own product stays as it is, so that several variants can be added up."""
-        return self.output_scale is None and self.input_scale is None
+        return self.output_scale is None and self.input_scale is None and self.extra_rows is None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +105,7 @@ class EmbeddingTerms:
         a: [r, V], and
         b: [H, r] with all scales folded in; both or none.
         signs: planes of [V, H]; rows that are replaced have nothing added to them.
+        extra_rows: [E, H], the rows V … V + E - 1, which the base does not have.
     """
 
     token_ids: Tensor | None = None
@@ -105,6 +113,7 @@ class EmbeddingTerms:
     a: Tensor | None = None
     b: Tensor | None = None
     signs: tuple[SignPlane, ...] = ()
+    extra_rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert (self.token_ids is None) == (self.rows is None)
@@ -112,7 +121,7 @@ class EmbeddingTerms:
 
     @property
     def adds_only(self) -> bool:
-        return self.token_ids is None
+        return self.token_ids is None and self.extra_rows is None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,6 +153,11 @@ class VariantTerms:
     @property
     def num_modules(self) -> int:
         return len(self.linears) + len(self.experts) + len(self.embeddings) + len(self.vectors)
+
+    @property
+    def num_extra_tokens(self) -> int:
+        """By which its vocabulary is larger than the base's; the embedding and the head have as many rows more."""
+        return max((len(terms.extra_rows) for terms in self._parts() if terms.extra_rows is not None), default=0)
 
     @property
     def adds_only(self) -> bool:

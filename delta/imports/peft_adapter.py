@@ -63,7 +63,13 @@ class AdapterChanges:
     source = "LoRA adapter"
 
     def __init__(self, terms: VariantTerms, shapes: ModelShapes) -> None:
-        """Raises UnsupportedModelError: the head and the embedding are one tensor, and the adapter changes one."""
+        """Raises UnsupportedModelError: the adapter has tokens that the base has not, or the head and the embedding are
+        one tensor of which it changes one."""
+        if terms.num_extra_tokens:
+            raise UnsupportedModelError(
+                f"the adapter has {terms.num_extra_tokens} tokens that this base does not have, so that merged it is a "
+                "model of another size. Serve it as an adapter, or merge it with PEFT"
+            )
         self._terms = terms
         self._shapes = shapes
         self._used: set[tuple[str, str]] = set()

@@ -53,6 +53,7 @@ class ModelShapes:
         vectors: all other parameters that a fine-tune may replace, by name: norms' weights and biases, for example.
         tied: output heads that compute with an embedding's table, and that embedding.
         input_embedding: the module that embeds tokens.
+        output_head: the linear layer that gives a logit for each.
     """
 
     linears: Mapping[str, LinearShape]
@@ -61,6 +62,7 @@ class ModelShapes:
     vectors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     input_embedding: str = ""
+    output_head: str = ""
 
 
 class BaseModel(Protocol):
@@ -129,9 +131,12 @@ def _experts_shape(module: nn.Module, name: str, parameter: nn.Parameter) -> Exp
     )
 
 
-def _tied_heads(model: nn.Module) -> tuple[dict[str, str], str]:
+def _tied_heads(model: nn.Module) -> tuple[dict[str, str], str, str]:
+    """What is tied, the input embedding, and the output head, if there is one."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     input_embedding = names[id(embedding)]
-    tied = head is not None and head.weight is embedding.weight
-    return ({names[id(head)]: input_embedding} if tied else {}), input_embedding
+    if head is None:
+        return {}, input_embedding, ""
+    output_head = names[id(head)]
+    return ({output_head: input_embedding} if head.weight is embedding.weight else {}), input_embedding, output_head

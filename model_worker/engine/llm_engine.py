@@ -6,55 +6,32 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence as SequenceOf
-from dataclasses import dataclass, field, replace
-from itertools import islice, zip_longest
+from dataclasses import replace
 
 from adapters.load_plan import LoadPlan
 from adapters.tokenizer import Tokenizer, load_tokenizer
 from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import EngineConfig
-from model_worker.engine.detokenizer import IncrementalDetokenizer
 from model_worker.engine.executor import Executor
 from model_worker.engine.lora.adapters_of_model import make_lora_manager
 from model_worker.engine.lora.lora_manager import LoraManager
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.open_requests import OpenRequests
 from model_worker.engine.ops.cpu.program import KernelLibrary
-from model_worker.engine.outputs import (
-    EngineStats,
-    FinishReason,
-    RequestOutput,
-    SampledToken,
-    SequenceDelta,
-    TokenLogprobs,
-)
+from model_worker.engine.outputs import EngineStats, RequestOutput
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.scheduler import Scheduler
 from model_worker.engine.sequence import Sequence, SequenceGroup
 from model_worker.engine.speculation.speculator import Speculator
-from model_worker.engine.step import SchedulerOutput, StepResult
+from model_worker.engine.step_ahead import StepsAhead
+from model_worker.engine.step_loop import StepLoop, SynchronousSteps
 from model_worker.engine.step_profiler import Profiler
-from registry.errors import (
-    ContextLengthError,
-    InternalError,
-    InvalidRequestError,
-    RootgraftError,
-    UnsupportedModelError,
-)
+from registry.errors import ContextLengthError, InvalidRequestError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # odd, so that the choices of one request get different random streams
-
-
-@dataclass(slots=True, eq=False)
-class _RequestState:
-    """What the engine keeps of a request beside its sequences."""
-
-    group: SequenceGroup
-    detokenizers: list[IncrementalDetokenizer]
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs_due: bool = False
 
 
 class LLMEngine:
@@ -103,8 +80,7 @@ class LLMEngine:
                 self.max_model_len,
                 max_model_len,
             )
-        self._executor = executor
-        self._stop_token_ids = frozenset(stop_token_ids)
+        self._vocab_size = executor.vocab_size
         self._base_digest = variant_digest
         self._loras = loras
         self._clock = clock
@@ -112,15 +88,12 @@ class LLMEngine:
         self._scheduler = Scheduler(
             config.scheduler, self._block_manager, clock=clock, speculator=speculator, gate=loras
         )
-        self._states: dict[str, _RequestState] = {}
+        self._requests = OpenRequests(self._scheduler, stop_token_ids=stop_token_ids, max_model_len=self.max_model_len)
+        loop = StepsAhead if executor.runs_ahead else SynchronousSteps
+        self._steps: StepLoop = loop(self._scheduler, executor, self._requests, clock=clock, profiler=self.profiler)
         self._next_seq_id = 0
-        self._stalled = False
         self._random = random.Random()
         self._prompt_tokens = 0
-        self._generation_tokens = 0
-        self._finished = 0
-        self._cancelled = 0
-        self._failed = 0
 
     @classmethod
     def from_plan(
@@ -177,10 +150,11 @@ class LLMEngine:
             ContextLengthError: prompt and output do not fit the context.
             RateLimitError: too many requests are waiting.
         """
-        if request_id in self._states:
+        if request_id in self._requests.ids:
             raise InvalidRequestError(f"Request id {request_id!r} is in use.")
-        sampling = self._checked(prompt_token_ids, sampling)
         variant = self.loras.resolve(loras) if loras else None
+        vocab_size = self._vocab_size + (0 if variant is None else variant.num_extra_tokens)
+        sampling = self._checked(prompt_token_ids, sampling, vocab_size)
         seed = sampling.seed if sampling.seed is not None else self._random.getrandbits(63)
         sequences = [
             Sequence(
@@ -195,24 +169,15 @@ class LLMEngine:
             for index in range(sampling.n)
         ]
         group = SequenceGroup(request_id, sequences, sampling, arrival_s=self._clock())
-        self._scheduler.add(group)
+        self._requests.add(group, tokenizer or self.tokenizer)
         if variant is not None:
             self.loras.count_request(variant)
         self._next_seq_id += sampling.n
-        self._states[request_id] = _RequestState(
-            group,
-            [_detokenizer(sequence, tokenizer or self.tokenizer) for sequence in sequences],
-            prompt_logprobs_due=sampling.prompt_logprobs is not None,
-        )
         self._prompt_tokens += len(prompt_token_ids)
 
     def abort_request(self, request_id: str) -> bool:
         """Cancel a request and release what it holds; False when it has ended already. No output follows."""
-        if self._states.pop(request_id, None) is None:
-            return False
-        self._scheduler.abort(request_id)
-        self._cancelled += 1
-        return True
+        return self._requests.cancel(request_id)
 
     def cache_summary(self) -> str:
         """For people: what the KV cache holds."""
@@ -235,7 +200,7 @@ class LLMEngine:
     @property
     def stalled(self) -> bool:
         """All requests wait for LoRA adapters: a step does nothing until one is loaded."""
-        return self._stalled and self.has_unfinished_requests
+        return self._steps.stalled and self.has_unfinished_requests
 
     @property
     def loras(self) -> LoraManager:
@@ -251,36 +216,17 @@ class LLMEngine:
     # ------------------------------------------------------------------------------------------ steps
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step and return what each request of it gained."""
+        """Compute one step and return what each request of it gained; of the step before, where they run ahead."""
         with self.profiler.step():
-            return self._step()
-
-    def _step(self) -> list[RequestOutput]:
-        with self.profiler.span("schedule"):
             failed = self.advance_loras()
-            output = self._scheduler.schedule()
-        self._stalled = not output.scheduled
-        return failed if self._stalled else failed + self._compute(output)
+            return failed + self._steps.step()
 
     def advance_loras(self) -> list[RequestOutput]:
         """Go on with loading adapters, which `step` does too; returns the end of requests that waited in vain."""
         if self._loras is None:
             return []
         doomed = {s.group.request_id: error for s, error in self._loras.advance() if s.group is not None}
-        return [self._fail(request_id, error) for request_id, error in doomed.items()]
-
-    def _compute(self, output: SchedulerOutput) -> list[RequestOutput]:
-        start_s = self._clock()
-        try:
-            with self.profiler.span("execute", tokens=output.num_tokens, sequences=len(output.scheduled)):
-                result = self._executor.execute(output)
-        except Exception as error:  # whatever a kernel or an allocator throws ends this step's requests, not the server
-            logger.exception("A step of %d tokens failed.", output.num_tokens)
-            return self._fail_step(output, error)
-        self._scheduler.observe(output, seconds=self._clock() - start_s, swap_s=result.swap_s)
-        with self.profiler.span("detokenize", rows=len(result.samples)):
-            self._scheduler.complete(output)
-            return self._process(output, result)
+        return [self._requests.fail(request_id, error) for request_id, error in doomed.items()]
 
     def on_adapter_loaded(self, call: Callable[[], None]) -> None:
         """Have `call` called, on another thread, when `step` or `advance_loras` has something new to take."""
@@ -309,7 +255,7 @@ class LLMEngine:
             num_lora_combinations=0 if self._loras is None else self._loras.num_combinations,
             lora_combination_bytes=0 if self._loras is None else self._loras.combination_bytes,
             prompt_tokens_total=self._prompt_tokens,
-            generation_tokens_total=self._generation_tokens,
+            generation_tokens_total=self._requests.num_generation_tokens,
             draft_tokens_total=scheduler.num_drafts,
             accepted_draft_tokens_total=scheduler.num_accepted_drafts,
             prefix_queried_tokens_total=scheduler.num_prefix_queried_tokens,
@@ -320,9 +266,9 @@ class LLMEngine:
             swapped_in_blocks_total=scheduler.num_swapped_in_blocks,
             kv_host_blocks_used=self._block_manager.num_used_host_blocks,
             kv_host_blocks_total=self._block_manager.num_host_blocks,
-            finished_total=self._finished,
-            cancelled_total=self._cancelled,
-            failed_total=self._failed,
+            finished_total=self._requests.num_finished,
+            cancelled_total=self._requests.num_cancelled,
+            failed_total=self._requests.num_failed,
         )
 
     def check_integrity(self) -> None:
@@ -332,8 +278,8 @@ class LLMEngine:
             AssertionError: something leaked or is held twice.
         """
         self._scheduler.check_integrity()
-        assert self._states.keys() == self._scheduler.groups.keys()
-        if not self._states:
+        assert self._requests.ids == self._scheduler.groups.keys()
+        if not self._requests.ids:
             self.check_idle()
 
     def check_idle(self) -> None:
@@ -342,7 +288,7 @@ class LLMEngine:
         Raises:
             AssertionError: something leaked.
         """
-        assert not self._states
+        assert not self._requests.ids
         assert not self._scheduler.running
         assert not self._scheduler.waiting
         if self._loras is not None:
@@ -351,9 +297,8 @@ class LLMEngine:
 
     # ------------------------------------------------------------------------------------------ internal
 
-    def _checked(self, prompt_token_ids: list[int], sampling: SamplingParams) -> SamplingParams:
+    def _checked(self, prompt_token_ids: list[int], sampling: SamplingParams, vocab_size: int) -> SamplingParams:
         num_prompt = len(prompt_token_ids)
-        vocab_size = self._executor.vocab_size
         if num_prompt == 0:
             raise InvalidRequestError("The prompt is empty; it needs at least one token.", param="prompt")
         if not 0 <= min(prompt_token_ids) <= max(prompt_token_ids) < vocab_size:
@@ -376,149 +321,3 @@ class LLMEngine:
                 )
             sampling = replace(sampling, max_tokens=room)
         return sampling
-
-    def _process(self, output: SchedulerOutput, result: StepResult) -> list[RequestOutput]:
-        samples = iter(result.samples)
-        errors: dict[str, RootgraftError] = {}
-        deltas: dict[str, list[SequenceDelta]] = {}
-        for item in output.scheduled:
-            group = item.sequence.group
-            assert group is not None
-            state = self._states[group.request_id]
-            if state.prompt_logprobs_due:
-                # After a preemption the first chunks come again: positions known already are passed over.
-                known = len(state.prompt_logprobs)
-                state.prompt_logprobs += result.prompt_logprobs.get(item.sequence.seq_id, [])[known - item.start :]
-            for sequence in item.sampled:
-                drawn = list(islice(samples, 1 + len(item.drafts)))
-                failures = [sample for sample in drawn if isinstance(sample, RootgraftError)]
-                if failures and not item.drafts:
-                    errors[group.request_id] = failures[0]
-                if group.request_id in errors:
-                    continue
-                standing = _standing(drawn, item.drafts)
-                if standing:
-                    deltas.setdefault(group.request_id, []).append(self._append(state, sequence, standing))
-                if failures and not sequence.finished:
-                    self._scheduler.redo_without_drafts(sequence)
-        outputs = [
-            self._output(request_id, tuple(news)) for request_id, news in deltas.items() if request_id not in errors
-        ]
-        return outputs + [self._fail(request_id, error) for request_id, error in errors.items()]
-
-    def _append(self, state: _RequestState, sequence: Sequence, samples: SequenceOf[SampledToken]) -> SequenceDelta:
-        """Add sampled tokens to a sequence up to one that ends it, and say what text that yields."""
-        detokenizer = state.detokenizers[sequence.index]
-        text = ""
-        reason: FinishReason | None = None
-        stop_reason: str | int | None = None
-        num_appended = 0
-        for sample in samples:
-            new_text, reason, stop_reason = self._append_token(detokenizer, sequence, sample.token_id)
-            text += new_text
-            num_appended += 1
-            if reason is not None:
-                break
-        if num_appended > 1:
-            self._scheduler.accept(sequence, num_appended - 1)
-        if reason is not None:
-            if not isinstance(stop_reason, str):
-                text += detokenizer.flush()
-            self._scheduler.finish(sequence, reason, stop_reason)
-        appended = samples[:num_appended]
-        logprobs = tuple(sample.logprobs for sample in appended if sample.logprobs is not None)
-        return SequenceDelta(
-            index=sequence.index,
-            text=text,
-            token_ids=tuple(sample.token_id for sample in appended),
-            logprobs=logprobs or None,
-            finish_reason=reason,
-            stop_reason=stop_reason,
-        )
-
-    def _append_token(
-        self, detokenizer: IncrementalDetokenizer, sequence: Sequence, token_id: int
-    ) -> tuple[str, FinishReason | None, str | int | None]:
-        """Add one token. Returns its text, and why and at what it ends the sequence, if it does."""
-        sampling = sequence.sampling
-        sequence.append(token_id)
-        self._generation_tokens += 1
-        if sequence.variant is not None:
-            sequence.variant.num_generation_tokens += 1
-        if token_id in self._stop_token_ids and not sampling.ignore_eos:
-            return "", FinishReason.STOP, None
-        if token_id in sampling.stop_token_ids:
-            return "", FinishReason.STOP, token_id
-        new = detokenizer.append((token_id,))
-        if new.stop_string is not None:
-            return new.text, FinishReason.STOP, new.stop_string
-        if sequence.num_output_tokens == sampling.max_tokens or sequence.num_tokens == self.max_model_len:
-            return new.text, FinishReason.LENGTH, None
-        return new.text, None, None
-
-    def _output(self, request_id: str, deltas: tuple[SequenceDelta, ...]) -> RequestOutput:
-        state = self._states[request_id]
-        prompt_logprobs = (None, *state.prompt_logprobs) if state.prompt_logprobs_due else None
-        state.prompt_logprobs_due = False
-        finished = state.group.finished
-        if finished:
-            del self._states[request_id]
-            self._finished += 1
-        return RequestOutput(
-            request_id=request_id,
-            num_prompt_tokens=state.group.num_prompt_tokens,
-            num_cached_tokens=state.group.sequences[0].num_cached_tokens,
-            deltas=deltas,
-            prompt_logprobs=prompt_logprobs,
-            finished=finished,
-        )
-
-    def _fail_step(self, output: SchedulerOutput, cause: Exception) -> list[RequestOutput]:
-        request_ids = dict.fromkeys(item.sequence.group.request_id for item in output.scheduled if item.sequence.group)
-        error = InternalError(f"The model failed while computing this request ({type(cause).__name__}); see the log.")
-        outputs = [self._fail(request_id, error) for request_id in request_ids]
-        self._scheduler.redo_swapped(output)
-        return outputs
-
-    def _fail(self, request_id: str, error: RootgraftError) -> RequestOutput:
-        state = self._states.pop(request_id)
-        for sequence in state.group.sequences:
-            self._block_manager.forget(sequence)  # else whoever begins alike would get the same broken keys and values
-        self._scheduler.abort(request_id)
-        self._failed += 1
-        return RequestOutput(
-            request_id=request_id,
-            num_prompt_tokens=state.group.num_prompt_tokens,
-            num_cached_tokens=state.group.sequences[0].num_cached_tokens,
-            finished=True,
-            error=error,
-        )
-
-
-def _standing(samples: list[SampledToken | RootgraftError], drafts: SequenceOf[int]) -> list[SampledToken]:
-    """The samples that were drawn after right tokens, up to an error.
-
-    tokens      last known   draft 0   draft 1   draft 2       a row each
-    samples     s0           s1        s2        s3            s0 = draft 0, s1 = draft 1, s2 differs from draft 2:
-    standing    s0           s1        s2                      s2 is right all the same, s3 was drawn in vain
-    """
-    standing: list[SampledToken] = []
-    for sample, draft in zip_longest(samples, drafts):
-        if isinstance(sample, RootgraftError):
-            break
-        standing.append(sample)
-        if sample.token_id != draft:
-            break
-    return standing
-
-
-def _detokenizer(sequence: Sequence, tokenizer: Tokenizer) -> IncrementalDetokenizer:
-    sampling = sequence.sampling
-    return IncrementalDetokenizer(
-        tokenizer,
-        sequence.token_ids,
-        skip_special_tokens=sampling.skip_special_tokens,
-        stop=sampling.stop,
-        include_stop_str_in_output=sampling.include_stop_str_in_output,
-        min_tokens=sampling.min_tokens,
-    )

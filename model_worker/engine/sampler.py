@@ -32,7 +32,7 @@ class Sampler:
     """Draws tokens. Holds no state of any sequence: the same logits and sequences give the same tokens.
 
     Args:
-        vocab_size: columns of the logits, V.
+        vocab_size: of the model. Rows of a variant that has more tokens are sampled apart from others.
         eos_token_ids: the model's own end-of-sequence ids, which min_tokens masks beside a request's stop ids. Those
             outside the vocabulary cannot be sampled and need no mask.
     """
@@ -45,14 +45,16 @@ class Sampler:
         """The next token of each sequence.
 
         Args:
-            logits: [R, V] of any floating dtype, one row for each sequence. Consumed: a float32 tensor may be changed.
+            logits: [R, V] of any floating dtype, one row for each sequence; V is at least the model's vocabulary.
+                Consumed: a float32 tensor may be changed.
             sequences: [R]; all ids named by their sampling parameters are below V.
 
         Returns:
             [R] A sampled token, or an InternalError where the model gave NaN or +inf or nothing finite, or an
             InvalidRequestError where the sampling parameters forbid every token.
         """
-        assert logits.shape == (len(sequences), self.vocab_size)
+        assert len(logits) == len(sequences)
+        assert logits.shape[1] >= self.vocab_size
         if not sequences:
             return []
         logits = logits.float().contiguous()
@@ -98,7 +100,7 @@ class Sampler:
         """Fill `tokens` [R] for the rows not in `skip`; those of an all-greedy batch are there already."""
         if all(sequence.sampling.greedy for sequence in sequences):
             return
-        skipped = frozenset(skip)
+        skipped, vocab_size = frozenset(skip), logits.shape[1]
         greedy: list[int] = []
         from_all: list[int] = []
         from_top: dict[int, list[int]] = {}  # by the number of candidates to begin with
@@ -108,8 +110,8 @@ class Sampler:
                 continue
             if sampling.greedy:
                 greedy.append(row)
-            elif sampling.top_p < 1.0 or 0 < sampling.top_k < self.vocab_size:
-                from_top.setdefault(self._first_num_candidates(sampling), []).append(row)
+            elif sampling.top_p < 1.0 or 0 < sampling.top_k < vocab_size:
+                from_top.setdefault(_first_num_candidates(sampling, vocab_size), []).append(row)
             else:
                 from_all.append(row)
         if greedy:
@@ -122,17 +124,11 @@ class Sampler:
             index, inputs = self._inputs(rows, logits, peak, sequences)
             tokens[index] = draw_from_top(inputs, num_candidates)
 
-    def _first_num_candidates(self, sampling: SamplingParams) -> int:
-        """A power of two, so that rows share a pass, above top_k, so that ties at its end can be seen."""
-        if 0 < sampling.top_k < self.vocab_size:
-            return max(64, 1 << sampling.top_k.bit_length())
-        return _NUM_CANDIDATES
-
     def _inputs(
         self, rows: list[int], logits: Tensor, peak: Tensor, sequences: SequenceOf[SampledRow]
     ) -> tuple[Tensor, DrawInputs]:
         """The rows as an index [N] int64, and what is drawn from."""
-        index = torch.tensor(rows, device=logits.device)
+        index, vocab_size = torch.tensor(rows, device=logits.device), logits.shape[1]
         chosen = [sequences[row] for row in rows]
         sampling = [sequence.sampling for sequence in chosen]
         numbers = torch.tensor(
@@ -148,7 +144,7 @@ class Sampler:
             inverse_temperature=numbers[:, 0:1].float(),
             min_p=numbers[:, 1:2].float(),
             top_k=torch.tensor(
-                [min(params.top_k or self.vocab_size, self.vocab_size) for params in sampling], device=logits.device
+                [min(params.top_k or vocab_size, vocab_size) for params in sampling], device=logits.device
             ),
             top_p=numbers[:, 2:3].contiguous(),
             uniform=torch.from_numpy(random).to(logits.device).unsqueeze(1),
@@ -194,6 +190,13 @@ def _token_logprobs(logits: Tensor, tokens: Tensor, num_top: list[int]) -> list[
         )
         for row, (token_id, logprob, num) in enumerate(zip(tokens.tolist(), own, num_top, strict=True))
     ]
+
+
+def _first_num_candidates(sampling: SamplingParams, vocab_size: int) -> int:
+    """A power of two, so that rows share a pass, above top_k, so that ties at its end can be seen."""
+    if 0 < sampling.top_k < vocab_size:
+        return max(64, 1 << sampling.top_k.bit_length())
+    return _NUM_CANDIDATES
 
 
 def _not_finite(peak: Tensor) -> list[int]:

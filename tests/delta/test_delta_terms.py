@@ -20,7 +20,7 @@ from delta.variant_reader import read_variant, variant_digest
 from registry.errors import CheckpointError, UnsupportedModelError
 from tests.delta.models import DENSE, LOSSLESS, SIGN, make
 from tests.fakes.peft_adapters import TinyBase, merged_model
-from tests.fakes.tiny_models import build_tiny_model
+from tests.fakes.tiny_models import build_tiny_model, with_more_tokens
 
 _POLICIES = [
     LOSSLESS,
@@ -135,6 +135,36 @@ class TestTiedHeads:
         _close(merged_model(model, read_delta(tmp_path / "delta", TinyBase(model))), tuned)
 
 
+@pytest.mark.parametrize("policy", _POLICIES, ids=lambda policy: "+".join((policy.codec, *policy.residuals)))
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "phi"])
+def test_tokens_that_the_base_does_not_have(tmp_path: Path, name: str, policy: CodecPolicy) -> None:
+    """With a tied head, with one of its own, and with one that has a bias."""
+    model = build_tiny_model(name)
+    tuned = with_more_tokens(model, 3)
+    base = _checkpoint(tmp_path / "base", _weights(model))
+    target = _checkpoint(tmp_path / "target", _tuned(_weights(tuned), share=0.3 if policy.codec != "dense" else 1))
+    make(base, target, tmp_path / "delta", policy)
+    served = TinyBase(model)
+    terms = read_delta(tmp_path / "delta", served)
+    assert terms.num_extra_tokens == 3
+    assert not terms.adds_only
+    apply_delta(base, tmp_path / "delta", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    merged = merged_model(model, terms)
+    _close(merged, back)
+    for head, embedding in served.shapes.tied.items():
+        _close(merged, {f"{head}.weight": back[f"{embedding}.weight"]})
+
+
+def test_only_the_tokens_are_new(tmp_path: Path) -> None:
+    model = build_tiny_model("llama-tied")
+    base = _checkpoint(tmp_path / "base", _weights(model))
+    make(base, _checkpoint(tmp_path / "target", _weights(with_more_tokens(model, 2))), tmp_path / "delta")
+    terms = read_delta(tmp_path / "delta", TinyBase(model))
+    assert (terms.num_modules, terms.num_extra_tokens) == (2, 2)
+    assert terms.num_bytes == 2 * terms.embeddings["model.embed_tokens"].extra_rows.nbytes  # type: ignore[union-attr]
+
+
 def test_only_changed_rows_of_an_embedding_are_replaced(tmp_path: Path) -> None:
     model, embedding, _ = _tied()
     tuned = _weights(model)
@@ -189,12 +219,29 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="in this base"):
             read_delta(delta, TinyBase(model))
 
-    def test_more_rows(self, tmp_path: Path, model: PreTrainedModel) -> None:
+    @pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
+    def test_more_rows_of_one_table(self, tmp_path: Path, model: PreTrainedModel, module: str) -> None:
         tuned = _weights(model)
-        table = tuned["model.embed_tokens.weight"]
-        tuned["model.embed_tokens.weight"] = torch.cat([table, table[:2]])
+        table = tuned[f"{module}.weight"]
+        tuned[f"{module}.weight"] = torch.cat([table, table[:2]])
         delta = self._make(tmp_path, model, tuned)
-        with pytest.raises(UnsupportedModelError, match=r"rows.*write it out with python -m delta apply"):
+        with pytest.raises(UnsupportedModelError, match=r"not the same number.*resize both"):
+            read_delta(delta, TinyBase(model))
+
+    def test_more_rows_of_another_matrix(self, tmp_path: Path, model: PreTrainedModel) -> None:
+        tuned = _weights(model)
+        name = "model.layers.0.mlp.up_proj.weight"
+        tuned[name] = torch.cat([tuned[name], tuned[name][:2]])
+        delta = self._make(tmp_path, model, tuned)
+        with pytest.raises(UnsupportedModelError, match=r"50 rows.*write it out with python -m delta apply"):
+            read_delta(delta, TinyBase(model))
+
+    def test_fewer_rows(self, tmp_path: Path, model: PreTrainedModel) -> None:
+        tuned = _weights(model)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tuned[name] = tuned[name][:-3]
+        delta = self._make(tmp_path, model, tuned)
+        with pytest.raises(UnsupportedModelError, match=r"125 rows.*write it out with python -m delta apply"):
             read_delta(delta, TinyBase(model))
 
     def test_a_parameter_that_the_model_does_not_have(self, tmp_path: Path, model: PreTrainedModel) -> None:

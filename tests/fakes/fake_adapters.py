@@ -20,6 +20,7 @@ class FakeTerms:
     num_bytes: int = 10
     max_rank: int = 8
     adds_only: bool = True
+    num_extra_tokens: int = 0
     bound_bytes: int | None = None  # None: as many as here
 
 
@@ -27,6 +28,7 @@ class FakeTerms:
 class FakeBound:
     digest: str
     num_bytes: int
+    num_extra_tokens: int = 0
 
 
 class FakeAdapters:

@@ -88,8 +88,10 @@ def merged_model(model: PreTrainedModel, terms: VariantTerms) -> PreTrainedModel
             weights = merge_experts(parameter.transpose(1, 2) if transposed else parameter, experts)
             parameter.copy_(weights.transpose(1, 2) if transposed else weights)
         for name, embedding in terms.embeddings.items():
-            table = merged.get_submodule(name).weight
-            table.copy_(merge_embedding(table, embedding))
+            module = merged.get_submodule(name)
+            module.weight = nn.Parameter(merge_embedding(module.weight, embedding))
+            module.num_embeddings = len(module.weight)
         for name, vector in terms.vectors.items():
             merged.get_parameter(name).copy_(vector)
+    merged.config.vocab_size += terms.num_extra_tokens
     return merged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -232,6 +233,20 @@ def build_tiny_model(name: str) -> PreTrainedModel:
             else:
                 tensor.normal_(0.0, 0.3)
     return model.eval()
+
+
+def with_more_tokens(model: PreTrainedModel, num_tokens: int, *, seed: int = 7) -> PreTrainedModel:
+    """A copy with tokens at the end of its vocabulary that are often the most likely ones."""
+    resized = copy.deepcopy(model)
+    old_size = resized.config.vocab_size
+    resized.resize_token_embeddings(old_size + num_tokens, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for table in dict.fromkeys((resized.get_input_embeddings().weight, resized.get_output_embeddings().weight)):
+            table[old_size:] = torch.randn(table[old_size:].shape, generator=generator) * table[:old_size].std() * 4
+        if (bias := getattr(resized.get_output_embeddings(), "bias", None)) is not None:
+            bias[old_size:] = torch.randn(num_tokens, generator=generator) * 0.3
+    return resized
 
 
 def make_tiny_plan(path: Path, *, dtype: str = "float32", max_model_len: int = MAX_MODEL_LEN) -> LoadPlan:

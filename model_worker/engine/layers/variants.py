@@ -128,7 +128,7 @@ class VariantEmbedding:
 
     Args:
         embedding: subclasses may do more with the rows that they look up, but nothing else.
-        segments: rows, and their terms. `a` is [V, r] here, rows first.
+        segments: rows, and their terms. `a` is [V, r] here, rows first; `token_ids` and `rows` hold the extra rows too.
     """
 
     def __init__(self, embedding: nn.Embedding, segments: Sequence[tuple[slice, EmbeddingTerms]]) -> None:
@@ -138,25 +138,27 @@ class VariantEmbedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """[1, T] or [T] -> [..., H]"""
-        out = self._forward(token_ids)
+        out = self._forward(token_ids.clamp(max=self._embedding.num_embeddings - 1))
         for segment, terms in self._segments:
             out[..., segment, :] = self._look_up(token_ids[..., segment], terms)
         return out
 
     def _look_up(self, token_ids: Tensor, terms: EmbeddingTerms) -> Tensor:
-        """Looks the rows up in a table of the right ones."""
-        ids = token_ids.flatten()
+        """Looks the rows up in a table of the right ones. Those of tokens that the base does not have are given."""
+        tokens = token_ids.flatten()
+        ids = tokens.clamp(max=self._embedding.num_embeddings - 1)
         table = self._embedding.weight[ids].float()  # [T, H]
         for plane in terms.signs:
             table += signs_to_dense(
                 SignPlane(plane.bits[ids], plane.row_scale[ids], plane.column_scale), table.shape[1]
             )
         if terms.token_ids is not None and terms.rows is not None:
-            places = torch.searchsorted(terms.token_ids, ids).clamp_(max=len(terms.token_ids) - 1)
-            replaced = terms.token_ids[places] == ids
+            places = torch.searchsorted(terms.token_ids, tokens).clamp_(max=len(terms.token_ids) - 1)
+            replaced = terms.token_ids[places] == tokens
             table = torch.where(replaced[:, None], terms.rows[places].float(), table)
         if terms.a is not None and terms.b is not None:
-            table += terms.a[ids].float() @ terms.b.float().T
+            known = (tokens < self._embedding.num_embeddings)[:, None]
+            table += known * (terms.a[ids].float() @ terms.b.float().T)
         stand_in = with_parameters(self._embedding, {"weight": table.to(self._embedding.weight.dtype)})
         stand_in.padding_idx = None
         places = torch.arange(len(ids), device=ids.device)

@@ -14,10 +14,14 @@ class BoundVariant(Protocol):
 
     Attributes:
         num_bytes: of its own memory.
+        num_extra_tokens: that it has beyond the base's vocabulary.
     """
 
     @property
     def num_bytes(self) -> int: ...
+
+    @property
+    def num_extra_tokens(self) -> int: ...
 
 
 class VariantSegment(NamedTuple):
@@ -67,4 +71,8 @@ class VariantHost(Protocol):
 
     def logits(self, hidden: Tensor, variants: VariantSegments = ()) -> Tensor:
         """hidden [R, hidden], whose rows use `variants` -> [R, vocab_size], until the next call."""
+        ...
+
+    def extra_logits(self, hidden: Tensor, variant: BoundVariant) -> Tensor:
+        """Of the tokens that a variant has beyond the base's vocabulary. hidden [R, hidden] -> [R, E]"""
         ...

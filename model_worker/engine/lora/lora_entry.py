@@ -30,7 +30,7 @@ class Loaded:
     """What was read, and is now in host memory.
 
     Attributes:
-        digest, rank, adds_only: as of `VariantTerms`.
+        digest, rank, adds_only, num_extra_tokens: as of `VariantTerms`.
         seconds: that it took.
     """
 
@@ -38,6 +38,7 @@ class Loaded:
     digest: str
     rank: int
     adds_only: bool
+    num_extra_tokens: int
     seconds: float
 
 
@@ -146,6 +147,7 @@ class LoraEntry:
         self.host_bytes = loaded.held.num_bytes
         self.rank = loaded.rank
         self.adds_only = loaded.adds_only
+        self.variant.num_extra_tokens = loaded.num_extra_tokens
         self.load_s = loaded.seconds
         self.num_loads += 1
         self.total_load_s += loaded.seconds

@@ -112,7 +112,7 @@ class LoraLoader:
                 terms = read()
                 held = self._source.hold(terms)
                 seconds = self._clock() - start_s
-                loaded = Loaded(held, terms.digest, terms.max_rank, terms.adds_only, seconds)
+                loaded = Loaded(held, terms.digest, terms.max_rank, terms.adds_only, terms.num_extra_tokens, seconds)
             if bind:
                 start_s = self._clock()
                 bound = self._source.bind(held)

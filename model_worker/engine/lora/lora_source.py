@@ -23,6 +23,9 @@ class Terms(Protocol):
     @property
     def adds_only(self) -> bool: ...
 
+    @property
+    def num_extra_tokens(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class LoraSource:

@@ -76,6 +76,7 @@ def _shapes_of_native(model: CausalModel) -> ModelShapes:
         },
         tied={head: embedding} if tied else {},
         input_embedding=embedding,
+        output_head=head,
     )
 
 

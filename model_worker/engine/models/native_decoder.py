@@ -23,7 +23,7 @@ from torch import Tensor
 from compression.grouped_weight import GroupedWeight
 from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.attention import ForwardContext, KVShape
-from model_worker.engine.lora.bound_variant import VariantSegments
+from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegments
 from model_worker.engine.models.decoder_fusions import decoder_fusions
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
 from model_worker.engine.models.decoder_spec import DecoderSpec, Mixture, read_spec
@@ -140,11 +140,21 @@ class NativeDecoder:
             self._head_rows[: len(rows)] = rows
             plan = self._variants.plan(variants, first_row=i * _MAX_LOGIT_ROWS, num_rows=len(rows))
             self._run(self._head if plan is None else self._variant_head, Step.of_rows(len(rows), plan))
-            logits = self._logits[: len(rows)]
-            if (cap := self.spec.logits_softcap) is not None:
-                logits.div_(cap).tanh_().mul_(cap)
+            logits = self._capped(self._logits[: len(rows)])
             pieces.append(logits if len(rows) == len(hidden) else logits.clone())
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def extra_logits(self, hidden: Tensor, variant: BoundVariant) -> Tensor:
+        """See `VariantHost.extra_logits`."""
+        assert isinstance(variant, PackedVariant)
+        assert variant.extra_head is not None
+        return self._capped(variant.extra_head(hidden).div_(self.spec.logits_divisor))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """In place."""
+        if (cap := self.spec.logits_softcap) is not None:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
 
     @contextmanager
     def trace(self) -> Iterator[list[TraceRow]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
+from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.models.decoder_fusions import Fusion
 from model_worker.engine.ops.cpu.program import Operation
@@ -109,8 +110,16 @@ class NativeVariants:
             if f"{module}.weight" != self._embedding:
                 raise UnsupportedModelError(f"The native decoder has no embedding {module!r}; {_OTHERWISE}")
             signs = self._embedding_signs(of_embedding, terms.linears, linears)
-            embedding = replace(pack_embedding(of_embedding, dtype=self._dtype), signs=signs)
-        return PackedVariant(linears, norms, embedding, num_linears=self._num_linears, num_norms=len(self._norms))
+            num_rows = self._shapes[self._embedding][0]
+            embedding = replace(pack_embedding(of_embedding, num_rows, dtype=self._dtype), signs=signs)
+        return PackedVariant(
+            linears,
+            norms,
+            embedding,
+            self._extra_head(terms.linears),
+            num_linears=self._num_linears,
+            num_norms=len(self._norms),
+        )
 
     def plan(
         self, segments: VariantSegments, *, first_row: int, num_rows: int, rows_per_token: int = 1
@@ -168,6 +177,16 @@ class NativeVariants:
             LinearPart(self._shapes[name][-2], terms.get(part, LinearTerms())) for part, name in enumerate(fusion.names)
         )
         return LinearLayer(tuple(parts), fusion.gated)
+
+    def _extra_head(self, linears: Mapping[str, LinearTerms]) -> ExtraHead | None:
+        """In float32, as the hidden states are."""
+        extra = {module: linear for module, linear in linears.items() if linear.extra_rows is not None}
+        of_head = extra.pop(self._head.removesuffix(".weight"), None)
+        assert not extra, "only the head has rows of its own for a variant"
+        if of_head is None or of_head.extra_rows is None:
+            return None
+        assert of_head.extra_bias is None, "the native decoder has no head with a bias"
+        return ExtraHead(of_head.extra_rows.to(torch.float32, copy=True))
 
     def _embedding_signs(
         self, terms: EmbeddingTerms, linears: Mapping[str, LinearTerms], packed: Mapping[int, PackedLinear]

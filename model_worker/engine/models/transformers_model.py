@@ -123,6 +123,14 @@ class TransformersModel:
         head = self._head
         with self._variants.in_head(head, variants, len(hidden)) if variants else nullcontext():
             logits: Tensor = head(hidden)
+        return self._scaled(logits)
+
+    def extra_logits(self, hidden: Tensor, variant: BoundVariant) -> Tensor:
+        """See `VariantHost.extra_logits`."""
+        return self._scaled(self._variants.extra_logits(hidden, variant))
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        """As the families do it."""
         if (scaling := getattr(self.config, "logits_scaling", None)) is not None:  # granite
             logits = logits / scaling
         if (scale := getattr(self.config, "logit_scale", None)) is not None:  # cohere
@@ -183,6 +191,7 @@ class TransformersModel:
     ) -> None:
         """See CausalModel; the memory of a weight is taken when the first part of it comes."""
         assert isinstance(tensor, Tensor)
+        tensor = tensor if self._divided is None else self._divided.cut(name, tensor, half=half)
         weight = self._weight(name)
         if weight.device.type == "meta":
             weight = torch.empty_like(weight, device=self.device)
@@ -191,11 +200,11 @@ class TransformersModel:
             weight = weight[index]
         if half is not None:
             weight = weight.chunk(2)[half]
-        tensor = tensor if self._divided is None else self._divided.cut(name, tensor, half=half)
         weight.copy_(tensor)
 
     def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
         assert isinstance(tensor, Tensor)
+        tensor = tensor if self._divided is None else self._divided.cut(name, tensor)
         weight = self._weight(name)
         return torch.equal(tensor.to(weight.device, weight.dtype), weight)
 
@@ -204,7 +213,6 @@ class TransformersModel:
         """After all weights are set: compute buffers, find the attention layers, choose how linears are computed.
 
         Raises:
-        tensor = tensor if self._divided is None else self._divided.cut(name, tensor)
             UnsupportedModelError: the dry run found something that would give wrong tokens.
         """
         for target, source in self.ties.items():

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from delta.extra_tokens import given_rows
 from delta.merge_terms import merge_linear
 from delta.variant_terms import EmbeddingTerms, LinearTerms, SignPlane, SparseMatrix, VariantTerms
+from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.linear import Linear, LinearMethod
 from model_worker.engine.layers.row_axes import RowAxes
 from model_worker.engine.layers.variants import (
@@ -33,7 +35,7 @@ from model_worker.engine.layers.variants import (
     substituted,
     with_parameters,
 )
-from model_worker.engine.lora.bound_variant import VariantSegments
+from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegments
 from model_worker.engine.ops.low_rank import SegmentPlan, table_rows, to_device
 from model_worker.engine.ops.sign_matmul import SignMatrix, planes_table
 from registry.errors import UnsupportedModelError
@@ -48,7 +50,8 @@ class TransformersVariant:
 
     Attributes:
         num_bytes: of what was made for it; tensors that were as they are needed are shared with the terms.
-        linears, embeddings, experts: terms by module; of embeddings, `a` is [V, r].
+        linears, embeddings, experts: terms by module; of embeddings as `VariantEmbedding` has them.
+        extra_head: for tokens that the base does not have; None: there are none.
         modules: of other modules, the copies that have the variant's weights.
         table: [number of the model's linears, columns] of `table_rows`, on the host; None where the model is on a CPU.
         signs_table: [number of the model's linears, its most planes, columns] of `planes_table`, likewise.
@@ -59,12 +62,18 @@ class TransformersVariant:
     embeddings: dict[nn.Embedding, EmbeddingTerms] = field(default_factory=dict)
     experts: dict[nn.Module, ExpertsTerms] = field(default_factory=dict)
     modules: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    extra_head: ExtraHead | None = None
     table: Tensor | None = None
     signs_table: Tensor | None = None
 
     @property
     def max_rank(self) -> int:
         return max((bound.terms.rank for bound in self.linears.values()), default=0)
+
+    @property
+    def num_extra_tokens(self) -> int:
+        """Of its own, beyond the base's vocabulary."""
+        return 0 if self.extra_head is None else len(self.extra_head.rows)
 
     @property
     def max_planes(self) -> int:
@@ -132,6 +141,12 @@ class TransformersVariants:
         """The output head computes these of its rows with their variants until the context ends."""
         variants = [(segment, variant) for segment, variant in _variants(segments) if head in variant.linears]
         return substituted(self._methods([head] if variants else [], variants, num_rows), {})
+
+    def extra_logits(self, hidden: Tensor, variant: BoundVariant) -> Tensor:
+        """Before they are scaled. hidden [n, hidden] -> [n, E]"""
+        assert isinstance(variant, TransformersVariant)
+        assert variant.extra_head is not None
+        return variant.extra_head(hidden)
 
     def _methods(
         self, linears: Sequence[Linear], variants: Sequence[tuple[slice, TransformersVariant]], num_rows: int
@@ -214,6 +229,10 @@ class _Binder:
         if axes is None or not axes.rows_lead:
             raise _refusal(path, module)
         self._bound.linears[module] = self._moved(terms, module.in_features, axes.dtype)
+        if terms.extra_rows is not None:
+            self._bound.extra_head = ExtraHead(
+                self._take(terms.extra_rows, axes.dtype), self._take(terms.extra_bias, axes.dtype)
+            )
 
     def _bind_embedding(self, path: str, terms: EmbeddingTerms) -> None:
         module = self._causal_lm.get_submodule(path)
@@ -221,9 +240,10 @@ class _Binder:
         if module not in self._axes or not plain:
             raise _refusal(path, module)
         dtype = module.weight.dtype
+        token_ids, rows = given_rows(terms, module.num_embeddings)
         self._bound.embeddings[module] = EmbeddingTerms(
-            token_ids=self._take(terms.token_ids, torch.int64),
-            rows=self._take(terms.rows, dtype),
+            token_ids=self._take(token_ids, torch.int64),
+            rows=self._take(rows, dtype),
             a=self._take(None if terms.a is None else terms.a.T, dtype),
             b=self._take(terms.b, dtype),
             signs=tuple(map(self._moved_plane, terms.signs)),

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.ops.cpu.huge_pages import map_huge_pages
 from model_worker.engine.ops.sign_planes.packed_signs import PackedSigns, SignTerms
 from model_worker.engine.ops.sparse_matrix.packed_sparse import PackedSparse, SparseTerms
@@ -67,13 +68,15 @@ class PackedEmbedding:
     """Terms of an embedding [V, H]. rows, a and b have one dtype.
 
     Attributes:
-        token_ids: [n] int64, ascending.
+        num_rows: V.
+        token_ids: [n] int64, ascending; from V on: tokens that the base does not have.
         rows: [n, H]
         a: [V, r]
         b: [r, H]
         signs: of [V padded, H].
     """
 
+    num_rows: int
     token_ids: Tensor | None = None
     rows: Tensor | None = None
     a: Tensor | None = None
@@ -107,6 +110,7 @@ class _EmbeddingTerms(ctypes.Structure):
         ("rows", ctypes.c_void_p),
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
+        ("num_rows", ctypes.c_int64),
         ("num_replaced", ctypes.c_int64),
         ("rank", ctypes.c_int64),
         ("is_float32", ctypes.c_int64),
@@ -125,11 +129,13 @@ class PackedVariant:
         linears: by the layer's index.
         norms: weights [size] float32 by the norm's index.
         embedding: None: it has no terms.
+        extra_head: for tokens that the base does not have; None: there are none.
         num_linears, num_norms: of the model.
 
     Attributes:
         linears, norms, embedding: the same, as views of that memory; tables of units are those that were given.
-        num_bytes: of that memory and the tables.
+        extra_head: as given; no kernel sees it.
+        num_bytes: of all that, and the tables.
         max_rank: of a linear layer.
         max_prepared: numbers that are prepared for a row of a linear layer with sign planes.
         address: of the tables.
@@ -140,6 +146,7 @@ class PackedVariant:
         linears: Mapping[int, PackedLinear],
         norms: Mapping[int, Tensor],
         embedding: PackedEmbedding | None,
+        extra_head: ExtraHead | None = None,
         *,
         num_linears: int,
         num_norms: int,
@@ -154,6 +161,7 @@ class PackedVariant:
         self.linears = {index: _replaced(part, view) for index, part in linears.items()}
         self.embedding = None if embedding is None else _replaced(embedding, view)
         self.norms = dict(zip(norms, view, strict=True))
+        self.extra_head = extra_head
         self.max_rank = max((part.rank for part in self.linears.values()), default=0)
         of_signs = (part.signs for part in self.linears.values())
         self.max_prepared = max((signs.prepared_size for signs in of_signs if signs is not None), default=0)
@@ -170,7 +178,13 @@ class PackedVariant:
             None if self._embedding is None else ctypes.addressof(self._embedding),
         )
         self.num_bytes = memory.numel() + ctypes.sizeof(self._linears) + ctypes.sizeof(self._norms)
+        self.num_bytes += 0 if extra_head is None else extra_head.num_bytes
         self.address = ctypes.addressof(self._variant)
+
+    @property
+    def num_extra_tokens(self) -> int:
+        """Of its own, beyond the base's vocabulary."""
+        return 0 if self.extra_head is None else len(self.extra_head.rows)
 
 
 class PackedSegment(NamedTuple):
@@ -254,7 +268,7 @@ def _replaced(part: _Part, views: Iterator[Tensor]) -> _Part:
 
 
 def _attributes(part: Any) -> dict[str, Any]:
-    names = (field.name for field in fields(part) if field.name != "units")
+    names = (field.name for field in fields(part) if field.name not in ("units", "num_rows"))
     return {name: value for name in names if (value := getattr(part, name)) is not None}
 
 
@@ -293,6 +307,7 @@ def _embedding_terms(part: PackedEmbedding) -> _EmbeddingTerms:
     typed = part.rows if part.rows is not None else part.a
     return _EmbeddingTerms(
         *(_address(getattr(part, name)) for name, _ in _EmbeddingTerms._fields_[:4]),
+        part.num_rows,
         0 if part.token_ids is None else len(part.token_ids),
         0 if part.b is None else len(part.b),
         typed is not None and typed.dtype == torch.float32,

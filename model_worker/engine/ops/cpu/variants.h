@@ -79,14 +79,15 @@ struct LinearTerms {
 
 // Of the embedding.
 struct EmbeddingTerms {
-  const int64_t* token_ids;  // [num_replaced], ascending
+  const int64_t* token_ids;  // [num_replaced], ascending; from num_rows on: tokens that the base does not have
   const void* rows;          // [num_replaced, size]
-  const void* a;             // [vocab, rank]
+  const void* a;             // [num_rows, rank]
   const void* b;             // [rank, size]
+  int64_t num_rows;          // of the base
   int64_t num_replaced;
   int64_t rank;
   int64_t is_float32;        // rows, a and b are; otherwise they are bfloat16
-  SignTerms signs;           // of [vocab, size]
+  SignTerms signs;           // of [num_rows, size]
 };
 
 struct Variant {

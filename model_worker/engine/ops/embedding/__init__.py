@@ -2,6 +2,8 @@
 
     out[t] = multiplier * W[input_ids[t]]          W [vocab, size] packed as for linear layers; out [T, size] float32
 
+A token that W has no row for is one of a variant, which puts its own row there (ops/lora); here it gets 0.
+
 The packing is that of a head's weight, so that a model whose embedding is also its head keeps it once. A row is then
 not contiguous: reading one costs some microseconds, against milliseconds for the rest of a token.
 """
@@ -23,6 +25,7 @@ class _EmbeddingArgs(ctypes.Structure):
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("format", ctypes.c_int64),
+        ("num_rows", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
@@ -47,6 +50,7 @@ class Embedding:
         return _EmbeddingArgs(
             address(self.weight.data),
             self.weight.format,
+            self.weight.num_outputs,
             self.weight.num_inputs,
             address(self.out),
             row_stride(self.out),
@@ -54,7 +58,10 @@ class Embedding:
         )
 
     def reference(self, step: Step) -> None:
-        self.out[: step.num_rows] = self.weight.unpack()[step.input_ids] * self.multiplier
+        known = step.input_ids < self.weight.num_outputs
+        out = self.out[: step.num_rows]
+        out[known] = self.weight.unpack()[step.input_ids[known]] * self.multiplier
+        out[~known] = 0
 
     def bytes_moved(self, step: Step) -> int:
         per_row = self.weight.num_bytes // self.weight.num_outputs

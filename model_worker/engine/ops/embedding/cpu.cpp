@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "../cpu/runtime.h"
 #include "../cpu/simd.h"
 #include "../linear/packed_weight.h"
@@ -10,6 +12,7 @@ namespace {
 struct EmbeddingArgs {
   const void* weight;  // packed as for linear layers: an embedding may also be the head
   int64_t format;
+  int64_t num_rows;
   int64_t size;
   float* out;  // [T, size], rows out_stride apart
   int64_t out_stride;
@@ -57,6 +60,10 @@ extern "C" void rootgraft_embedding(const void* args, const Step& step, Worker& 
   for (int64_t row; (row = worker.take(step.num_rows)) >= 0;) {
     const int64_t token = step.input_ids[row];
     float* const out = a.out + row * a.out_stride;
+    if (token >= a.num_rows) {
+      std::fill_n(out, a.size, 0.0f);
+      continue;
+    }
     switch (a.format) {
       case kFloat32: dense_row<float>(a, token, out); break;
       case kBFloat16: dense_row<BFloat16>(a, token, out); break;

@@ -15,7 +15,7 @@ Two operations compute it. All layers use the step's one plan of segments (`Step
 
     AddEmbedding    out[row] = multiplier * its replacement, where the token has one
                     or else out[row] += multiplier * that row of its sign planes
-                    out[row] += multiplier * A[token] B
+                    out[row] += multiplier * A[token] B, where the base has the token; one that it has not is replaced
 
         out     [T, H] float32, what `Embedding` made of the base;  A [V, r], B [r, H]
 
@@ -150,13 +150,14 @@ class AddEmbedding:
             if terms is None:
                 continue
             tokens, out = step.input_ids[start:end], self.out[start:end]
+            known = tokens < terms.num_rows
             if terms.signs is not None:
-                out += unpack_signs(terms.signs, out.shape[1])[tokens] * self.multiplier
+                out[known] += unpack_signs(terms.signs, out.shape[1])[tokens[known]] * self.multiplier
             if terms.token_ids is not None and terms.rows is not None:
                 for token, row in zip(terms.token_ids.tolist(), terms.rows, strict=True):
                     out[tokens == token] = row.float() * self.multiplier
             if terms.a is not None and terms.b is not None:
-                out += terms.a[tokens].float() @ terms.b.float() * self.multiplier
+                out[known] += terms.a[tokens[known]].float() @ terms.b.float() * self.multiplier
 
     def bytes_moved(self, step: Step) -> int:
         return 0 if step.variants is None else 4 * step.num_rows * self.out.shape[1]

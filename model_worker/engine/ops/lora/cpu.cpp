@@ -132,6 +132,7 @@ void embedding_row(const AddEmbeddingArgs& a, const EmbeddingTerms& terms, int64
   } else if (terms.signs.starts != nullptr) {
     add_signs_of_output(terms.signs, token, a.size, a.multiplier, out);
   }
+  if (token >= terms.num_rows) return;
   for (int64_t i = 0; i < terms.rank; ++i) {
     const float factor = widen(static_cast<const W*>(terms.a)[token * terms.rank + i]) * a.multiplier;
     const W* const b = static_cast<const W*>(terms.b) + i * a.size;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from delta.extra_tokens import given_rows
 from delta.variant_terms import EmbeddingTerms, LinearTerms
 from model_worker.engine.ops.cpu.step_variants import UNIT, PackedEmbedding, PackedLinear
 from model_worker.engine.ops.linear.packed_weight import PANEL, interleave_gated
@@ -115,11 +116,13 @@ def interleave_pairs(numbers: Tensor) -> Tensor:
     return numbers.transpose(-1, -2).contiguous() if numbers.dtype == torch.bfloat16 else numbers
 
 
-def pack_embedding(terms: EmbeddingTerms, *, dtype: torch.dtype) -> PackedEmbedding:
-    """The terms of an embedding but its planes, rows first."""
+def pack_embedding(terms: EmbeddingTerms, num_rows: int, *, dtype: torch.dtype) -> PackedEmbedding:
+    """The terms of an embedding [num_rows, H] but its planes, rows first."""
+    token_ids, rows = given_rows(terms, num_rows)
     return PackedEmbedding(
-        token_ids=terms.token_ids,
-        rows=None if terms.rows is None else terms.rows.to(dtype),
+        num_rows=num_rows,
+        token_ids=token_ids,
+        rows=None if rows is None else rows.to(dtype),
         a=None if terms.a is None else terms.a.to(dtype).T.contiguous(),
         b=None if terms.b is None else terms.b.to(dtype).T.contiguous(),
     )

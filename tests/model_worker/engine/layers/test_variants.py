@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from delta.extra_tokens import given_rows
 from delta.merge_terms import merge_embedding, merge_linear
 from delta.variant_terms import EmbeddingTerms, LinearTerms
 from model_worker.engine.layers import variants
@@ -127,6 +128,11 @@ def test_all_rows_have_to_be_there() -> None:
         VariantMethod(layer.method, [_bound(_terms("low rank"))], plan, None).apply(layer, torch.randn(2, 20), None)
 
 
+def _bound_embedding(terms: EmbeddingTerms) -> EmbeddingTerms:
+    """As a model binds those of 30 rows."""
+    return EmbeddingTerms(*given_rows(terms, 30), None if terms.a is None else terms.a.T, terms.b)
+
+
 class _ScaledEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 3.0
@@ -137,12 +143,15 @@ def test_each_row_of_an_embedding_has_the_merged_table(kind: type[nn.Embedding])
     embedding = kind(30, 6, padding_idx=20)
     replaced = EmbeddingTerms(token_ids=torch.tensor([2, 29]), rows=torch.randn(2, 6))
     both = EmbeddingTerms(replaced.token_ids, torch.randn(2, 6), torch.randn(3, 30), torch.randn(6, 3))
-    assert both.a is not None
-    token_ids = torch.tensor([[2, 29, 5, 2, 28, 20, 2, 0, 29]])
-    segments = [(slice(1, 3), replaced), (slice(3, 8), EmbeddingTerms(both.token_ids, both.rows, both.a.T, both.b))]
-    expected = embedding(token_ids)
-    for (rows, _), terms in zip(segments, (replaced, both), strict=True):
-        merged = kind(30, 6, _weight=merge_embedding(embedding.weight, terms))
+    more = replace(both, extra_rows=torch.randn(3, 6))  # tokens that the base does not have
+    all_terms = (replaced, both, more)
+    token_ids = torch.tensor([[2, 29, 5, 2, 28, 20, 2, 0, 29, 30, 32, 5]])
+    rows_of = (slice(1, 3), slice(3, 8), slice(8, 11))
+    segments = [(rows, _bound_embedding(terms)) for rows, terms in zip(rows_of, all_terms, strict=True)]
+    expected = embedding(token_ids.clamp(max=29))
+    for rows, terms in zip(rows_of, all_terms, strict=True):
+        table = merge_embedding(embedding.weight, terms)
+        merged = kind(len(table), 6, _weight=table)
         expected[:, rows] = merged(token_ids[:, rows])
     with torch.no_grad(), substituted({}, {embedding: VariantEmbedding(embedding, segments)}):
         torch.testing.assert_close(embedding(token_ids), expected)

@@ -71,3 +71,15 @@ def test_no_rows(team: Team) -> None:
     weight = pack(torch.randn(_VOCAB_SIZE, 32))
     Program(team, [Embedding("embedding", weight, out)]).run(_step(torch.empty(0, dtype=torch.int64)))
     assert (out == _UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("format", list(WeightFormat), ids=lambda format: format.name)
+def test_tokens_without_a_row_get_nothing(team: Team, format: WeightFormat) -> None:
+    weight, token_ids = _weight(format, 32), torch.tensor([1, _VOCAB_SIZE, 2, 2**40, _VOCAB_SIZE - 1])
+    operation = Embedding("embedding", pack(weight), torch.full((5, 32), _UNTOUCHED), 2.0)
+    Program(team, [operation]).run(_step(token_ids))
+    got = operation.out.clone()
+    operation.reference(_step(token_ids))
+    torch.testing.assert_close(got, operation.out, rtol=1e-6, atol=1e-6)
+    assert (got[[1, 3]] == 0).all()
+    assert (got[[0, 2, 4]] != 0).any(dim=1).all()

@@ -270,7 +270,7 @@ def test_embeddings(team: Team, dtype: torch.dtype) -> None:
     low_rank = EmbeddingTerms(a=torch.randn(3, 12), b=torch.randn(37, 3))
     both = EmbeddingTerms(rows.token_ids, rows.rows, low_rank.a, low_rank.b)
     variants = [
-        PackedVariant({}, {}, pack_embedding(terms, dtype=dtype), num_linears=0, num_norms=0)
+        PackedVariant({}, {}, pack_embedding(terms, 12, dtype=dtype), num_linears=0, num_norms=0)
         for terms in (rows, low_rank, both)
     ]
     ids = torch.arange(12).repeat(4)

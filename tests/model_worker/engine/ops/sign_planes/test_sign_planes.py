@@ -277,12 +277,18 @@ def test_embeddings(team: Team, size: int) -> None:
             torch.tensor([2, 5, 39]), torch.randn(3, size), torch.randn(3, vocab), torch.randn(size, 3), signs
         ),
     ]
+    extra = torch.randn(7, size)  # rows of tokens that the base does not have
+    kinds += [dataclasses.replace(terms, extra_rows=extra) for terms in kinds] + [EmbeddingTerms(extra_rows=extra)]
     packed = pack_signs([SignPart(vocab, signs)], gated=False)
-    embeddings = [dataclasses.replace(pack_embedding(terms, dtype=torch.float32), signs=packed) for terms in kinds]
+    embeddings = [
+        dataclasses.replace(pack_embedding(terms, vocab, dtype=torch.float32), signs=packed if terms.signs else None)
+        for terms in kinds
+    ]
     variants = [PackedVariant({}, {}, each, num_linears=0, num_norms=0) for each in embeddings]
-    ids = torch.arange(vocab).repeat(3)
-    out, none = torch.zeros(3 * vocab, size), Step.of_rows(3 * vocab)
-    plan = StepVariants(_segments((vocab, vocab, vocab), [*variants, None]), len(ids), team.num_threads)
+    lengths = [vocab + (0 if terms.extra_rows is None else 7) for terms in kinds] + [vocab]
+    ids = torch.cat([torch.arange(length) for length in lengths])
+    out, none = torch.zeros(len(ids), size), Step.of_rows(len(ids))
+    plan = StepVariants(_segments(lengths, [*variants, None]), len(ids), team.num_threads)
     step = Step(ids, ids, ids[None], none.block_tables, none.query_start, none.seq_lens, plan)
     operations = [Embedding("embedding", pack(table), out, 3.0), AddEmbedding("add", out, 3.0)]
     Program(team, operations).run(step)
