@@ -14,12 +14,12 @@ from adapters.tokenizer import Tokenizer
 from registry.checkpoint import Checkpoint
 from registry.errors import CheckpointError, InsufficientMemoryError, InvalidRequestError, UnsupportedModelError
 from registry.ggml_types import SUPPORTED_GGML_TYPES
+from registry.parameter_names import is_input_embedding
 
 _FLOAT_TYPES = frozenset(("F64", "F32", "F16", "BF16"))
 _INDEX_TYPES = frozenset(("I64", "I32", "I16", "U8", "BOOL"))  # buffers such as attention masks of old checkpoints
 # Frequencies that depend on the token's own position only; the batch's neighbours cannot change them.
 _ROPE_TYPES = frozenset((None, "default", "linear", "llama3", "yarn", "proportional"))
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "token_embd.weight")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def check_vocabulary(checkpoint: Checkpoint, tokenizer: Tokenizer, vocab_size: i
     Raises: CheckpointError for a tokenizer that belongs to another model, or a config that contradicts the weights.
     """
     for name, tensor in checkpoint.tensors.items():
-        if name.endswith(_EMBEDDINGS) and len(tensor.shape) == 2 and tensor.shape[0] != vocab_size:
+        if is_input_embedding(name) and len(tensor.shape) == 2 and tensor.shape[0] != vocab_size:
             raise CheckpointError(
                 f"the config says vocab_size {vocab_size}, but {name} has {tensor.shape[0]} rows; "
                 "config.json and weights are of different models, download both again"

@@ -20,16 +20,9 @@ from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.ops.cpu.program import Team
 from model_worker.engine.parallel.group import OneRank, RankGroup
 from registry.errors import CheckpointError, UnsupportedModelError
+from registry.parameter_names import current_name, expert_matrix
 
 logger = logging.getLogger(__name__)
-
-# Names that older checkpoints use for what transformers calls otherwise now.
-_RENAMES = (
-    (re.compile(r"^embed_out\."), "lm_head."),  # gpt_neox
-    (re.compile(r"\.block_sparse_moe\."), ".mlp."),  # mixtral
-    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
-    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
-)
 
 # Tensors that are recomputed, not loaded: rotary frequencies and causal masks that old checkpoints carry.
 _IGNORED = re.compile(
@@ -38,17 +31,6 @@ _IGNORED = re.compile(
     r"|\.attention\.(bias|masked_bias)$"  # gpt_neox
     r"|(^|\.)position_ids$"
 )
-
-# One expert's matrix of a mixture; transformers keeps those of all experts in one parameter.
-_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<matrix>\w+)\.weight$")
-_EXPERT_MATRICES = {
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-    "down_proj": ("down_proj", None),
-    "w1": ("gate_up_proj", 0),
-    "w3": ("gate_up_proj", 1),
-    "w2": ("down_proj", None),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,13 +212,10 @@ class _Filler:
             raise CheckpointError(f"The checkpoint lacks {names}{more}; it is incomplete or of another model.")
 
     def _find(self, name: str) -> _Place | None:
-        for pattern, replacement in _RENAMES:
-            name = pattern.sub(replacement, name)
-        expert = _EXPERT.match(name)
-        if expert is not None and expert["matrix"] in _EXPERT_MATRICES:
-            matrix, half = _EXPERT_MATRICES[expert["matrix"]]
-            weight = self._known(f"{expert['experts']}.{matrix}")
-            return None if weight is None else _Place(weight, int(expert["index"]), half)
+        name = current_name(name)
+        if (expert := expert_matrix(name)) is not None:
+            weight = self._known(expert.parameter)
+            return None if weight is None else _Place(weight, expert.index, expert.half)
         weight = self._known(name)
         return None if weight is None else _Place(weight)
 
