@@ -13,6 +13,7 @@ from delta.artifact import EXTRA_FILES, Delta, open_delta
 from delta.checkpoint_tensors import CheckpointTensors, open_checkpoint
 from delta.output_path import check_apart
 from delta.reconstruct import reconstruct
+from delta.scratch import Scratch
 from delta.tensor_digest import tensor_digest
 from registry.companion_files import companion_files
 from registry.digest import Progress
@@ -53,16 +54,19 @@ def apply_delta(
     ):
         names = [*ours.names(), *opened.config.tensors, *opened.config.tied]
         with SafetensorsWriter(staging, names, max_shard_bytes=max_shard_bytes) as writer:
-            for name, weight in given_back(ours, opened, progress):
+            for name, weight in given_back(ours, opened, progress, keep=False):
                 writer.add(name, weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight)
         for name, content in small_files(companion_files(base), opened).items():
             (staging / name).write_bytes(content)
 
 
 def given_back(
-    base: CheckpointTensors, delta: Delta, progress: Progress | None = None
+    base: CheckpointTensors, delta: Delta, progress: Progress | None = None, *, keep: bool = True
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that the delta gives back, checked against its digest, in the order of the base's files.
+
+    Args:
+        keep: each is in memory of its own; otherwise the next one may overwrite it.
 
     Raises:
         CheckpointError: another base than the delta's, or a damaged file.
@@ -77,13 +81,16 @@ def given_back(
     for name, other in config.tied.items():
         copies.setdefault(other, []).append(name)
     done = 0
+    of_base, of_sum = (None, None) if keep else (Scratch(), Scratch())
     for base_name in (*base.names(), None):
-        before = None if base_name is None else read_base(base, base_name, delta)
+        before = None if base_name is None else read_base(base, base_name, delta, of_base)
         names = by_base.get(base_name, [])
         if base_name is not None and base_name not in names and base_name not in config.dropped:
             names = [base_name, *names]
         for name in names:
-            weight = before if name == base_name and name not in config.tensors else _weight(before, name, delta)
+            weight = (
+                before if name == base_name and name not in config.tensors else _weight(before, name, delta, of_sum)
+            )
             assert weight is not None
             if tensor_digest(weight) != expected[name]:
                 raise CheckpointError(f"{delta.path} does not give back the {name!r} that it promises; copy it again")
@@ -121,8 +128,8 @@ def check_base_names(base: CheckpointTensors, delta: Delta) -> None:
         )
 
 
-def read_base(base: CheckpointTensors, name: str, delta: Delta) -> torch.Tensor:
-    tensor = base.read(name)
+def read_base(base: CheckpointTensors, name: str, delta: Delta, scratch: Scratch | None = None) -> torch.Tensor:
+    tensor = base.read(name, scratch)
     if tensor_digest(tensor) != delta.config.base.tensors[name]:
         raise CheckpointError(
             f"{delta.path} was made from another base model, {delta.config.base.name} "
@@ -131,9 +138,9 @@ def read_base(base: CheckpointTensors, name: str, delta: Delta) -> torch.Tensor:
     return tensor
 
 
-def _weight(before: torch.Tensor | None, name: str, delta: Delta) -> torch.Tensor:
+def _weight(before: torch.Tensor | None, name: str, delta: Delta, scratch: Scratch | None) -> torch.Tensor:
     entry = delta.config.tensors[name]
     try:
-        return reconstruct(before, delta.read_terms(name), entry.torch_dtype, entry.shape)
+        return reconstruct(before, delta.read_terms(name), entry.torch_dtype, entry.shape, scratch)
     except ValueError as error:
         raise CheckpointError(f"{delta.path}: {name!r}: {error}; make the delta again") from error

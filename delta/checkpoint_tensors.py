@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
+from delta.scratch import Scratch
 from delta.tensor_file import read_tensor
 from registry.checkpoint import Checkpoint, read_checkpoint
 from registry.errors import CheckpointError, UnsupportedModelError
 
 
 class CheckpointTensors:
-    """The tensors of one checkpoint; each that is read is in memory of its own."""
+    """The tensors of one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, opened: Mapping[Path, FileIO]) -> None:
         self.checkpoint = checkpoint
@@ -33,10 +34,14 @@ class CheckpointTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.checkpoint.tensors[name].shape
 
-    def read(self, name: str) -> torch.Tensor:
-        """Raises CheckpointError if the file was damaged since it was opened."""
+    def read(self, name: str, scratch: Scratch | None = None) -> torch.Tensor:
+        """One tensor, in `scratch` or else in memory of its own.
+
+        Raises:
+            CheckpointError: the file was damaged since it was opened.
+        """
         header = self.checkpoint.tensors[name]
-        return read_tensor(self._opened[header.file], header)
+        return read_tensor(self._opened[header.file], header, scratch)
 
     @property
     def num_bytes(self) -> int:

@@ -18,11 +18,18 @@ from delta.codecs.replace import REPLACE
 from delta.delta_config import ROWS, DeltaTensor, StoredPart, StoredTerm
 from delta.reconstruct import reconstruct
 from delta.same_bits import same_bits
+from delta.scratch import Scratch
 from delta.tensor_digest import tensor_digest
 
 
 def encode_tensor(
-    before: Tensor | None, after: Tensor, policy: CodecPolicy, *, base_name: str | None, target_digest: str
+    before: Tensor | None,
+    after: Tensor,
+    policy: CodecPolicy,
+    *,
+    base_name: str | None,
+    target_digest: str,
+    scratch: Scratch | None = None,
 ) -> tuple[tuple[Term, ...], DeltaTensor]:
     """The terms of a tensor that differs from the base's, and their description.
 
@@ -34,11 +41,10 @@ def encode_tensor(
         before: the base's; None: it has none. Two dimensions may have another number of rows.
         base_name: the name of `before`.
         target_digest: of `after`, in hex.
+        scratch: for a float32 of each number; None: memory of its own.
     """
-    terms, result = _encode(before, after, policy)
-    is_exact = same_bits(result, after)
-    digest = target_digest if is_exact else tensor_digest(result)
-    error = 0.0 if is_exact or before is None else _relative_error(before, after, result)
+    terms, result, error = _encode(before, after, policy, Scratch() if scratch is None else scratch)
+    digest = target_digest if result is after else tensor_digest(result)
     return terms, describe_tensor(terms, result, base_name=base_name, digest=digest, error=error)
 
 
@@ -56,35 +62,39 @@ def describe_tensor(
     )
 
 
-def _encode(before: Tensor | None, after: Tensor, policy: CodecPolicy) -> tuple[tuple[Term, ...], Tensor]:
-    """The terms of a tensor, and what they give back."""
+def _encode(
+    before: Tensor | None, after: Tensor, policy: CodecPolicy, scratch: Scratch
+) -> tuple[tuple[Term, ...], Tensor, float]:
+    """The terms of a tensor, what they give back, and the relative error of that; `after` itself where it is exact."""
+    terms = None if before is None else _matrix_terms(before, after, policy, scratch)
+    if terms is not None and any(term.codec in WHOLE_CODECS for term in terms):
+        return terms, after, 0.0
+    if before is not None and terms is not None:
+        sums = reconstruct(before, terms, torch.float32, tuple(after.shape), scratch)
+        if _rounds_to(sums, after):
+            return terms, after, 0.0
+        error = _relative_error(before, after, sums)
+        if error is not None:
+            # Not rounded: that would blur what is near the fine-tune, and it is not done where it is served unapplied.
+            return terms, sums, error
+    return _whole(before, after, policy), after, 0.0
+
+
+def _matrix_terms(before: Tensor, after: Tensor, policy: CodecPolicy, scratch: Scratch) -> tuple[Term, ...] | None:
+    """The terms of what both have and of further rows; None: no codec of matrices can do anything with them."""
+    if after.ndim < 2 or not (before.is_floating_point() and after.is_floating_point()):
+        return None
+    num_rows = min(len(before), len(after))
+    of_base, kept = before[:num_rows], after[:num_rows]
+    if not kept.numel():
+        return None
     terms: tuple[Term, ...] = ()
-    num_rows = len(after) if before is None or after.ndim < 2 else min(len(before), len(after))
-    kept = after[:num_rows] if after.ndim else after
-    if before is None or after.ndim < 2 or not _is_coded(before[:num_rows], kept):
-        terms = _whole(before, after, policy)
-        return terms, after
-    of_base = before[:num_rows]
     if not same_bits(of_base, kept):
         matrix = kept.reshape(-1, kept.shape[-1])
-        terms = encode_matrix(of_base.reshape(matrix.shape), matrix, policy)
-    if num_rows < len(after):
-        terms += (Term(ROWS, {ROWS: after[num_rows:]}),)
-    are_whole = bool(terms) and terms[0].codec in WHOLE_CODECS
-    sums = reconstruct(before, terms, after.dtype if are_whole else torch.float32, tuple(after.shape))
-    result = sums.to(after.dtype)
-    if not _all_finite(result):  # a sum beyond float16
-        terms = _whole(before, after, policy)
-        return terms, after
-    # Rounding what is near the fine-tune anyway would blur it, and it is not rounded where it is served unapplied.
-    return terms, result if same_bits(result, after) else sums
-
-
-def _is_coded(before: Tensor, after: Tensor) -> bool:
-    """Numbers of which there are differences."""
-    if not before.numel() or not (before.is_floating_point() and after.is_floating_point()):
-        return False
-    return _all_finite(before) and _all_finite(after)
+        terms = encode_matrix(of_base.reshape(matrix.shape), matrix, policy, scratch)
+    if any(term.codec == REPLACE.name for term in terms):
+        return None
+    return terms if num_rows == len(after) else (*terms, Term(ROWS, {ROWS: after[num_rows:]}))
 
 
 def _whole(before: Tensor | None, after: Tensor, policy: CodecPolicy) -> tuple[Term, ...]:
@@ -93,23 +103,25 @@ def _whole(before: Tensor | None, after: Tensor, policy: CodecPolicy) -> tuple[T
     return (Term(REPLACE.name, REPLACE.encode(before, after)),)
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    low, high = torch.aminmax(tensor)
-    return bool(torch.isfinite(low) and torch.isfinite(high))
+def _rounds_to(sums: Tensor, target: Tensor) -> bool:
+    """Whether the sums, rounded to the dtype of `target`, are its bits; block by block, since most are not."""
+    sums, target = (tensor.view(-1, tensor.shape[-1]) for tensor in (sums, target))
+    return all(same_bits(sums[rows].to(target.dtype), target[rows]) for rows in row_blocks(sums.shape))
+
+
+def _relative_error(before: Tensor, after: Tensor, sums: Tensor) -> float | None:
+    """|W' - sums| / |W' - W| over the rows that both have; None: sums beyond the dtype of W', as float16 has them."""
+    num_rows = min(len(before), len(after))
+    before, after, sums = (tensor[:num_rows].reshape(-1, tensor.shape[-1]) for tensor in (before, after, sums))
+    missed, changed = [], []
+    for rows in row_blocks(sums.shape):
+        wanted, found = after[rows].float(), sums[rows]
+        changed.append(torch.linalg.vector_norm(wanted - before[rows]).item())
+        missed.append(torch.linalg.vector_norm(wanted.sub_(found)).item())
+        if not torch.stack(torch.aminmax(found)).to(after.dtype).isfinite().all():
+            return None
+    return math.hypot(*missed) / math.hypot(*changed) if any(changed) else 0.0
 
 
 def _part(part: Tensor) -> StoredPart:
     return StoredPart(SAFETENSORS_DTYPES[part.dtype], tuple(part.shape), tensor_digest(part))
-
-
-def _relative_error(before: Tensor, after: Tensor, result: Tensor) -> float:
-    """|W' - given back| / |W' - W| over the rows that both have."""
-    num_rows = min(len(before), len(after))
-    shape = (num_rows, after[0].numel())
-    before, after, result = (tensor[:num_rows].reshape(shape) for tensor in (before, after, result))
-    missed, changed = [], []
-    for rows in row_blocks(shape):
-        wanted = after[rows].float()
-        missed.append(torch.linalg.vector_norm(wanted - result[rows].float()).item())
-        changed.append(torch.linalg.vector_norm(wanted - before[rows].float()).item())
-    return math.hypot(*missed) / math.hypot(*changed) if any(changed) else 0.0

@@ -27,6 +27,7 @@ from delta.make_journal import JournalEntry, MakeJournal
 from delta.model_pair import ModelPair, pair_tensors
 from delta.output_path import check_apart
 from delta.quality_record import Probe, Quality
+from delta.scratch import Scratch
 from delta.tensor_digest import tensor_digest
 from registry.companion_files import companion_files
 from registry.digest import Progress, combine_tensor_digests
@@ -121,16 +122,19 @@ def _encode_all(
     progress: Progress | None,
 ) -> None:
     done = 0
+    of_target, of_base, of_encoding = Scratch(), Scratch(), Scratch()
     for name, base_name in pair.bases.items():
         if name not in journal.entries:
-            after = target.read(name)
-            before = None if base_name is None else base.read(base_name)
+            after = target.read(name, of_target)
+            before = None if base_name is None else base.read(base_name, of_base)
             base_digest = None if before is None else tensor_digest(before)
             target_digest = tensor_digest(after)
             tensor: DeltaTensor | None = None
             terms: tuple[Term, ...] = ()
             if base_digest != target_digest or name != base_name:
-                terms, tensor = encode_tensor(before, after, policy, base_name=base_name, target_digest=target_digest)
+                terms, tensor = encode_tensor(
+                    before, after, policy, base_name=base_name, target_digest=target_digest, scratch=of_encoding
+                )
             digest_of_name = base_digest if name == base_name else None
             journal.add(JournalEntry(name, digest_of_name, target_digest, tensor), terms)
         done += target.checkpoint.tensors[name].num_bytes

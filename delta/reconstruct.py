@@ -10,22 +10,32 @@ from torch import Tensor
 from delta.codecs.codec import Term
 from delta.codecs.registry import DIFFERENCE_CODECS, WHOLE_CODECS
 from delta.delta_config import ROWS
+from delta.scratch import Scratch
 
 
-def reconstruct(base: Tensor | None, terms: Sequence[Term], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def reconstruct(
+    base: Tensor | None,
+    terms: Sequence[Term],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    scratch: Scratch | None = None,
+) -> Tensor:
     """W' = cast(fp32(W) + D1 + D2 + …), or the tensor of a whole codec; then the rows that the base does not have.
 
     Rows of the base beyond those of `shape` are left out. The result is in memory of its own, or that of a part.
+
+    Args:
+        scratch: for the sum, which in float32 without further rows is also the result; None: memory of its own.
 
     Raises:
         ValueError: compressed data is damaged.
     """
     if not terms or terms[-1].codec != ROWS:
-        return _without_rows(base, terms, dtype, shape)
+        return _without_rows(base, terms, dtype, shape, scratch)
     rows = terms[-1].parts[ROWS]
     kept = shape[0] - len(rows)
     result = torch.empty(shape, dtype=dtype)
-    result[:kept] = _without_rows(base, terms[:-1], dtype, (kept, *shape[1:]))
+    result[:kept] = _without_rows(base, terms[:-1], dtype, (kept, *shape[1:]), scratch)
     result[kept:] = rows
     return result
 
@@ -42,7 +52,13 @@ def add_difference(weight: Tensor, base: Tensor, terms: Sequence[Term], dtype: t
         _add(weight, terms)
 
 
-def _without_rows(base: Tensor | None, terms: Sequence[Term], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _without_rows(
+    base: Tensor | None,
+    terms: Sequence[Term],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    scratch: Scratch | None = None,
+) -> Tensor:
     of_base = base if base is None or not shape else base[: shape[0]]
     if terms and terms[0].codec in WHOLE_CODECS:
         if of_base is not None and of_base.shape != shape:
@@ -52,7 +68,8 @@ def _without_rows(base: Tensor | None, terms: Sequence[Term], dtype: torch.dtype
         raise ValueError(f"the terms belong to a tensor of shape {list(shape)}, which the base does not have")
     if not terms:
         return of_base.to(dtype)
-    weight = of_base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    empty = torch.empty if scratch is None else scratch.empty
+    weight = empty(shape, dtype=torch.float32).copy_(of_base)
     _add(weight, terms)
     return weight.to(dtype)
 

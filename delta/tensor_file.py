@@ -10,21 +10,26 @@ from io import FileIO
 import torch
 
 from compression.safetensors_writer import SAFETENSORS_DTYPES
+from delta.scratch import Scratch
 from registry.errors import CheckpointError
 from registry.tensor_header import TensorHeader
 
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
-def read_tensor(opened: FileIO, header: TensorHeader) -> torch.Tensor:
+def read_tensor(opened: FileIO, header: TensorHeader, scratch: Scratch | None = None) -> torch.Tensor:
     """The tensor that `header` describes, from its file.
+
+    Args:
+        scratch: where it is read to; None: memory of its own.
 
     Raises:
         CheckpointError: of a dtype that torch does not have, or the file became shorter or unreadable.
     """
     if header.dtype not in _DTYPES:
         raise CheckpointError(f"{header.file}: tensor {header.name!r} is of type {header.dtype}, which is unknown here")
-    tensor = torch.empty(header.shape, dtype=_DTYPES[header.dtype])
+    empty = torch.empty if scratch is None else scratch.empty
+    tensor = empty(header.shape, dtype=_DTYPES[header.dtype])
     data = tensor.reshape(-1).view(torch.uint8).numpy().data
     try:
         opened.seek(header.offset_bytes)

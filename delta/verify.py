@@ -39,7 +39,7 @@ def verify_delta(
             check_base_names(tensors, opened)
             small_files(companion_files(base), opened)
             if level == "full":
-                for _ in given_back(tensors, opened, progress):
+                for _ in given_back(tensors, opened, progress, keep=False):
                     pass
                 return
             _read_terms(opened, level, progress)

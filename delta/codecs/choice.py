@@ -6,12 +6,13 @@
     p ≤ 60%          ternary, and residuals
     else             sign, and residuals
 
-What would be no smaller than the matrix itself is stored exactly instead. Source of the rules: VARIANTS in the design
-documents, section 3.
+What would be no smaller than the matrix itself, or holds numbers that are not finite, is stored exactly instead. Source
+of the rules: VARIANTS in the design documents, section 3.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ from delta.codecs.sign import encode_sign
 from delta.codecs.singular_components import SingularComponents, singular_components
 from delta.codecs.sparse import encode_sparse
 from delta.codecs.ternary import encode_ternary
-from registry.errors import CheckpointError
+from delta.scratch import Scratch
 
 _MAX_SPARSE = 0.02
 _MAX_TERNARY = 0.6
@@ -44,21 +45,24 @@ _MAX_LOW_RANK_BITS = 4
 _SEED = 0x5EED
 
 
-def encode_matrix(base: Tensor, target: Tensor, policy: CodecPolicy) -> tuple[Term, ...]:
+def encode_matrix(
+    base: Tensor, target: Tensor, policy: CodecPolicy, scratch: Scratch | None = None
+) -> tuple[Term, ...]:
     """The terms of W' [N, K] given W [N, K], which differ in some bit, both in the dtypes of their checkpoints.
 
     Terms of differences are added in the order given; a term of a whole codec is the only one. None at all: W' is W,
     but for the dtype and the sign of zeros.
 
-    Raises:
-        CheckpointError: W' or W holds values that are not finite, of which only exact codecs can do something.
+    Args:
+        scratch: for D, which is not needed any more when this returns; None: memory of its own.
     """
     if policy.codec == "lossless":
         return (Term(LOSSLESS.name, LOSSLESS.encode(base, target)),)
     if policy.codec in ("dense", "sparse") or not (base.is_floating_point() and target.is_floating_point()):
         return (_exact(base, target, encode_sparse if policy.codec == "sparse" else encode_dense),)
-    difference = target.float() - base.float()
-    _check_finite(difference)
+    difference = _difference(base, target, Scratch() if scratch is None else scratch)
+    if difference is None:
+        return (_exact(base, target, encode_dense),)
     if policy.codec == "auto":
         terms = _chosen(base, target, difference, policy)
     elif policy.codec == "lowrank":
@@ -152,8 +156,11 @@ def _exact(base: Tensor, target: Tensor, encode: Callable[[Tensor, Tensor], Term
     return Term(REPLACE.name, REPLACE.encode(base, target)) if term is None else term
 
 
-def _check_finite(difference: Tensor) -> None:
-    if not bool(torch.stack(torch.aminmax(difference)).isfinite().all()):
-        raise CheckpointError(
-            "values that are not finite; is the checkpoint damaged? `--codec lossless` stores it as it is"
-        )
+def _difference(base: Tensor, target: Tensor, scratch: Scratch) -> Tensor | None:
+    """D = fp32(W') - fp32(W), [N, K]; None: numbers that are not finite, or so large that their squares are not."""
+    difference = scratch.empty(base.shape, torch.float32)
+    squares = 0.0
+    for rows in row_blocks(base.shape):
+        block = difference[rows].copy_(target[rows]).sub_(base[rows]).view(-1)
+        squares += float(block @ block)
+    return difference if math.isfinite(squares) else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from delta.codecs.codec import Parts
 from delta.codecs.part_checks import check_part
 
-_MAX_BLOCK_NUMBERS = 1 << 18
+_MAX_BLOCK_NUMBERS = 1 << 17
 
 
 def pack_bits(bits: NDArray[np.bool_]) -> Tensor:

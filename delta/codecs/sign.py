@@ -65,23 +65,21 @@ def encode_sign_with_one_scale(difference: Tensor) -> Term:
 def fit_scales(difference: Tensor, *, only_nonzero: bool = False) -> tuple[Tensor, Tensor]:
     """The u [N] and v [K] that minimise Σ (|D| - u vᵀ)² over all numbers, or over those of D that are not 0.
 
-    By alternating least squares from v = 1; each pass over D makes u best for v, then v best for u, and a last one u
-    again. Two are enough: the largest singular value of a matrix without negative numbers stands far above the others.
-    The mean of v is 1.
+    By alternating least squares from v = 1: each pass over D makes u best for v, then v best for u. Two are enough: the
+    largest singular value of a matrix without negative numbers stands far above the others; with zeros, that count
+    for nothing, it takes three. The mean of v is 1.
     """
     num_rows, num_columns = difference.shape
     u, v = torch.zeros(num_rows), torch.ones(num_columns)
-    for is_last in [False] * _NUM_FITS + [True]:
+    for _ in range(_NUM_FITS + only_nonzero):
         above, below = torch.zeros(num_columns), torch.zeros(num_columns)
         for rows in row_blocks(difference.shape):
             magnitudes = difference[rows].abs()
             weights = magnitudes.sign() if only_nonzero else None  # 0 and 1
             u[rows] = _quotient(magnitudes @ v, v.square().sum() if weights is None else weights @ v.square())
-            if not is_last:
-                above += u[rows] @ magnitudes
-                below += u[rows].square().sum() if weights is None else u[rows].square() @ weights
-        if not is_last:
-            v = _quotient(above, below)
+            above += u[rows] @ magnitudes
+            below += u[rows].square().sum() if weights is None else u[rows].square() @ weights
+        v = _quotient(above, below)
     mean = v.mean()
     return (u * mean, v / mean) if mean > 0 else (u, torch.ones(num_columns))
 

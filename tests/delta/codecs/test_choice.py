@@ -11,7 +11,6 @@ from delta.codecs.codec import Term
 from delta.codecs.policy import CodecPolicy
 from delta.codecs.registry import DIFFERENCE_CODECS
 from delta.same_bits import same_bits
-from registry.errors import CheckpointError
 
 SHAPE = (320, 448)
 
@@ -142,8 +141,7 @@ def test_values_that_are_not_finite() -> None:
     base, target = torch.randn(20, 30), torch.randn(20, 30)
     for value in (float("nan"), float("inf")):
         target[3, 4] = value
-        with pytest.raises(CheckpointError, match="not finite"):
-            encode_matrix(base, target, CodecPolicy())
+        assert _codecs(base, target) == ["replace"]
         assert _codecs(base, target, CodecPolicy("dense")) == ["replace"]
         assert _codecs(base, target, CodecPolicy("lossless")) == ["lossless"]
 
