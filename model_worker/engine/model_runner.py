@@ -1,12 +1,15 @@
 """Computes steps: from a SchedulerOutput to one flat batch through the model, and its samples.
 
-SchedulerOutput ──BatchBuilder──► StepBatch ──StepRunner──► hidden, logits ──Sampler──► StepResult
+    SchedulerOutput ──BatchBuilder──► StepBatch ──StepRunner──► hidden, logits ──Sampler──► StepResult
+
+Other ranks have a StepRunner too, and get the same batches.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from adapters.load_plan import LoadPlan
 from adapters.memory import available_memory_bytes
 from model_worker.engine.batch_builder import BatchBuilder, prompt_targets
 from model_worker.engine.config import EngineConfig
+from model_worker.engine.executor import PendingStep
 from model_worker.engine.extra_logits import sample_by_vocabulary
 from model_worker.engine.kv_cache import (
     KVCache,
@@ -140,6 +144,10 @@ class ModelRunner:
         return self.model.kv_dtypes[0] if wanted == "auto" else wanted
 
     @property
+    def runs_ahead(self) -> bool:
+        return False
+
+    @property
     def num_blocks(self) -> int:
         return self._cache.num_blocks
 
@@ -180,6 +188,10 @@ class ModelRunner:
             else:
                 samples = self._sampler.sample(logits, sampled)
         return StepResult(tuple(samples), prompt_logprobs, swap_s)
+
+    def launch(self, output: SchedulerOutput) -> PendingStep:
+        """As `execute`: it computes at once."""
+        return _DoneStep(self.execute(output))
 
     def _move_blocks(self, moves: BlockMoves) -> float:
         """Returns the seconds that swapping took."""
@@ -223,6 +235,14 @@ class ModelRunner:
         ]
         for start in sorted({0, num_tokens - 1}):
             self.execute(SchedulerOutput((ScheduledSequence(sequence, start, num_tokens - start, (sequence,)),)))
+
+
+@dataclass(frozen=True, slots=True)
+class _DoneStep:
+    done: StepResult
+
+    def result(self) -> StepResult:
+        return self.done
 
 
 def _sampled_rows(scheduled: SequenceOf[ScheduledSequence]) -> list[SampledRow]:

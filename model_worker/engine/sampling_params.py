@@ -112,6 +112,11 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def depends_on_output(self) -> bool:
+        """What a token is drawn from depends on which tokens were drawn before, beside what the model makes of them."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
 
 def _require(ok: bool, param: str, rule: str, value: object) -> None:
     if not ok:

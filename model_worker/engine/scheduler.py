@@ -57,6 +57,10 @@ class Scheduler:
     Args:
         speculator: guesses tokens of decoding sequences; None: nobody does.
         gate: says whose variant is active; None: there are no variants.
+
+    Attributes:
+        left_out: somebody was left out of the last step who will lack blocks until the steps under way are done, or
+            somebody is preempted.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Scheduler:
         self.waiting = SequenceQueue()  # swapped ones too
         self.running = SequenceQueue()
         self._num_used_slots = 0  # of max_num_seqs, by running sequences
+        self.left_out = False
         self._prompt_lacks_blocks = False  # one was left out of the last step
         self._pace = QueuePace(clock)
         self._speculator = speculator
@@ -123,6 +128,12 @@ class Scheduler:
             del self.groups[request_id]
         return group
 
+    def abort_broken(self, request_id: str) -> None:
+        """As `abort`, and let nobody find its blocks: whoever begins alike would get the same broken numbers."""
+        for sequence in self.groups[request_id].sequences:
+            self.block_manager.forget(sequence)
+        self.abort(request_id)
+
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """End one sequence; the request leaves with its last one."""
         assert sequence.status is SequenceStatus.RUNNING
@@ -136,18 +147,25 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ steps
 
-    def schedule(self) -> SchedulerOutput:
-        """Choose the work of the next step; empty when there is none, or all that wait do so for their variants."""
-        step = _Step()
+    def schedule(self, *, ahead: bool = False) -> SchedulerOutput:
+        """Choose the work of the next step; empty when there is none, or all that wait do so for their variants.
+
+        Args:
+            ahead: the step before is still being computed, and what it samples is pending. Nobody is preempted then:
+                who lacks blocks is left out (`left_out`), as is who gets its last token there. Nothing is guessed.
+        """
+        step = _Step(ahead=ahead)
         prompts = self._schedule_decodes(step)
         self._schedule_prompts(prompts, step)
-        while self.running and not step.scheduled:  # prompts under way wait for each other's blocks
-            prompts.remove(self.running.last)
-            self._preempt(self.running.last, step)
-            self._schedule_prompts(prompts, step)
-        assert step.scheduled or next(self._admissible(), None) is None, "requests wait for ever"
-        if self._speculator is not None and not prompts:
-            self._add_drafts(step, self._speculator)
+        if not ahead:
+            while self.running and not step.scheduled:  # prompts under way wait for each other's blocks
+                prompts.remove(self.running.last)
+                self._preempt(self.running.last, step)
+                self._schedule_prompts(prompts, step)
+            assert step.scheduled or next(self._admissible(), None) is None, "requests wait for ever"
+            if self._speculator is not None and not prompts:
+                self._add_drafts(step, self._speculator)
+        self.left_out = step.left_out
         return step.output()
 
     def complete(self, output: SchedulerOutput) -> None:
@@ -160,6 +178,44 @@ class Scheduler:
             for sibling in sampled[1:]:
                 sibling.num_computed_tokens = start + num_tokens
                 enter_computed(sibling)
+
+    def expect(self, output: SchedulerOutput) -> None:
+        """Account for a step as if it were done, so that the one after it can be scheduled. `confirm` follows.
+
+        Its samples become pending tokens, unless it has drafts: nobody knows how many tokens those will yield.
+        """
+        for sequence, start, num_tokens, sampled, drafts in output.scheduled:
+            self.num_drafts += len(drafts)
+            if sequence.finished:
+                continue
+            for each in sampled or (sequence,):
+                each.num_computed_tokens = start + num_tokens - len(drafts)
+                if sampled and not drafts:
+                    each.expect()
+
+    def confirm(self, output: SchedulerOutput) -> None:
+        """An expected step is done: what it has computed may be shared. Before its samples are appended."""
+        for sequence, _, _, sampled, _ in output.scheduled:
+            for each in sampled or (sequence,):
+                if not each.finished:
+                    self.block_manager.enter_computed(each)
+
+    def must_precede(self, output: SchedulerOutput) -> bool:
+        """The samples of this step have to be known before the next one can be scheduled."""
+        return self.left_out or any(
+            item.drafts or any(sequence.sampling.depends_on_output for sequence in item.sampled)
+            for item in output.scheduled
+        )
+
+    def would_draft(self, output: SchedulerOutput) -> bool:
+        """Whether guesses at what follows the tokens of a finished step would pay. No token is pending."""
+        if self._speculator is None or output.num_tokens != len(output.scheduled):
+            return False
+        drafts = self._speculator.draft(
+            [item.sequence for item in output.scheduled if not item.sequence.finished],
+            max_drafts=self.config.max_num_seqs,
+        )
+        return any(drafts)
 
     def accept(self, sequence: Sequence, num_drafts: int) -> None:
         """The first drafts of a completed step were right, and have been appended: their KV is that of the tokens.
@@ -237,7 +293,12 @@ class Scheduler:
             if len(sequence.token_ids) - start > 1:
                 prompts.append(sequence)
                 continue
+            if sequence.num_pending_tokens and sequence.num_tokens_left == 0:
+                continue
             while (copies := self.block_manager.grow(sequence)) is None:
+                if step.ahead:
+                    step.left_out = True
+                    break
                 victim = self.running.last  # not scheduled yet: the walk is in the order of the queue
                 self._preempt(victim, step)
                 if victim is sequence:
@@ -284,7 +345,7 @@ class Scheduler:
         for sequence, num_tokens in share.chunks.items():
             start = sequence.num_computed_tokens
             if not self.block_manager.extend(sequence, start + num_tokens):
-                self._prompt_lacks_blocks = True
+                step.left_out = self._prompt_lacks_blocks = True
                 continue
             sampled = self._sampled(sequence) if start + num_tokens == sequence.num_tokens else ()
             step.scheduled.append(ScheduledSequence(sequence, start, num_tokens, sampled))
@@ -339,6 +400,9 @@ class Scheduler:
         if self._num_used_slots + num_slots_wanted > self.config.max_num_seqs:
             return False
         if sequence.status is SequenceStatus.SWAPPED:
+            if step.ahead:  # it could be left out after that, and the step be empty but for the swapping
+                step.left_out = True
+                return False
             copies = self.block_manager.swap_in(sequence, reserve=reserve)
             if copies is None:
                 return False
@@ -437,9 +501,11 @@ class Scheduler:
 class _Step:
     """A step while it is being put together; the fields are those of SchedulerOutput."""
 
-    __slots__ = ("block_copies", "preempted", "scheduled", "swap_in", "swap_out", "swapped")
+    __slots__ = ("ahead", "block_copies", "left_out", "preempted", "scheduled", "swap_in", "swap_out", "swapped")
 
-    def __init__(self) -> None:
+    def __init__(self, *, ahead: bool) -> None:
+        self.ahead = ahead
+        self.left_out = False
         self.scheduled: list[ScheduledSequence] = []
         self.swap_out: BlockCopies = []
         self.swap_in: BlockCopies = []

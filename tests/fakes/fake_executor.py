@@ -40,6 +40,18 @@ def _draw(visible: SequenceOf[SequenceOf[Computed]], index: int, vocab_size: int
     return int.from_bytes(digest[:8], "big") % vocab_size
 
 
+class DoneStep:
+    """A pending step whose result, or failure, is there already."""
+
+    def __init__(self, result: StepResult | Exception) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        if isinstance(self._result, Exception):
+            raise self._result
+        return self._result
+
+
 class FakeExecutor:
     """Runs steps in microseconds; `before_step` may raise or record."""
 
@@ -57,6 +69,7 @@ class FakeExecutor:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
+        self.runs_ahead = False
         self.num_host_blocks = num_host_blocks
         self.groups = groups
         self.steps: list[SchedulerOutput] = []
@@ -92,6 +105,10 @@ class FakeExecutor:
                     token_id = self.token_after(visible, sequence.index)
                     samples.append(self._fail_sample(sequence) or SampledToken(token_id, None))
         return StepResult(tuple(samples), prompt_logprobs)
+
+    def launch(self, output: SchedulerOutput) -> DoneStep:
+        """Only for executors that run ahead, which this one does not."""
+        raise AssertionError("launched, although it does not run ahead")
 
     def token_after(self, visible: list[list[Computed]], index: int) -> int:
         """What choice `index` samples after tokens of which each group sees `visible`."""
