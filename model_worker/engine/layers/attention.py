@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch import Tensor
 from model_worker.engine.layers.zeros import torch_dtype, zeros
 from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.ops.paged_attention import AttentionMetadata, AttentionParams, paged_attention, write_kv
+
+if TYPE_CHECKING:
+    from model_worker.engine.layers.row_terms import RowTerms
 
 
 @dataclass(slots=True, eq=False)
@@ -22,12 +25,14 @@ class ForwardContext:
         slot_mapping: [T] int64, the KV cache slot of each token in the first layer group.
         further_groups: both for each other layer group, which few models have.
         variants: the rows that use a variant.
+        terms: what stands for `variants` in a graph that is captured (GpuDecoder.graph_terms).
     """
 
     metadata: AttentionMetadata | None = None
     slot_mapping: Tensor | None = None
     further_groups: tuple[tuple[AttentionMetadata, Tensor], ...] = ()
     variants: VariantSegments = ()
+    terms: RowTerms | None = None
 
     def of_group(self, group: int) -> tuple[AttentionMetadata, Tensor]:
         """Metadata and slot mapping for the layers of a group."""

@@ -17,15 +17,19 @@ import torch
 from torch import Tensor, nn
 
 from compression.grouped_weight import GroupedWeight
+from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.attention import ForwardContext
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import RMSNorm
 from model_worker.engine.layers.rotary_attention import RotaryAttention, RotaryTable
+from model_worker.engine.layers.row_terms import TABLE_KINDS, TermKind
 from model_worker.engine.layers.token_embedding import TokenEmbedding
+from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegments
 from model_worker.engine.models.decoder_fusions import decoder_fusions
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
 from model_worker.engine.models.decoder_spec import DecoderSpec, read_spec
 from model_worker.engine.models.gpu_layer import DecoderLayer, make_input_norm
+from model_worker.engine.models.gpu_variants import GpuVariant, GpuVariants, GraphTerms
 from model_worker.engine.models.gpu_weights import GpuWeights, WeightPlace
 from model_worker.engine.parallel.group import OneRank, RankGroup
 from model_worker.engine.trace import TraceRow
@@ -86,7 +90,12 @@ class GpuDecoder(nn.Module):
             name: fusion.key for fusion in fusions for name in fusion.names if len(fusion.names) > 1
         }
         self._build(self.spec)
-        self._weights = GpuWeights(self._places(), device, quantization=quantization, head=self.lm_head)
+        places = self._places()
+        self._weights = GpuWeights(places, device, quantization=quantization, head=self.lm_head)
+        linears = [module for module in self.modules() if isinstance(module, FusedLinear)]
+        norms = [module for module in self.modules() if isinstance(module, RMSNorm)]
+        tied_head = {} if HEAD in places else {HEAD: WeightPlace(self.lm_head, "weight", 0, 0, self.spec.vocab_size)}
+        self._variants = GpuVariants(linears, norms, {**places, **tied_head}, device, dtype=dtype)
 
     @property
     def vocab_size(self) -> int:
@@ -98,18 +107,33 @@ class GpuDecoder(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids, positions [T] int64 -> hidden states [T, hidden] after the final norm."""
+        terms = self.context.terms
+        if terms is None:
+            terms = self._variants.plan(self.context.variants, len(input_ids))
+        if terms is not None:
+            terms.begin()
         tables = {kind: rope(positions) for kind, rope in self.rotary.items()}
-        residual = self.embed_tokens(input_ids)
+        residual = self.embed_tokens(input_ids, terms)
         update: Tensor | None = None
         for layer in self._decoder_layers:
             table = None if layer.rope is None else tables[layer.rope]
-            update = layer(residual, update, table, None)
-        hidden: Tensor = self.norm(residual, update, None)
+            update = layer(residual, update, table, terms)
+        hidden: Tensor = self.norm(residual, update, terms)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, hidden] -> [R, vocab_size] in the model's dtype."""
-        logits: Tensor = self.lm_head(hidden)
+    def logits(
+        self, hidden: Tensor, variants: VariantSegments = (), *, graph_terms: GraphTerms | None = None
+    ) -> Tensor:
+        """See `VariantHost.logits`. -> [R, vocab_size] in the model's dtype
+
+        Args:
+            graph_terms: of the graph that is captured, in place of `variants`.
+        """
+        terms = graph_terms or self._variants.plan(variants, len(hidden))
+        logits: Tensor = self.lm_head(hidden, terms)
+        return self._scaled(logits)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
         if self.spec.logits_divisor != 1.0:
             logits = logits / self.spec.logits_divisor
         if (cap := self.spec.logits_softcap) is not None:
@@ -122,6 +146,46 @@ class GpuDecoder(nn.Module):
         from model_worker.engine.models.transformers_trace import trace_modules
 
         return trace_modules(self, self.context, self._device)
+
+    # ------------------------------------------------------------------------------------------ variants
+
+    def base_weight(self, module: str) -> Tensor:
+        """See `VariantHost.base_weight`."""
+        name = f"{module}.weight"
+        if name == HEAD:
+            return self.lm_head.method.weight(self.lm_head).float()
+        if self._parameters_by_name[name].ndim != 2:
+            raise KeyError(module)
+        return self._weights.get(name)
+
+    def base_bias(self, module: str) -> Tensor:
+        """See `VariantHost.base_bias`."""
+        if self._parameters_by_name[f"{module}.weight"].ndim != 2:
+            raise KeyError(module)
+        return self._weights.get(f"{module}.bias")
+
+    @property
+    def binds_in_host_memory(self) -> bool:
+        """See `VariantHost.binds_in_host_memory`."""
+        return self._device.type == "cpu"
+
+    def bind(self, terms: VariantTerms) -> GpuVariant:
+        """See `VariantHost.bind`; waits for no copy."""
+        return self._variants.bind(terms)
+
+    def extra_logits(self, hidden: Tensor, variant: BoundVariant) -> Tensor:
+        """See `VariantHost.extra_logits`."""
+        assert isinstance(variant, GpuVariant)
+        assert variant.extra_head is not None
+        return self._scaled(variant.extra_head(hidden))
+
+    def graph_terms(self, num_rows: int, kinds: TermKind = TABLE_KINDS) -> GraphTerms:
+        """What stands for the variants of a captured graph's steps of so many rows: `context.terms`, for `logits` too.
+
+        Args:
+            kinds: that the graph computes; steps with others (`GraphTerms.serves`) are not replayed.
+        """
+        return self._variants.graph_terms(num_rows, kinds)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -178,15 +242,14 @@ class GpuDecoder(nn.Module):
             if last in ("q_norm", "k_norm") and f"{path}.qk_norm" in by_key:
                 heads = (0, self.spec.num_heads) if last == "q_norm" else (self.spec.num_heads, self.spec.num_kv_heads)
                 (name,), size = fusion.names, self.spec.head_dim
-                places[name] = WeightPlace(
-                    by_key[f"{path}.qk_norm"], "weight", heads[0] * size, size, heads[1], fusion.offset
-                )
+                norm = by_key[f"{path}.qk_norm"]
+                places[name] = WeightPlace(norm, "weight", 0, heads[0] * size, size, heads[1], fusion.offset)
                 continue
             attribute = "bias" if last == "bias" else "weight"
             module = by_key[path if last == "bias" else fusion.key]
             first = 0
             for part, name in enumerate(fusion.names):
                 num_rows = module.widths[part] if isinstance(module, FusedLinear) else len(getattr(module, attribute))
-                places[name] = WeightPlace(module, attribute, first, num_rows, offset=fusion.offset)
+                places[name] = WeightPlace(module, attribute, part, first, num_rows, offset=fusion.offset)
                 first += num_rows
         return places

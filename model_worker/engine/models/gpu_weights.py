@@ -34,13 +34,15 @@ class WeightPlace:
 
     Attributes:
         module, attribute: the parameter; as long as nothing of it is there, it is on meta.
-        first, num_rows: the rows of it, before they are repeated.
+        part: which part of the module it is.
+        first, num_rows: the rows of the parameter, before they are repeated.
         repeats: the tensor comes so many times, one after another.
         offset: added to it.
     """
 
     module: nn.Module
     attribute: str
+    part: int
     first: int
     num_rows: int
     repeats: int = 1

@@ -13,7 +13,7 @@ and parts without a term, stay as they are.
 
 Sums are float32 whatever the dtype. `SegmentPlan` is made once for a step and serves all of its layers.
 
-`reference.py` is the definition and serves CPUs. `triton.py` serves GPUs: it reads A and B where they are, by their
+`reference.py` is the definition and serves CPUs. `triton.py` serves plans with tiles, those of GPUs: it reads A and B where they are, by their
 addresses (`LowRankFactors.table`), computes each segment at its own rank, does all parts in one launch, never waits for
 the device, and can be captured in a CUDA graph. How a row is summed up depends on K and r only, not on other rows.
 
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from model_worker.engine.ops.low_rank.factors import Factors, LowRankFactors, table_rows
 from model_worker.engine.ops.low_rank.reference import expand_reference, shrink_reference
-from model_worker.engine.ops.low_rank.segment_plan import SegmentPlan, to_device
+from model_worker.engine.ops.low_rank.segment_plan import SegmentPlan, tile_table, to_device
 
-__all__ = ["Factors", "LowRankFactors", "SegmentPlan", "add_low_rank", "table_rows", "to_device"]
+__all__ = ["Factors", "LowRankFactors", "SegmentPlan", "add_low_rank", "table_rows", "tile_table", "to_device"]
 
 
 def add_low_rank(x: Tensor, out: Tensor, factors: LowRankFactors, plan: SegmentPlan) -> None:
@@ -36,7 +36,7 @@ def add_low_rank(x: Tensor, out: Tensor, factors: LowRankFactors, plan: SegmentP
     assert x.dtype == out.dtype
     assert x.shape[0] == out.shape[0] == plan.num_rows
     assert x.stride(1) == out.stride(1) == 1
-    if x.device.type == "cuda":
+    if plan.tiles is not None:
         from model_worker.engine.ops.low_rank import triton  # not installed where there is no GPU
 
         triton.expand(triton.shrink(x, factors, plan), out, factors, plan)

@@ -27,9 +27,10 @@ class LowRankFactors:
     """Of one layer, for each part and each segment.
 
     Attributes:
-        parts: [P][S]; None: the part has no such term in that segment.
+        parts: [P][S]; None: the part has no such term in that segment. Not looked at where there is a table.
         widths: [P], columns of each part.
-        table: [P, S, TABLE_COLUMNS] int64 on the device, see `table_rows`; None on CPUs.
+        table: [P, entries, TABLE_COLUMNS] int64 on the device, see `table_rows`; an entry for each segment, or those
+            that the plan's tiles name. None on CPUs.
     """
 
     parts: tuple[tuple[Factors | None, ...], ...]

@@ -20,7 +20,8 @@ class SegmentPlan:
         num_rows: T of the step.
         bounds: (start, end) of each segment, ascending, without overlap; a segment may be empty.
         max_rank: no factor of the step has a higher rank; at least 1.
-        tiles: [num_tiles, 3] int32 on the device: segment, first row, number of rows (0: nothing to do); None on CPUs.
+        tiles: [num_tiles, 3] int32 on the device: segment, or its entry in the kernels' tables; first row; number of
+            rows (0: nothing to do). None on CPUs: the references need no tiles.
         tile_rows: most rows of a tile.
     """
 
@@ -38,18 +39,32 @@ class SegmentPlan:
         plan = cls(num_rows, tuple(bounds), max(1, max_rank))
         return plan if device.type == "cpu" else plan.tiled(device)
 
-    def tiled(self, device: torch.device, num_tiles: int | None = None) -> SegmentPlan:
-        """With tiles; with `num_tiles`, filled up to that many, so that plans of one captured graph have one shape."""
+    def tiled(
+        self, device: torch.device, num_tiles: int | None = None, entries: Sequence[int] | None = None
+    ) -> SegmentPlan:
+        """With tiles.
+
+        Args:
+            num_tiles: filled up to that many, so that plans of one captured graph have one shape.
+            entries: of each segment in the kernels' tables; None: the segments are numbered.
+        """
         longest = max((end - start for start, end in self.bounds), default=0)
         tile_rows = _FEW_ROWS if longest <= _FEW_ROWS else _MANY_ROWS
-        tiles = [
-            (segment, first, min(tile_rows, end - first))
-            for segment, (start, end) in enumerate(self.bounds)
-            for first in range(start, end, tile_rows)
-        ]
+        tiles = tile_table(self.bounds, entries or range(len(self.bounds)), tile_rows)
         tiles += [(0, 0, 0)] * ((num_tiles or 0) - len(tiles))
         tensor = torch.tensor(tiles, dtype=torch.int32).view(-1, 3)
         return SegmentPlan(self.num_rows, self.bounds, self.max_rank, to_device(tensor, device), tile_rows)
+
+
+def tile_table(
+    bounds: Sequence[tuple[int, int]], entries: Sequence[int], tile_rows: int = _FEW_ROWS
+) -> list[tuple[int, int, int]]:
+    """(entry, first row, number of rows) of the tiles of each segment."""
+    return [
+        (entry, first, min(tile_rows, end - first))
+        for entry, (start, end) in zip(entries, bounds, strict=True)
+        for first in range(start, end, tile_rows)
+    ]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

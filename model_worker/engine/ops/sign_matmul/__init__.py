@@ -30,13 +30,14 @@ def add_signs(
     """See the package's docstring.
 
     Args:
-        planes: of each segment of the plan.
-        table: of `planes_table`, on the device; None on CPUs.
+        planes: of each segment of the plan; not looked at where there is a table.
+        table: of `planes_table`, [entries, planes, columns] on the device: an entry for each segment, or those that
+            the plan's tiles name; None on CPUs.
     """
     assert x.dtype == out.dtype
     assert x.shape[0] == out.shape[0] == plan.num_rows
     assert x.stride(1) == out.stride(1) == 1
-    if x.device.type == "cuda":
+    if plan.tiles is not None:
         from model_worker.engine.ops.sign_matmul import triton  # not installed where there is no GPU
 
         assert table is not None

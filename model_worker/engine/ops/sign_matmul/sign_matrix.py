@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class SignMatrix:
         plane: on any device.
         num_inputs: K.
         dtype: of the rows that it is multiplied with.
+        has_bits: it is one bit a number; None: on GPUs.
+        move: puts a tensor on the device; None: waits for it.
 
     Attributes:
         bits: [N, words] int32, on GPUs.
@@ -40,21 +43,32 @@ class SignMatrix:
         column_scale: v [K] float32; None, on CPUs only: all 1.
     """
 
-    def __init__(self, plane: SignPlane, num_inputs: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        plane: SignPlane,
+        num_inputs: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        has_bits: bool | None = None,
+        move: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        has_bits = device.type != "cpu" if has_bits is None else has_bits
+        move = partial(Tensor.to, device=device) if move is None else move
         self.num_inputs = num_inputs
         self.num_outputs = len(plane.bits)
-        self.row_scale = plane.row_scale.to(device, torch.float32).contiguous()
+        self.row_scale = move(plane.row_scale.float().contiguous())
         scale = plane.column_scale
-        self.column_scale = None if scale is None else scale.to(device, torch.float32).contiguous()
+        if scale is None and has_bits:
+            scale = torch.ones(num_inputs)
+        self.column_scale = None if scale is None else move(scale.float().contiguous())
         self.bits: Tensor | None = None
         self.int4: Tensor | None = None
         self.int4_scales: Tensor | None = None
         self.matrix: Tensor | None = None
-        if device.type != "cpu":
-            if self.column_scale is None:
-                self.column_scale = torch.ones(num_inputs, device=device)
+        if has_bits:
             missing = -plane.bits.shape[1] % _WORD_BYTES
-            self.bits = functional.pad(plane.bits, (0, missing)).view(torch.int32).to(device).contiguous()
+            self.bits = move(functional.pad(plane.bits, (0, missing)).contiguous().view(torch.int32))
         elif self.num_outputs % _INT4_ROWS == 0 and num_inputs % _INT4_COLUMNS == 0:
             numbers = torch.where(unpack_signs(plane.bits, num_inputs), _PLUS, _MINUS).to(torch.int32)
             self.int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)

@@ -11,63 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from delta.merge_terms import merge_embedding, merge_experts, merge_linear
+from delta.merge_terms import merge_linear
 from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
-from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegment
+from model_worker.engine.lora.bound_variant import VariantSegment
 from model_worker.engine.model_parts import OpKind
 from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
-from model_worker.engine.ops.paged_attention import AttentionMetadata
 from registry.errors import UnsupportedModelError
-from tests.fakes.random_terms import random_plane, random_sparse, random_ternary
+from tests.fakes.decoder_steps import MAX_MODEL_LEN, Sequences
+from tests.fakes.random_variants import EMBEDDING, HEAD, Weights, linear_terms, merged_weights, random_variant
 from tests.fakes.tiny_models import build_tiny_model
 
-EMBEDDING = "model.embed_tokens"
-HEAD = "lm_head"
-MAX_MODEL_LEN = 64
-BLOCK_SIZE = 16
-MAX_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma2", "phi3", "olmo2", "granite", "mixtral", "qwen3_moe")
-
-Weights = dict[str, Tensor]
-
-
-class Sequences:
-    """Sequences that one decoder computes, each in blocks of its own.
-
-    Args:
-        variants: of each sequence; None: the base.
-    """
-
-    def __init__(self, decoder: NativeDecoder, variants: Sequence[BoundVariant | None]) -> None:
-        self._decoder = decoder
-        self._variants = variants
-        self._lengths = [0] * len(variants)
-        dtype = decoder.kv_dtypes[0]
-        for attention in decoder.attentions:
-            tensors = attention.allocate(len(variants) * MAX_BLOCKS, BLOCK_SIZE, dtype, torch.device("cpu"))
-            attention.use_cache(tensors, BLOCK_SIZE, dtype)
-
-    def step(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits after each of the new tokens of every sequence. -> for each [len(tokens), vocab]"""
-        context = self._decoder.context
-        starts = self._lengths
-        self._lengths = [start + len(new) for start, new in zip(starts, tokens, strict=True)]
-        tables = torch.arange(len(tokens) * MAX_BLOCKS, dtype=torch.int32).view(-1, MAX_BLOCKS)
-        positions = [torch.arange(*limits) for limits in zip(starts, self._lengths, strict=True)]
-        slots = [i * MAX_MODEL_LEN + each for i, each in enumerate(positions)]
-        query_start = torch.tensor([0, *map(len, tokens)]).cumsum(0).tolist()
-        context.metadata = AttentionMetadata(tables, tuple(query_start), tuple(self._lengths), torch.cat(positions))
-        context.slot_mapping = torch.cat(slots)
-        context.variants = tuple(
-            VariantSegment(query_start[i], query_start[i + 1], variant)
-            for i, variant in enumerate(self._variants)
-            if variant is not None
-        )
-        ids = torch.tensor([token for new in tokens for token in new])
-        hidden = self._decoder(ids, context.metadata.positions)
-        logits = self._decoder.logits(hidden, context.variants).clone()
-        return list(torch.split(logits, [len(new) for new in tokens]))
 
 
 def _model(family: str) -> tuple[dict[str, Any], Weights]:
@@ -93,74 +48,6 @@ def _decoder(
     return decoder
 
 
-def _linear_terms(weight: Tensor, kind: str) -> LinearTerms:
-    num_outputs, num_inputs = weight.shape
-    rank = random.choice((1, 2, 3, 8, 17))
-    a, b = torch.randn(rank, num_inputs) * 0.2, torch.randn(num_outputs, rank) * 0.2
-    if kind == "low rank":
-        return LinearTerms(a=a, b=b)
-    if kind == "scaled":
-        return LinearTerms(a=a, b=b, output_scale=torch.rand(num_outputs) + 0.5)
-    if kind == "dense":
-        return LinearTerms(output_scale=torch.zeros(num_outputs), dense=torch.randn(num_outputs, num_inputs) * 0.3)
-    if kind == "signs":
-        return LinearTerms(signs=(random_plane(num_outputs, num_inputs, scale=0.1),))
-    if kind == "ternary and more":
-        planes = (
-            *random_ternary(num_outputs, num_inputs, scale=0.1),
-            random_plane(num_outputs, num_inputs, scale=0.02),
-        )
-        return LinearTerms(a=a, b=b, signs=planes)
-    if kind == "sparse":
-        return LinearTerms(sparse=random_sparse(num_outputs, num_inputs, scale=0.3))
-    assert kind == "input"
-    return LinearTerms(input_scale=torch.rand(num_inputs) + 0.5)
-
-
-def _terms(weights: Weights, *, seed: int, share: float = 0.8) -> VariantTerms:
-    """Random terms of all kinds, for about a share of the modules."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    linears, experts, vectors = {}, {}, {}
-    for name, weight in weights.items():
-        module = name.removesuffix(".weight")
-        if random.random() > share or module == EMBEDDING or name.endswith(".bias"):
-            continue
-        if weight.ndim == 3:
-            chosen = [expert for expert in range(len(weight)) if random.random() < 0.7]
-            kinds = ("low rank", "signs", "sparse")
-            experts[name] = {expert: _linear_terms(weight[expert], random.choice(kinds)) for expert in chosen}
-        elif weight.ndim == 2:
-            kinds = ["low rank", "low rank", "scaled", "dense", "signs", "ternary and more", "sparse"]
-            if module.endswith(("o_proj", "down_proj")):
-                kinds.append("input")
-            linears[module] = _linear_terms(weight, random.choice(kinds))
-        else:
-            vectors[name] = torch.randn_like(weight) * 0.3 + 1.0
-    vocab_size, hidden_size = weights[f"{EMBEDDING}.weight"].shape
-    embedding = EmbeddingTerms(
-        token_ids=torch.tensor([3, 40, 77]),
-        rows=torch.randn(3, hidden_size) * 0.02,
-        a=torch.randn(4, vocab_size) * 0.1,
-        b=torch.randn(hidden_size, 4) * 0.1,
-        signs=(random_plane(vocab_size, hidden_size, scale=0.02),),
-    )
-    return VariantTerms(f"sha256:{seed}", linears, experts, {EMBEDDING: embedding}, vectors)
-
-
-def _merged(weights: Weights, terms: VariantTerms) -> Weights:
-    """A checkpoint whose head is a matrix of its own."""
-    merged = dict(weights)
-    merged.setdefault(f"{HEAD}.weight", weights[f"{EMBEDDING}.weight"])
-    for module, linear in terms.linears.items():
-        merged[f"{module}.weight"], _ = merge_linear(merged[f"{module}.weight"], None, linear)
-    for name, of_expert in terms.experts.items():
-        merged[name] = merge_experts(weights[name], of_expert)
-    for embedding in terms.embeddings.values():
-        merged[f"{EMBEDDING}.weight"] = merge_embedding(weights[f"{EMBEDDING}.weight"], embedding)
-    return merged | dict(terms.vectors)
-
-
 def _tokens(lengths: Sequence[int]) -> list[list[int]]:
     generator = random.Random(5)
     return [[generator.choice((3, 40, generator.randrange(128))) for _ in range(length)] for length in lengths]
@@ -171,13 +58,13 @@ def test_a_mixed_batch_equals_merged_checkpoints(family: str, team: Team) -> Non
     """Prefills of several lengths, then single tokens beside a second chunk."""
     config, weights = _model(family)
     base = _decoder(config, weights, team)
-    terms = [None, *(_terms(weights, seed=seed) for seed in range(3)), None]
+    terms = [None, *(random_variant(weights, seed=seed) for seed in range(3)), None]
     bound = [None if each is None else base.bind(each) for each in terms]
     batch = Sequences(base, bound)
     steps = [_tokens((3, 20, 1, 7, 5)), _tokens((1, 1, 9, 1, 1)), _tokens((1, 1, 1, 1, 1))]
     found = [batch.step(step) for step in steps]
     for i, each in enumerate(terms):
-        merged = _merged(weights, VariantTerms("sha256:base") if each is None else each)
+        merged = merged_weights(weights, VariantTerms("sha256:base") if each is None else each)
         alone = Sequences(_decoder(config | {"tie_word_embeddings": False}, merged, team), [None])
         for step, results in zip(steps, found, strict=True):
             torch.testing.assert_close(results[i], *alone.step([step[i]]), rtol=1e-4, atol=1e-4)
@@ -187,14 +74,14 @@ def test_a_mixed_batch_equals_merged_checkpoints(family: str, team: Team) -> Non
 def test_a_row_has_the_same_bits_in_any_company(dtype: str, quantization: str | None, team: Team) -> None:
     config, weights = _model("llama")
     base = _decoder(config, weights, team, dtype=getattr(torch, dtype), quantization=quantization)
-    variants = [None, *(base.bind(_terms(weights, seed=seed)) for seed in range(3))]
+    variants = [None, *(base.bind(random_variant(weights, seed=seed)) for seed in range(3))]
     steps = [_tokens((3, 20, 1, 7)), _tokens((1, 1, 9, 1))]
     batch = Sequences(base, variants)
     found = [batch.step(step) for step in steps]
     for i, variant in enumerate(variants):
         # The second decoder has a KV cache of its own; the variant is bound there too.
         other = _decoder(config, weights, team, dtype=getattr(torch, dtype), quantization=quantization)
-        alone = Sequences(other, [None if variant is None else other.bind(_terms(weights, seed=i - 1))])
+        alone = Sequences(other, [None if variant is None else other.bind(random_variant(weights, seed=i - 1))])
         for step, results in zip(steps, found, strict=True):
             assert torch.equal(results[i], *alone.step([step[i]]))
 
@@ -207,11 +94,11 @@ def test_rounded_weights_take_the_same_terms(dtype: str, quantization: str | Non
     rounded = weights | {
         name: base.base_weight(name.removesuffix(".weight")) for name, weight in weights.items() if weight.ndim == 2
     }
-    terms = _terms(weights, seed=1)
+    terms = random_variant(weights, seed=1)
     terms = dataclasses.replace(terms, embeddings={})
     tokens = _tokens((20,))
     (found,) = Sequences(base, [base.bind(terms)]).step(tokens)
-    (expected,) = Sequences(_decoder(config, _merged(rounded, terms), team), [None]).step(tokens)
+    (expected,) = Sequences(_decoder(config, merged_weights(rounded, terms), team), [None]).step(tokens)
     (without,) = Sequences(base, [None]).step(tokens)
     assert (found - expected).abs().mean() < 0.05 * (without - expected).abs().mean()
 
@@ -222,9 +109,9 @@ def _signs_everywhere(weights: Weights, *, seed: int, tied: bool) -> VariantTerm
     linears, experts = {}, {}
     for name, weight in weights.items():
         if weight.ndim == 3:
-            experts[name] = {expert: _linear_terms(weight[expert], "signs") for expert in range(len(weight))}
+            experts[name] = {expert: linear_terms(weight[expert], "signs") for expert in range(len(weight))}
         elif weight.ndim == 2:
-            linears[name.removesuffix(".weight")] = _linear_terms(weight, "signs")
+            linears[name.removesuffix(".weight")] = linear_terms(weight, "signs")
     signs = linears.pop(EMBEDDING).signs
     if tied:
         linears[HEAD] = LinearTerms(signs=signs)
@@ -241,7 +128,7 @@ def test_answers_of_a_delta_are_those_of_its_checkpoint(family: str, best_kernel
     prompts = _tokens((5, 30, 17))
     batch = Sequences(base, [base.bind(deltas[0]), base.bind(deltas[1]), None])
     references = [
-        Sequences(_decoder(config | {"tie_word_embeddings": False}, _merged(weights, delta), team), [None])
+        Sequences(_decoder(config | {"tie_word_embeddings": False}, merged_weights(weights, delta), team), [None])
         for delta in (*deltas, VariantTerms("sha256:base"))
     ]
     tokens = prompts
@@ -305,6 +192,9 @@ def test_base_weights(family: str, team: Team) -> None:
         module = name.removesuffix(".weight")
         if weight.ndim == 2:
             assert torch.equal(base.base_weight(module), weight)
+        elif weight.ndim == 3:
+            for expert, matrix in enumerate(weight):
+                assert torch.equal(base.base_weight(f"{name}.{expert}"), matrix)
         else:
             with pytest.raises(KeyError):
                 base.base_weight(module)
@@ -317,7 +207,7 @@ def test_more_rows_of_logits_than_are_computed_at_once(team: Team) -> None:
     config, weights = _model("llama")
     base = _decoder(config, weights, team)
     head = weights[f"{HEAD}.weight"]
-    terms = [VariantTerms("sha256:0", {HEAD: _linear_terms(head, "low rank")}) for _ in range(2)]
+    terms = [VariantTerms("sha256:0", {HEAD: linear_terms(head, "low rank")}) for _ in range(2)]
     first, second = map(base.bind, terms)
     hidden = torch.randn(150, head.shape[1])
     found = base.logits(hidden, (VariantSegment(10, 70, first), VariantSegment(70, 140, second)))
@@ -330,7 +220,7 @@ def test_more_rows_of_logits_than_are_computed_at_once(team: Team) -> None:
 def test_a_variant_is_one_piece_of_memory(team: Team) -> None:
     config, weights = _model("llama")
     base = _decoder(config, weights, team)
-    terms = _terms(weights, seed=0)
+    terms = random_variant(weights, seed=0)
     bound = base.bind(terms)
     assert bound.num_bytes < 2 * terms.num_bytes
     tensors = [linear.a for linear in bound.linears.values() if linear.a is not None]
@@ -358,7 +248,7 @@ def test_what_has_no_place_is_refused(linears: dict[str, LinearTerms], team: Tea
 def test_a_trace_has_the_operations_of_variants(best_kernels: KernelLibrary) -> None:
     config, weights = _model("mixtral")
     base = _decoder(config, weights, Team(best_kernels, 1))
-    sequences = Sequences(base, [base.bind(_terms(weights, seed=0)), None])
+    sequences = Sequences(base, [base.bind(random_variant(weights, seed=0)), None])
     with base.trace() as rows:
         sequences.step([[1, 2], [3]])
     kinds = [row.kind for row in rows]

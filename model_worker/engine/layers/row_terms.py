@@ -1,0 +1,267 @@
+"""What the variants of a step's rows change in the layers of a decoder.
+
+    linear      y = e ∘ ((d ∘ x) Wᵀ + b) + f + Σ u ∘ ((v ∘ x) Sᵀ) + (x Aᵀ) Bᵀ + x Zᵀ,   f = b - e ∘ b + c
+    norm        another weight
+    embedding   replaced rows, low-rank terms, planes of signs
+
+Terms are those of `delta.variant_terms`, for a fused layer put together when they are bound; so the base's product is
+the same whether rows have variants or not. On GPUs low-rank terms, signs and norms are found by their addresses, which
+lie in tables of the device under the number of the variant: nothing of a step but the numbers of its rows' variants
+has to be sent there, and a captured graph serves any mix. The other kinds are computed segment by segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Flag, auto
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from delta.merge_terms import signs_to_dense
+from delta.variant_terms import EmbeddingTerms, SignPlane, SparseMatrix
+from model_worker.engine.layers.fused_linear import FusedLinear
+from model_worker.engine.layers.sparse import sparse_product
+from model_worker.engine.ops.low_rank import Factors, LowRankFactors, SegmentPlan, add_low_rank
+from model_worker.engine.ops.rms_norm.functional import RowWeights
+from model_worker.engine.ops.sign_matmul import SignMatrix, add_signs
+
+
+class TermKind(Flag):
+    """What a variant changes, or the variants of a step."""
+
+    LOW_RANK = auto()
+    SIGNS = auto()
+    NORMS = auto()
+    OUTPUT_SCALES = auto()  # and biases
+    INPUT_SCALES = auto()
+    DENSE = auto()
+    SPARSE = auto()
+    EMBEDDING = auto()
+
+
+NO_TERMS = TermKind(0)
+TABLE_KINDS = TermKind.LOW_RANK | TermKind.SIGNS | TermKind.NORMS
+"""Those that kernels find in tables, and so the ones that a captured graph can have."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FusedTerms:
+    """Terms of a fused layer, where it is computed; its parts are in the order of its outputs.
+
+    Attributes:
+        factors: of each part, or None.
+        planes: of each part.
+        dense: Z of each part, or None.
+        sparse: the same where most of it is 0.
+        input_scale: d [K] float32; only layers of one part have one.
+        scale: e [N] float32; None: all 1.
+        shift: f [N] float32.
+    """
+
+    factors: tuple[Factors | None, ...]
+    planes: tuple[tuple[SignMatrix, ...], ...]
+    dense: tuple[Tensor | None, ...]
+    sparse: tuple[SparseMatrix | None, ...]
+    input_scale: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    @property
+    def kinds(self) -> TermKind:
+        found = NO_TERMS
+        for kind, has in (
+            (TermKind.LOW_RANK, any(pair is not None for pair in self.factors)),
+            (TermKind.SIGNS, any(self.planes)),
+            (TermKind.OUTPUT_SCALES, self.scale is not None or self.shift is not None),
+            (TermKind.INPUT_SCALES, self.input_scale is not None),
+            (TermKind.DENSE, any(matrix is not None for matrix in self.dense)),
+            (TermKind.SPARSE, any(matrix is not None for matrix in self.sparse)),
+        ):
+            if has:
+                found |= kind
+        return found
+
+    @property
+    def max_rank(self) -> int:
+        return max((len(pair.a) for pair in self.factors if pair is not None), default=0)
+
+
+@dataclass(slots=True, eq=False)
+class BoundTerms:
+    """Terms of a variant, where they are computed.
+
+    Attributes:
+        linears: by the key of the fused layer.
+        norms: by the key of the norm; weights like its own.
+        embedding: `a` is [V, r]; the given rows are those of `given_rows`. None: the embedding is the base's.
+    """
+
+    linears: dict[str, FusedTerms] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    embedding: EmbeddingTerms | None = None
+
+    @property
+    def kinds(self) -> TermKind:
+        found = TermKind.NORMS if self.norms else NO_TERMS
+        if self.embedding is not None:
+            found |= TermKind.EMBEDDING
+        for terms in self.linears.values():
+            found |= terms.kinds
+        return found
+
+    @property
+    def max_rank(self) -> int:
+        return max((terms.max_rank for terms in self.linears.values()), default=0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTables:
+    """The tables of the device, as the rows of one step or graph use them.
+
+    Attributes:
+        low_rank: by the key of a fused layer, [parts, variants, columns] of `table_rows`.
+        signs: by the key of a fused layer, [parts, variants, planes, columns] of `planes_table`.
+        norms: [norms, 1 + variants] int64, addresses of weights; 0: the norm's own, as for the base, number 0.
+        norm_places: rows of `norms` by the key of the norm.
+        numbers: [T] int64, 1 + number of the variant of each row; 0: the base.
+    """
+
+    low_rank: Mapping[str, Tensor]
+    signs: Mapping[str, Tensor]
+    norms: Tensor
+    norm_places: Mapping[str, int]
+    numbers: Tensor
+
+
+class RowTerms:
+    """What layers ask in a step in which rows have variants.
+
+    Args:
+        plan: of the step; with tiles where there are tables.
+        kinds: that any of the rows has.
+        bound: terms of each segment of the plan; not looked at for `TABLE_KINDS` where there are tables.
+        tables: None on CPUs.
+    """
+
+    def __init__(
+        self, plan: SegmentPlan, kinds: TermKind, bound: Sequence[BoundTerms], tables: StepTables | None
+    ) -> None:
+        self.plan = plan
+        self.kinds = kinds
+        self._bound = bound
+        self._tables = tables
+        self._addresses: Tensor | None = None  # of norms' weights [norms, T]
+
+    def begin(self) -> None:
+        """Called in each step, before any layer: what is to be done on the device once for all of them."""
+        if self._tables is not None and TermKind.NORMS in self.kinds:
+            self._addresses = self._tables.norms.index_select(1, self._tables.numbers)
+
+    def norm(self, key: str) -> RowWeights | None:
+        """See `NormTerms.norm`."""
+        if TermKind.NORMS not in self.kinds:
+            return None
+        if self._tables is not None:
+            assert self._addresses is not None
+            return RowWeights((), self._addresses[self._tables.norm_places[key]])
+        segments = tuple(
+            (start, end, terms.norms[key])
+            for (start, end), terms in zip(self.plan.bounds, self._bound, strict=True)
+            if key in terms.norms
+        )
+        return RowWeights(segments) if segments else None
+
+    def embed(self, input_ids: Tensor, x: Tensor, weight: Tensor) -> None:
+        """See `EmbeddingTerms.embed` of the embedding."""
+        for (start, end), terms in zip(self.plan.bounds, self._bound, strict=False):
+            if terms.embedding is not None:
+                x[start:end] = _embedded(input_ids[start:end], weight, terms.embedding)
+
+    def scaled_input(self, layer: FusedLinear, x: Tensor) -> Tensor:
+        """See `LinearTerms.scaled_input`."""
+        if TermKind.INPUT_SCALES not in self.kinds:
+            return x
+        scaled = x
+        for rows, terms in self._segments(layer):
+            if terms.input_scale is not None:
+                scaled = x.clone() if scaled is x else scaled
+                scaled[rows] *= terms.input_scale
+        return scaled
+
+    def add(self, layer: FusedLinear, x: Tensor, y: Tensor) -> None:
+        """See `LinearTerms.add`."""
+        if self.kinds & ~TABLE_KINDS:
+            for rows, terms in self._segments(layer):
+                _add_by_segment(layer, x[rows], y[rows], terms)
+        if TermKind.LOW_RANK in self.kinds:
+            add_low_rank(x, y, self._factors(layer), self.plan)
+        if TermKind.SIGNS in self.kinds:
+            for part, columns in enumerate(_columns(layer)):
+                if self._tables is not None:
+                    add_signs(x, y[:, columns], (), self.plan, self._tables.signs[layer.key][part])
+                else:
+                    planes = [
+                        terms.linears[layer.key].planes[part] if layer.key in terms.linears else ()
+                        for terms in self._bound
+                    ]
+                    add_signs(x, y[:, columns], planes, self.plan)
+
+    def _factors(self, layer: FusedLinear) -> LowRankFactors:
+        if self._tables is not None:
+            return LowRankFactors((), layer.widths, self._tables.low_rank[layer.key])
+        nothing: tuple[Factors | None, ...] = (None,) * len(layer.widths)
+        of_segments = [
+            terms.linears[layer.key].factors if layer.key in terms.linears else nothing for terms in self._bound
+        ]
+        return LowRankFactors(tuple(zip(*of_segments, strict=True)), layer.widths)
+
+    def _planes(self, layer: FusedLinear, part: int) -> list[tuple[SignMatrix, ...]]:
+        """Of each segment."""
+        of_segments = [terms.linears.get(layer.key) for terms in self._bound]
+        return [() if terms is None else terms.planes[part] for terms in of_segments]
+
+    def _segments(self, layer: FusedLinear) -> Iterator[tuple[slice, FusedTerms]]:
+        """Rows that have terms of a layer."""
+        for (start, end), terms in zip(self.plan.bounds, self._bound, strict=True):
+            if layer.key in terms.linears:
+                yield slice(start, end), terms.linears[layer.key]
+
+
+def _add_by_segment(layer: FusedLinear, x: Tensor, y: Tensor, terms: FusedTerms) -> None:
+    """What has no table. x [n, K], y [n, N], changed in place"""
+    if terms.scale is not None:
+        y *= terms.scale
+    if terms.shift is not None:
+        y += terms.shift
+    for part, columns in enumerate(_columns(layer)):
+        if (dense := terms.dense[part]) is not None:
+            y[:, columns] += F.linear(x, dense)
+        if (sparse := terms.sparse[part]) is not None:
+            y[:, columns] += sparse_product(x, sparse)
+
+
+def _columns(layer: FusedLinear) -> Iterator[slice]:
+    """Of each part."""
+    first = 0
+    for width in layer.widths:
+        yield slice(first, first + width)
+        first += width
+
+
+def _embedded(tokens: Tensor, weight: Tensor, terms: EmbeddingTerms) -> Tensor:
+    """Rows of a variant's embedding; those of tokens that the base does not have are given. tokens [n] -> [n, H]"""
+    ids = tokens.clamp(max=len(weight) - 1)
+    rows = weight[ids].float()
+    for plane in terms.signs:
+        rows += signs_to_dense(SignPlane(plane.bits[ids], plane.row_scale[ids], plane.column_scale), rows.shape[1])
+    if terms.token_ids is not None and terms.rows is not None:
+        places = torch.searchsorted(terms.token_ids, tokens).clamp_(max=len(terms.token_ids) - 1)
+        given = terms.token_ids[places] == tokens
+        rows = torch.where(given[:, None], terms.rows[places].float(), rows)
+    if terms.a is not None and terms.b is not None:
+        known = (tokens < len(weight))[:, None]
+        rows += known * (terms.a[ids].float() @ terms.b.float().T)
+    return rows.to(weight.dtype)
