@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from delta.checkpoint_tensors import open_checkpoint
-from delta.codecs.policy import CodecChoice, CodecPolicy
+from delta.codecs.policy import CodecPolicy
 from delta.delta_table import delta_table
 from delta.imports.bitdelta import BitDeltaChanges
 from delta.imports.weight_difference import WeightDifferences
 from delta.imports.write_import import Changes, write_import
 from delta.make import Labels
 from delta.progress_bar import progress_bar
+from delta.verbs.making_flags import add_making_flags
+from registry.errors import InvalidRequestError
 
 
 def add_parser(verbs: Any) -> None:
@@ -27,29 +28,20 @@ def add_parser(verbs: Any) -> None:
     verb.add_argument(
         "source", type=Path, metavar="PATH", help="diff.pt, the directory of differences, or the adapter's"
     )
-    verb.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base model (safetensors)")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the delta to write")
-    verb.add_argument(
-        "--force", action="store_true", help="replace a delta that is there, once the new one is complete"
-    )
-    verb.add_argument(
-        "--codec",
-        choices=typing.get_args(CodecChoice),
-        default="lossless",
-        help="of matrices that the source holds whole (default: %(default)s)",
-    )
+    add_making_flags(verb, codec="lossless", codec_help="of matrices that the source holds whole")
     verb.add_argument(
         "--files",
         type=Path,
         metavar="DIR",
         help="of the fine-tune's config and tokenizer (default: the source's or base's)",
     )
-    verb.add_argument("--name", metavar="NAME", help="name of the fine-tune")
-    verb.add_argument("--license", metavar="ID", help="license of the fine-tune")
     verb.set_defaults(run=_import)
 
 
 def _import(args: argparse.Namespace) -> None:
+    paths = {"the source": args.source, "the base (--base)": args.base, "--files": args.files}
+    if missing := [f"{what} {path}" for what, path in paths.items() if path is not None and not path.exists()]:
+        raise InvalidRequestError(f"there is no such file or directory: {', '.join(missing)}")
     labels = Labels(target_name=args.name or args.source.resolve().name, license=args.license)
     # The configuration beside an adapter or a diff.pt is not that of a model.
     files = args.source if args.files is None and args.kind == "fastchat" else args.files

@@ -7,29 +7,22 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from delta.codecs.policy import EXACT_CODECS, CodecChoice, CodecPolicy, Residual
+from delta.codecs.policy import EXACT_CODECS, CodecPolicy, Residual
 from delta.delta_table import delta_table
 from delta.imports.weight_difference import make_weight_difference
 from delta.make import Labels, make_delta
 from delta.progress_bar import progress_bar
 from delta.quality_gate import QualityGate
 from delta.quality_prompts import default_prompts, read_prompts
+from delta.verbs.making_flags import add_making_flags
 from registry.errors import InvalidRequestError
 
 
 def add_parser(verbs: Any) -> None:
     verb: argparse.ArgumentParser = verbs.add_parser("make", help="store what a fine-tune changed in its base")
-    verb.add_argument("--base", type=Path, required=True, metavar="DIR", help="the base model (safetensors)")
     verb.add_argument("--target", type=Path, required=True, metavar="DIR", help="the fine-tune (safetensors)")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="the delta to write")
-    verb.add_argument(
-        "--force", action="store_true", help="replace a delta that is there, once the new one is complete"
-    )
-    verb.add_argument(
-        "--codec",
-        choices=typing.get_args(CodecChoice),
-        default="auto",
-        help="how changed matrices are stored; auto: chosen for each by what changed (default: %(default)s)",
+    add_making_flags(
+        verb, codec="auto", codec_help="how changed matrices are stored; auto: chosen for each by what changed"
     )
     verb.add_argument(
         "--residual",
@@ -64,8 +57,6 @@ def add_parser(verbs: Any) -> None:
     )
     verb.add_argument("--base-name", metavar="NAME", help="name of the base (default: the directory's)")
     verb.add_argument("--base-revision", metavar="REVISION", help="revision of the base")
-    verb.add_argument("--name", metavar="NAME", help="name of the fine-tune (default: the directory's)")
-    verb.add_argument("--license", metavar="ID", help="license of the fine-tune")
     verb.add_argument(
         "--parent",
         action="append",
