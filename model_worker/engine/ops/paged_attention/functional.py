@@ -29,8 +29,8 @@ there is said at `AttentionMetadata`.
 
 Numbers beyond the range of float8_e4m3fn become its largest, 448; NaN stays NaN.
 
-Source: PagedAttention, Kwon et al., arXiv 2309.06180, section 4.1; on GPUs the running softmax of FlashAttention-2, Dao,
-arXiv 2307.08691, section 3.1, and splits of the context, Dao et al., Flash-Decoding, 2023.
+Source: PagedAttention, Kwon et al., arXiv 2309.06180, section 4.1; on GPUs the running softmax of FlashAttention-2,
+arXiv 2307.08691, section 3.1, and the splits of the context of Flash-Decoding, Dao et al., 2023.
 """
 
 from __future__ import annotations
@@ -62,9 +62,18 @@ def paged_attention(
         raise ValueError(f"the metadata describes {metadata.query_start[-1]} tokens, the query has {num_tokens}")
     if query.device.type == "cpu" and key_cache.dtype == query.dtype:
         return paged_attention_cpu(query, key_cache, value_cache, metadata, params)
+    if query.device.type == "cuda":
+        from model_worker.engine.ops.paged_attention import triton  # not installed where there is no GPU
+
+        return triton.paged_attention(query, key_cache, value_cache, metadata, params)
     return paged_attention_reference(query, key_cache, value_cache, metadata, params)
 
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """See the module's docstring."""
-    write_kv_reference(key, value, key_cache, value_cache, slot_mapping)
+    if key.device.type == "cuda":
+        from model_worker.engine.ops.paged_attention import triton  # not installed where there is no GPU
+
+        triton.write_kv(key, value, key_cache, value_cache, slot_mapping)
+    else:
+        write_kv_reference(key, value, key_cache, value_cache, slot_mapping)

@@ -24,19 +24,13 @@ Source: Su et al., arXiv 2104.09864, section 3.4.2; the scaling c is that of YaR
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from model_worker.engine.ops.paged_attention import write_kv
+from model_worker.engine.ops.rotary.reference import RotaryCosSin, rotary_table_reference, rotate_reference
 
-
-class RotaryCosSin(NamedTuple):
-    """Of the tokens of a step: cos and sin [T, R / 2] in the model's dtype, contiguous."""
-
-    cos: Tensor
-    sin: Tensor
+__all__ = ["RotaryCosSin", "rotary_table", "rotate_and_write"]
 
 
 def rotary_table(
@@ -48,8 +42,13 @@ def rotary_table(
         positions: [T] int64.
         inverse_frequencies: [R / 2] float32.
     """
-    angles = positions.float()[:, None] * inverse_frequencies
-    return RotaryCosSin((angles.cos() * attention_scaling).to(dtype), (angles.sin() * attention_scaling).to(dtype))
+    if positions.device.type == "cuda":
+        from model_worker.engine.ops.rotary import triton  # not installed where there is no GPU
+
+        cos, sin = torch.empty(2, len(positions), len(inverse_frequencies), dtype=dtype, device=positions.device)
+        triton.fill_rotary_table(positions, inverse_frequencies, attention_scaling, cos, sin)
+        return RotaryCosSin(cos, sin)
+    return rotary_table_reference(positions, inverse_frequencies, attention_scaling, dtype)
 
 
 def rotate_and_write(
@@ -62,11 +61,17 @@ def rotate_and_write(
     slot_mapping: Tensor,
 ) -> None:
     """See the module's docstring."""
-    if table is not None:
-        for x in (query, key):
-            half = table.cos.shape[1]
-            cos, sin = table.cos[:, None], table.sin[:, None]
-            first, second = x[..., :half].clone(), x[..., half : 2 * half].clone()
-            x[..., :half] = first * cos - second * sin
-            x[..., half : 2 * half] = second * cos + first * sin
-    write_kv(key, value, key_cache, value_cache, slot_mapping)
+    assert query.dtype == key.dtype == value.dtype
+    if table is None:
+        write_kv(key, value, key_cache, value_cache, slot_mapping)
+        return
+    assert table.cos.dtype == table.sin.dtype == query.dtype
+    assert 2 * table.cos.shape[1] <= query.shape[2]
+    if query.device.type == "cuda":
+        from model_worker.engine.ops.rotary import triton  # not installed where there is no GPU
+
+        triton.rotate_and_write(query, key, value, *table, key_cache, value_cache, slot_mapping)
+    else:
+        rotate_reference(query, *table)
+        rotate_reference(key, *table)
+        write_kv(key, value, key_cache, value_cache, slot_mapping)

@@ -1,0 +1,247 @@
+"""Launches the kernels for GPUs: one for each kind of tile in the batch, and one where splits have to be merged.
+
+How a step is cut into tiles and splits is a plan, made once and kept in `AttentionMetadata.plans` for all layers of a
+shape. Sequences with few query rows (decoding, and with drafts) are one small tile each; others (prompts) are cut into
+large ones, those with most keys first. The context is split so far that all multiprocessors have work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from model_worker.engine.ops.low_rank.segment_plan import to_device
+from model_worker.engine.ops.paged_attention.metadata import AttentionMetadata, AttentionParams
+from model_worker.engine.ops.paged_attention.triton_kernels import attend_kernel, merge_kernel, write_kernel
+from model_worker.engine.ops.paged_attention.triton_tiles import TileShape, tile_shapes
+
+_MAX_SPLITS = 64  # what a program merges at once
+_WRITE_BLOCK = 1024
+_PRODUCT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Gpu:
+    """What is looked at of torch's device properties; the H200's where kernels are interpreted."""
+
+    multi_processor_count: int = 132
+    shared_memory_per_block_optin: int = 227 << 10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Launch:
+    """Tiles of one shape.
+
+    Attributes:
+        tiles: [num_tiles, 4] int32: sequence, first row of the batch, number of rows, position of the first; None: one
+            for each sequence of a decode step.
+        tile_queries: most rows of a tile.
+        partial_out: [num_splits, num_tiles * tile_queries, H, Dv] float32, and partial_log without Dv: results of
+            splits; None where there is one.
+    """
+
+    shape: TileShape
+    tiles: Tensor | None
+    num_tiles: int
+    tile_queries: int
+    num_splits: int
+    partial_out: Tensor | None
+    partial_log: Tensor | None
+
+
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, params: AttentionParams
+) -> Tensor:
+    """See functional.py. -> [T, H, Dv]"""
+    assert query.stride(2) == 1
+    assert query.stride(1) == query.shape[2]
+    assert key_cache.is_contiguous()
+    assert value_cache.is_contiguous()
+    assert params.scale > 0
+    num_tokens, num_heads, _ = query.shape
+    out = torch.empty(num_tokens, num_heads, value_cache.shape[3], dtype=query.dtype, device=query.device)
+    for launch in _plan(query, key_cache, value_cache, metadata, params):
+        with torch.cuda.device(query.get_device()):
+            _run(launch, query, key_cache, value_cache, out, metadata, params)
+    return out
+
+
+def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """See functional.py."""
+    key_width, value_width = key[0].numel(), value[0].numel()
+    for tensor in (key, value):
+        assert tensor.stride(2) == 1
+        assert tensor.stride(1) == tensor.shape[2]
+    assert key_cache.is_contiguous()
+    assert value_cache.is_contiguous()
+    with torch.cuda.device(key.get_device()):
+        write_kernel[(len(key), -(-max(key_width, value_width) // _WRITE_BLOCK))](
+            key,
+            value,
+            key_cache,
+            value_cache,
+            slot_mapping,
+            key.stride(0),
+            value.stride(0),
+            KEY_WIDTH=key_width,
+            VALUE_WIDTH=value_width,
+            BLOCK=_WRITE_BLOCK,
+        )
+
+
+def _run(
+    launch: _Launch,
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out: Tensor,
+    metadata: AttentionMetadata,
+    params: AttentionParams,
+) -> None:
+    _, num_heads, key_dim = query.shape
+    _, block_size, num_kv_heads, value_dim = value_cache.shape
+    shape = launch.shape
+    seq_lens = None if launch.tiles is not None else _device_seq_lens(metadata)
+    block_value_dim = _block_dim(value_dim)
+    limits = {"TILE_KEYS": shape.tile_keys, "WINDOW": params.sliding_window, "CHUNK": params.chunk_size}
+    attend_kernel[(num_kv_heads, launch.num_tiles, launch.num_splits)](
+        query,
+        key_cache,
+        value_cache,
+        metadata.block_tables,
+        seq_lens,
+        launch.tiles,
+        params.sinks,
+        None if params.alibi is None else params.alibi.slopes,
+        out,
+        launch.partial_out,
+        launch.partial_log,
+        params.scale,
+        params.softcap,
+        None if params.alibi is None else params.alibi.multiplier,
+        query.stride(0),
+        metadata.block_tables.stride(0),
+        launch.num_splits,
+        launch.tile_queries,
+        NUM_KV_HEADS=num_kv_heads,
+        NUM_SHARED=num_heads // num_kv_heads,
+        BLOCK_SIZE=block_size,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
+        BLOCK_KEY_DIM=_block_dim(key_dim),
+        BLOCK_VALUE_DIM=block_value_dim,
+        TILE_ROWS=shape.tile_rows,
+        **limits,
+        PRODUCT_DTYPE=_PRODUCT_DTYPES[query.dtype] if query.is_cuda else tl.float32,  # the interpreter has no bfloat16
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
+    if launch.partial_out is None:
+        return
+    merge_kernel[(num_heads, launch.num_tiles * launch.tile_queries)](
+        launch.partial_out,
+        launch.partial_log,
+        out,
+        seq_lens,
+        launch.tiles,
+        launch.num_splits,
+        launch.tile_queries,
+        launch.num_tiles * launch.tile_queries,
+        NUM_HEADS=num_heads,
+        VALUE_DIM=value_dim,
+        BLOCK_VALUE_DIM=block_value_dim,
+        BLOCK_SPLITS=_MAX_SPLITS,
+        **limits,
+    )
+
+
+def _plan(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, params: AttentionParams
+) -> tuple[_Launch, ...]:
+    """How this step is computed by layers of these shapes that see as much."""
+    key = ("triton", query.shape[1], key_cache.shape[2:], value_cache.shape[3], params.visibility)
+    plan: tuple[_Launch, ...] | None = metadata.plans.get(key)
+    if plan is None:
+        plan = metadata.plans[key] = tuple(_make_plan(query, key_cache, value_cache, metadata, params))
+    return plan
+
+
+def _make_plan(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, params: AttentionParams
+) -> Iterable[_Launch]:
+    num_heads, key_dim = query.shape[1:]
+    num_kv_heads, value_dim = value_cache.shape[2:]
+    gpu = _gpu(query.device)
+    shapes = tile_shapes(
+        num_heads // num_kv_heads,
+        max(key_dim, value_dim),
+        query.dtype,
+        shared_memory_bytes=gpu.shared_memory_per_block_optin,
+    )
+    visible = metadata.block_tables.shape[1] * key_cache.shape[1]
+    visible = min(limit for limit in (visible, params.sliding_window, params.chunk_size) if limit is not None)
+
+    def launch(shape: TileShape, tiles: Tensor | None, num_tiles: int, tile_queries: int) -> _Launch:
+        num_splits = _num_splits(num_tiles * num_kv_heads, visible + tile_queries - 1, shape, gpu)
+        partial_out = partial_log = None
+        if num_splits > 1:
+            lead = (num_splits, num_tiles * tile_queries, num_heads)
+            partial_out = torch.empty(*lead, value_dim, dtype=torch.float32, device=query.device)
+            partial_log = torch.empty(lead, dtype=torch.float32, device=query.device)
+        return _Launch(shape, tiles, num_tiles, tile_queries, num_splits, partial_out, partial_log)
+
+    if metadata.is_decode:
+        yield launch(shapes[0], None, metadata.num_sequences, 1)
+        return
+    remaining = list(range(metadata.num_sequences))
+    for shape in shapes:
+        mine = [s for s in remaining if shape.takes(metadata.query_len(s))]
+        remaining = [s for s in remaining if not shape.takes(metadata.query_len(s))]
+        if mine:
+            tiles = [tile for s in mine for tile in _tiles(metadata, s, shape.tile_queries)]
+            tiles.sort(key=lambda tile: -tile[3])  # those with most keys first: the last to end should be short
+            table = to_device(torch.tensor(tiles, dtype=torch.int32), query.device)
+            yield launch(shape, table, len(tiles), max(tile[2] for tile in tiles))
+
+
+def _tiles(metadata: AttentionMetadata, sequence: int, tile_queries: int) -> list[tuple[int, int, int, int]]:
+    start, end = metadata.query_start[sequence : sequence + 2]
+    first_position = metadata.seq_lens[sequence] - (end - start)
+    return [
+        (sequence, first, min(tile_queries, end - first), first_position + first - start)
+        for first in range(start, end, tile_queries)
+    ]
+
+
+def _num_splits(num_programs: int, num_keys: int, shape: TileShape, gpu: _Gpu) -> int:
+    """A power of 2: enough that each multiprocessor has several programs, but no splits of less than the least keys."""
+    wanted = -(-gpu.multi_processor_count * shape.programs_per_multiprocessor // num_programs)
+    return min(_power_of_two(wanted), _power_of_two(-(-num_keys // shape.min_split_keys)), _MAX_SPLITS)
+
+
+def _gpu(device: torch.device) -> _Gpu:
+    return torch.cuda.get_device_properties(device) if device.type == "cuda" else _Gpu()
+
+
+def _device_seq_lens(metadata: AttentionMetadata) -> Tensor:
+    if metadata.device_seq_lens is not None:
+        return metadata.device_seq_lens
+    key = ("triton", "seq_lens")
+    seq_lens: Tensor | None = metadata.plans.get(key)
+    if seq_lens is None:
+        lengths = torch.tensor(metadata.seq_lens, dtype=torch.int32)
+        seq_lens = metadata.plans[key] = to_device(lengths, metadata.block_tables.device)
+    return seq_lens
+
+
+def _block_dim(head_dim: int) -> int:
+    return max(_power_of_two(head_dim), 16)  # the least that tensor cores multiply
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,67 @@
+"""The tiles that the kernel of paged attention computes, by what a GPU has room for.
+
+Chosen for Hopper (227 KiB of shared memory and 65,536 registers a multiprocessor) by calculation, not yet by measuring.
+Decoding is limited by memory: a few programs a multiprocessor have some 100 KiB of keys and values under way. Prompts
+are limited by the tensor cores, whose widest instruction takes 64 rows for each four warps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_FEW_ROWS = 16  # the least that tensor cores multiply
+_HOPPER_SHARED_MEMORY_BYTES = 227 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class TileShape:
+    """What a program computes at once.
+
+    Attributes:
+        tile_rows: rows, (query token, head) pairs; a power of 2.
+        tile_queries: query tokens of these, at most.
+        tile_keys: keys that are multiplied at once.
+        whole: only sequences whose whole query is one tile.
+        programs_per_multiprocessor: so many are wanted before the context is no longer split.
+        min_split_keys: a split of less is not worth its merging.
+    """
+
+    tile_rows: int
+    tile_queries: int
+    tile_keys: int
+    num_warps: int
+    num_stages: int
+    whole: bool
+    programs_per_multiprocessor: int
+    min_split_keys: int
+
+    def takes(self, query_len: int) -> bool:
+        """Whether a sequence with so many tokens in the batch is computed in tiles of this shape."""
+        return not self.whole or query_len <= self.tile_queries
+
+
+def tile_shapes(
+    num_shared: int, head_dim: int, dtype: torch.dtype, *, shared_memory_bytes: int
+) -> tuple[TileShape, ...]:
+    """The shapes, that of decoding first; each sequence takes the first that fits.
+
+    Args:
+        num_shared: query heads that share a KV head.
+        head_dim: the larger one of keys and values.
+        dtype: of the query.
+        shared_memory_bytes: what a program can have on this GPU.
+    """
+    num_bytes = dtype.itemsize * (1 << (head_dim - 1).bit_length())  # of a key
+    few = max(_FEW_ROWS, 1 << (num_shared - 1).bit_length())
+    some = max(few, 64)
+    many = max(few, 128 if num_bytes <= 512 else 64)
+    keys = 64 if num_bytes <= 256 else 32
+    # Block tables, and keys and values behind them, are read ahead: with 5 stages two tiles of keys, with 3 one.
+    stages = 5 if num_bytes <= 512 and shared_memory_bytes >= _HOPPER_SHARED_MEMORY_BYTES else 3
+    return (
+        TileShape(few, few // num_shared, keys, 4, stages, True, 12, keys),
+        TileShape(some, some // num_shared, keys, 4, stages, True, 4, 4 * keys),
+        TileShape(many, many // num_shared, keys, 8 if many == 128 else 4, stages, False, 1, 8 * keys),
+    )
