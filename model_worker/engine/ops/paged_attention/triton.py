@@ -26,10 +26,10 @@ _PRODUCT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch
 
 @dataclass(frozen=True, slots=True)
 class _Gpu:
-    """What is looked at of torch's device properties; the H200's where kernels are interpreted."""
+    """What tiles and splits are chosen for; an H200 where kernels are interpreted."""
 
-    multi_processor_count: int = 132
-    shared_memory_per_block_optin: int = 227 << 10
+    num_multiprocessors: int = 132
+    shared_memory_bytes: int = 227 << 10  # that a program can have
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,7 +181,7 @@ def _make_plan(
         num_heads // num_kv_heads,
         max(key_dim, value_dim),
         query.dtype,
-        shared_memory_bytes=gpu.shared_memory_per_block_optin,
+        shared_memory_bytes=gpu.shared_memory_bytes,
     )
     visible = metadata.block_tables.shape[1] * key_cache.shape[1]
     visible = min(limit for limit in (visible, params.sliding_window, params.chunk_size) if limit is not None)
@@ -220,12 +220,15 @@ def _tiles(metadata: AttentionMetadata, sequence: int, tile_queries: int) -> lis
 
 def _num_splits(num_programs: int, num_keys: int, shape: TileShape, gpu: _Gpu) -> int:
     """A power of 2: enough that each multiprocessor has several programs, but no splits of less than the least keys."""
-    wanted = -(-gpu.multi_processor_count * shape.programs_per_multiprocessor // num_programs)
+    wanted = -(-gpu.num_multiprocessors * shape.programs_per_multiprocessor // num_programs)
     return min(_power_of_two(wanted), _power_of_two(-(-num_keys // shape.min_split_keys)), _MAX_SPLITS)
 
 
 def _gpu(device: torch.device) -> _Gpu:
-    return torch.cuda.get_device_properties(device) if device.type == "cuda" else _Gpu()
+    if device.type != "cuda":
+        return _Gpu()
+    properties = torch.cuda.get_device_properties(device)
+    return _Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 def _device_seq_lens(metadata: AttentionMetadata) -> Tensor:

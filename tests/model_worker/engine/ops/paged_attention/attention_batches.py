@@ -37,7 +37,7 @@ def batch(
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed. `options` are those of `AttentionParams`, but "sinks" a bool and "alibi" the dtype of slopes."""
+    """What is computed. `options` are those of `AttentionParams`; "sinks" is a bool, "alibi" the dtype of slopes."""
 
     lengths: list[tuple[int, int]]
     block_size: int = 8
