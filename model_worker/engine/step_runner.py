@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model_worker.engine.decode_graphs import DecodeGraphs, set_step
 from model_worker.engine.extra_logits import ExtraLogits
 from model_worker.engine.kv_cache import KVCache
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost, VariantSegment, VariantSegments
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.ops.paged_attention import AttentionMetadata
 from model_worker.engine.step_batch import BlockMoves, PromptRows, RowSegment, StepBatch
+from model_worker.engine.step_inputs import HostInputs, StepInputs, StepTensors
 
 BoundVariants = Mapping[int, BoundVariant]
 """By the variants' numbers; has at least those of the batch."""
@@ -26,48 +27,67 @@ class StepRunner:
 
     Args:
         model: finished; its attentions use `cache`.
+        inputs: brings batches to the device; None: they are used as they are, on CPUs.
+        graphs: of decode steps, over the same inputs and `drawn`; None: all steps are computed eagerly.
+        drawn: see there; None: it is not needed, because no token is ever pending.
+
+    Attributes:
+        drawn: [most samples of a step] int64 on the device, what the last step drew.
     """
 
-    def __init__(self, model: CausalModel, cache: KVCache, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: CausalModel,
+        cache: KVCache,
+        device: torch.device,
+        *,
+        inputs: StepInputs | None = None,
+        graphs: DecodeGraphs | None = None,
+        drawn: Tensor | None = None,
+    ) -> None:
         self._model = model
         self._cache = cache
         self._device = device
+        self._inputs = HostInputs() if inputs is None else inputs
+        self._graphs = graphs
+        self.drawn = torch.zeros(0, dtype=torch.int64, device=device) if drawn is None else drawn
+        self._logit_rows: Tensor | None = None  # of the last batch; not of one that was replayed
 
     def move_blocks(self, moves: BlockMoves) -> None:
         """Swap, copy and clear blocks; waits for the swapping."""
         self._cache.swap_out(moves.swap_out)
         self._cache.swap_in(moves.swap_in)
         self._cache.copy_blocks(moves.copies)
-        self._cache.clear_blocks(moves.cleared)
+        if self._device.type == "cpu":  # elsewhere attention does not read past the end of a sequence
+            self._cache.clear_blocks(moves.cleared)
 
     def forward(self, batch: StepBatch, variants: BoundVariants) -> Tensor:
         """Write K and V of all tokens. -> [T, hidden], until the next call"""
+        segments = _bound(batch.segments, variants)
+        self._logit_rows = None
+        if self._graphs is not None and self._graphs.fits(batch, segments):
+            return self._graphs.replay(batch, segments)
+        tensors = self._inputs.load(batch)
+        self._logit_rows = tensors.logit_rows
         context = self._model.context
-        slots = [torch.from_numpy(of_group).to(self._device) for of_group in batch.slot_mapping]
-        tables = [torch.from_numpy(of_group).to(self._device) for of_group in batch.block_tables]
-        metadata = AttentionMetadata(
-            block_tables=tables[0],
-            query_start=batch.query_start,
-            seq_lens=batch.seq_lens,
-            positions=torch.from_numpy(batch.positions).to(self._device),
-        )
-        context.metadata, context.slot_mapping = metadata, slots[0]
-        context.further_groups = tuple(
-            (replace(metadata, block_tables=table, plans={}), slot)
-            for table, slot in zip(tables[1:], slots[1:], strict=True)
-        )
-        context.variants = _bound(batch.segments, variants)
+        set_step(context, _metadata(batch, tensors), tensors)
+        context.variants = segments
         try:
-            return self._model(torch.from_numpy(batch.input_ids).to(self._device), metadata.positions)
+            return self._model(tensors.known_input_ids(self.drawn), tensors.positions)
         finally:
             context.metadata = context.slot_mapping = None
             context.further_groups = ()
             context.variants = ()
 
+    def remember(self, tokens: Tensor) -> None:
+        """What this step has drawn, [samples] int64 on the device: the next step's pending tokens are among it."""
+        self.drawn[: len(tokens)].copy_(tokens)
+
     def logits(self, batch: StepBatch, hidden: Tensor, variants: BoundVariants) -> Tensor:
         """Of `batch.logit_rows`. hidden [T, hidden] -> [R, vocab], until the next call"""
         if len(batch.logit_rows) != len(hidden):
-            hidden = hidden[torch.from_numpy(batch.logit_rows).to(self._device)]
+            assert self._logit_rows is not None, "only batches of which each row is sampled can be replayed"
+            hidden = hidden[self._logit_rows]
         return self._head(hidden, _bound(batch.logit_segments, variants))
 
     def extra_logits(self, batch: StepBatch, hidden: Tensor, variants: BoundVariants) -> list[ExtraLogits]:
@@ -85,9 +105,7 @@ class StepRunner:
         logits = self._head(hidden[rows.start : rows.end], _bound(segments, variants))
         if rows.variant is None or not variants[rows.variant].num_extra_tokens:
             return logits
-        return torch.cat(
-            [logits, self._extra(hidden, np.arange(rows.start, rows.end), variants[rows.variant])], dim=1
-        )
+        return torch.cat([logits, self._extra(hidden, np.arange(rows.start, rows.end), variants[rows.variant])], dim=1)
 
     def _extra(self, hidden: Tensor, rows: npt.NDArray[np.int64], variant: BoundVariant) -> Tensor:
         """hidden [T, hidden] of which `rows` [n] are wanted -> [n, E]"""
@@ -103,3 +121,17 @@ class StepRunner:
 
 def _bound(segments: Iterable[RowSegment], variants: BoundVariants) -> VariantSegments:
     return tuple([VariantSegment(start, end, variants[number]) for start, end, number in segments])
+
+
+def _metadata(batch: StepBatch, tensors: StepTensors) -> list[AttentionMetadata]:
+    """For each layer group."""
+    return [
+        AttentionMetadata(
+            block_tables=tables,
+            query_start=batch.query_start,
+            seq_lens=batch.seq_lens,
+            positions=tensors.positions,
+            device_seq_lens=tensors.seq_lens,
+        )
+        for tables in tensors.block_tables
+    ]

@@ -1,0 +1,222 @@
+"""Decode steps as captured graphs: one launch for the whole model, whatever the batch.
+
+    batch of S sequences ──► the next larger bucket B ──► static inputs, filled up to B ──► replay ──► hidden [:S]
+
+There are two graphs for each bucket, one for the base alone, and one that reads whose rows are where from tables that
+are filled before the replay, and so serves any mix of variants. A graph reads only memory that stays where it is: the
+inputs (`DeviceInputs`), what was drawn last, the variants' tables, weights and KV cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from model_worker.engine.layers.attention import ForwardContext
+from model_worker.engine.lora.bound_variant import VariantSegments
+from model_worker.engine.ops.paged_attention import AttentionMetadata
+from model_worker.engine.step_batch import StepBatch
+from model_worker.engine.step_inputs import BatchShape, DeviceInputs, StepTensors
+from registry.progress import CountProgress
+
+_BUCKET_STEP = 8
+
+
+class GraphTerms(Protocol):
+    """What stands for the variants of the rows while a graph is captured, in memory that the graph reads."""
+
+    def serves(self, segments: VariantSegments) -> bool:
+        """Whether a replay computes these rows."""
+        ...
+
+    def fill(self, segments: VariantSegments) -> None:
+        """The next replays compute these rows; their variants have to be held until they are done."""
+        ...
+
+
+@runtime_checkable
+class GraphedModel(Protocol):
+    """A model of which decode steps can be captured: it launches the same work for any batch of one size.
+
+    For rows with variants `context.terms` is set while it is captured.
+    """
+
+    context: ForwardContext
+
+    def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """See CausalModel."""
+        ...
+
+    def graph_terms(self, num_rows: int) -> Any:
+        """GraphTerms for graphs of so many rows."""
+        ...
+
+
+class Capture(Protocol):
+    """Turns a function that only launches work on static memory into something that launches it again."""
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Runs it at least once. -> the same work, as one launch"""
+        ...
+
+
+class CudaCapture:
+    """Captures CUDA graphs, which share their memory: no two of them run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles kernels and makes workspaces, which a capture must not
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            run()
+        return graph.replay
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Graph:
+    """Attributes:
+    metadata: what attention keeps there is read by the graph.
+    terms: of the variants; None: the graph is of the base alone.
+    """
+
+    shape: BatchShape
+    replay: Callable[[], None]
+    metadata: tuple[AttentionMetadata, ...]
+    terms: GraphTerms | None
+
+
+def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, then by 8, and max_num_seqs itself."""
+    sizes = {1, 2, 4, *range(_BUCKET_STEP, max_num_seqs, _BUCKET_STEP)}
+    return tuple(sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs}))
+
+
+class DecodeGraphs:
+    """The graphs of one model.
+
+    Args:
+        model: whose KV cache stays where it is from now on.
+        inputs: has room for the largest bucket.
+        drawn: [at least max_num_seqs] int64, what the step before drew.
+        num_groups: layer groups.
+        max_blocks: width of the block tables.
+        capture: `CudaCapture`.
+    """
+
+    def __init__(
+        self,
+        model: GraphedModel,
+        inputs: DeviceInputs,
+        drawn: Tensor,
+        *,
+        max_num_seqs: int,
+        num_groups: int,
+        max_blocks: int,
+        capture: Capture,
+    ) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._drawn = drawn
+        self._sizes = bucket_sizes(max_num_seqs)
+        self._num_groups = num_groups
+        self._max_blocks = max_blocks
+        self._capture = capture
+        self._hidden: Tensor | None = None  # [max_num_seqs, hidden]
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+
+    @property
+    def num_graphs(self) -> int:
+        """How many there are when all are captured."""
+        return 2 * len(self._sizes)
+
+    def capture(self, progress: CountProgress | None = None, *, most: int | None = None) -> None:
+        """Capture the graphs that are not there yet, the largest first: the others fit into its memory.
+
+        Args:
+            most: so many buckets of each kind only.
+        """
+        for size in reversed(self._sizes[-most:] if most else self._sizes):
+            for with_variants in (False, True):
+                if (size, with_variants) not in self._graphs:
+                    self._graphs[size, with_variants] = self._captured(size, with_variants)
+                if progress is not None:
+                    progress(len(self._graphs), self.num_graphs)
+
+    def clear(self) -> None:
+        """Forget all graphs and give their memory back."""
+        self._graphs.clear()
+        self._hidden = None
+
+    def fits(self, batch: StepBatch, segments: VariantSegments) -> bool:
+        """There is a graph for this batch."""
+        if batch.num_tokens != batch.num_sequences or batch.block_tables.shape[2] > self._max_blocks:
+            return False
+        graph = self._graphs.get((self._bucket(batch.num_tokens), bool(segments)))
+        return graph is not None and (graph.terms is None or graph.terms.serves(segments))
+
+    def replay(self, batch: StepBatch, segments: VariantSegments) -> Tensor:
+        """Compute a batch that fits. -> [T, hidden], until the next call"""
+        graph = self._graphs[self._bucket(batch.num_tokens), bool(segments)]
+        self._inputs.fill(batch, graph.shape)
+        if graph.terms is not None:
+            graph.terms.fill(segments)
+        graph.replay()
+        assert self._hidden is not None
+        return self._hidden[: batch.num_tokens]
+
+    def _bucket(self, num_rows: int) -> int:
+        return next((size for size in self._sizes if size >= num_rows), 0)
+
+    def _captured(self, size: int, with_variants: bool) -> _Graph:
+        shape = BatchShape(self._num_groups, size, size, self._max_blocks, 0)
+        tensors = self._inputs.tensors(shape)
+        metadata = tuple(decode_metadata(tensors, group) for group in range(self._num_groups))
+        terms: GraphTerms | None = None
+        if with_variants:
+            terms = self._model.graph_terms(size)
+            terms.fill(())
+        assert tensors.seq_lens is not None
+        tensors.seq_lens.zero_()
+        tensors.slot_mapping.fill_(-1)
+        context = self._model.context
+
+        def run() -> None:
+            hidden = self._model(tensors.known_input_ids(self._drawn), tensors.positions)
+            if self._hidden is None:  # in the first run, which is not captured
+                self._hidden = hidden.new_empty((self._sizes[-1], hidden.shape[1]))
+            self._hidden[:size].copy_(hidden)
+
+        set_step(context, metadata, tensors)
+        context.terms = cast(Any, terms)
+        try:
+            return _Graph(shape, self._capture(run), metadata, terms)
+        finally:
+            context.metadata = context.slot_mapping = context.terms = None
+            context.further_groups = ()
+
+
+def decode_metadata(tensors: StepTensors, group: int) -> AttentionMetadata:
+    """Of rows with one token each, whose lengths only the device knows."""
+    num_rows = len(tensors.input_ids)
+    return AttentionMetadata(
+        block_tables=tensors.block_tables[group],
+        query_start=tuple(range(num_rows + 1)),
+        seq_lens=(1,) * num_rows,
+        positions=tensors.positions,
+        device_seq_lens=tensors.seq_lens,
+    )
+
+
+def set_step(context: ForwardContext, metadata: Sequence[AttentionMetadata], tensors: StepTensors) -> None:
+    context.metadata, context.slot_mapping = metadata[0], tensors.slot_mapping[0]
+    context.further_groups = tuple(zip(metadata[1:], tensors.slot_mapping[1:], strict=True))
