@@ -1,7 +1,7 @@
 """What changes the logits before a token is drawn: the min_tokens mask, logit_bias and the penalties.
 
 All of them touch few ids of few rows, so each is one gather and one scatter over the ids concerned in the whole batch;
-rows and ids that are not concerned cost nothing.
+rows and ids that are not concerned cost nothing. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model_worker.engine.ops.low_rank import to_device
 from model_worker.engine.sampled_row import SampledRow
 
 _Ids = npt.NDArray[np.int64]
@@ -57,7 +58,7 @@ def _mask_stop_ids(logits: Tensor, sequences: SequenceOf[SampledRow], eos_token_
         if sequence.num_output_tokens < sequence.sampling.min_tokens:
             rows.append((row, np.array((*eos_token_ids, *sequence.sampling.stop_token_ids), dtype=np.int64)))
     if rows:
-        logits.view(-1)[_flat_index(rows, logits)] = -torch.inf
+        logits.view(-1).index_fill_(0, _flat_index(rows, logits), -torch.inf)
 
 
 def _add_bias(logits: Tensor, sequences: SequenceOf[SampledRow]) -> None:
@@ -115,8 +116,9 @@ def _ids(ids: Iterable[int], count: int) -> _Ids:
 def _flat_index(rows: list[tuple[int, _Ids]], logits: Tensor) -> Tensor:
     """Where the ids of each row are in the flattened logits. -> [sum of len(ids)] int64"""
     vocab_size = logits.shape[1]
-    return torch.from_numpy(np.concatenate([ids + row * vocab_size for row, ids in rows])).to(logits.device)
+    places = np.concatenate([ids + row * vocab_size for row, ids in rows])
+    return to_device(torch.from_numpy(places), logits.device)
 
 
 def _tensor(values: list[_Values], logits: Tensor) -> Tensor:
-    return torch.from_numpy(np.concatenate(values)).to(logits.device)
+    return to_device(torch.from_numpy(np.concatenate(values)), logits.device)

@@ -5,6 +5,8 @@ raw logits ──► logprobs (where asked for)
     └─► min_tokens mask, logit_bias, penalties ──► greedy rows        largest logit
               (logits_processing)                  no top_k, top_p    draw from all        (token_draw)
                                                    the others         draw from the top    (token_draw)
+
+On a GPU the last step is one operation for all rows (device_sampler, ops/sampling).
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ from collections.abc import Callable, Iterable, Sequence as SequenceOf
 import torch
 from torch import Tensor
 
+from model_worker.engine.device_sampler import launch_on_device
 from model_worker.engine.logits_processing import needs_processing, process_logits
-from model_worker.engine.outputs import SampledToken, TokenLogprobs, TopToken
+from model_worker.engine.outputs import SampledToken, TokenLogprobs
+from model_worker.engine.pending_samples import FinishedSamples, PendingSamples, everything_forbidden, model_failed
 from model_worker.engine.random_stream import uniform
 from model_worker.engine.sampled_row import SampledRow
 from model_worker.engine.sampling_params import SamplingParams
-from model_worker.engine.token_draw import DrawInputs, draw_from_all, draw_from_top
-from model_worker.engine.top_tokens import top_tokens
-from registry.errors import InternalError, InvalidRequestError, RootgraftError
+from model_worker.engine.token_draw import MIN_TEMPERATURE, DrawInputs, draw_from_all, draw_from_top
+from model_worker.engine.token_logprobs import LogprobTensors
+from registry.errors import RootgraftError
 
 _NUM_CANDIDATES = 128  # enough for most rows of a language model at usual settings; the others are tried again
-_MIN_TEMPERATURE = 1e-5  # below it only tokens within rounding of the largest logit can be drawn anyway
+
 _LOGPROB_ROWS = 64  # prompt rows whose float32 log-softmax is held at once
 
 
@@ -42,31 +46,43 @@ class Sampler:
         self.eos_token_ids = tuple(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
 
     def sample(self, logits: Tensor, sequences: SequenceOf[SampledRow]) -> list[SampledToken | RootgraftError]:
-        """The next token of each sequence.
-
-        Args:
-            logits: [R, V] of any floating dtype, one row for each sequence; V is at least the model's vocabulary.
-                Consumed: a float32 tensor may be changed.
-            sequences: [R]; all ids named by their sampling parameters are below V.
+        """The next token of each sequence: `launch` and `finish`.
 
         Returns:
             [R] A sampled token, or an InternalError where the model gave NaN or +inf or nothing finite, or an
             InvalidRequestError where the sampling parameters forbid every token.
         """
+        return self.launch(logits, sequences).finish()
+
+    def launch(self, logits: Tensor, sequences: SequenceOf[SampledRow]) -> PendingSamples:
+        """Begin to draw the next token of each sequence. On a CPU they are drawn at once.
+
+        On a GPU nothing waits for the device: what comes out is on its way to the host when this returns.
+
+        Args:
+            logits: [R, V] of any floating dtype, one row for each sequence; V is at least the model's vocabulary.
+                Consumed: a float32 tensor may be changed.
+            sequences: [R]; all ids named by their sampling parameters are below V. Not looked at after the return.
+        """
         assert len(logits) == len(sequences)
         assert logits.shape[1] >= self.vocab_size
         if not sequences:
-            return []
+            return FinishedSamples(torch.empty(0, dtype=torch.int64, device=logits.device), [])
+        if logits.device.type != "cpu":
+            return launch_on_device(logits, sequences, self.eos_token_ids)
+        return self._sample_on_host(logits, sequences)
+
+    def _sample_on_host(self, logits: Tensor, sequences: SequenceOf[SampledRow]) -> FinishedSamples:
         logits = logits.float().contiguous()
         errors: dict[int, RootgraftError] = {}
         processed = any(map(needs_processing, sequences))
         logprobs = _SampledLogprobs(logits, [sequence.sampling.logprobs for sequence in sequences], copy=processed)
         if processed:
-            errors |= {row: _model_failed() for row in _not_finite(logits.amax(dim=1))}
+            errors |= {row: model_failed() for row in _not_finite(logits.amax(dim=1))}
             process_logits(logits, sequences, self.eos_token_ids)
-            no_finite_logit: Callable[[], RootgraftError] = _everything_forbidden
+            no_finite_logit: Callable[[], RootgraftError] = everything_forbidden
         else:
-            no_finite_logit = _model_failed
+            no_finite_logit = model_failed
         if all(sequence.sampling.greedy for sequence in sequences):
             peak, tokens = logits.max(dim=1)
         else:
@@ -75,10 +91,11 @@ class Sampler:
         self._draw(logits, peak, sequences, skip=errors.keys(), tokens=tokens)
         token_ids = tokens.tolist()
         token_logprobs = logprobs.of(tokens, skip=errors.keys())
-        return [
+        samples: list[SampledToken | RootgraftError] = [
             errors[row] if row in errors else SampledToken(token_id, token_logprobs.get(row))
             for row, token_id in enumerate(token_ids)
         ]
+        return FinishedSamples(tokens, samples)
 
     def prompt_logprobs(self, logits: Tensor, token_ids: SequenceOf[int], num_top: int) -> list[TokenLogprobs]:
         """Logprobs of given tokens, and of the `num_top` most probable ones beside each.
@@ -91,7 +108,8 @@ class Sampler:
         for start in range(0, len(token_ids), _LOGPROB_ROWS):
             wanted = token_ids[start : start + _LOGPROB_ROWS]
             rows = logits[start : start + _LOGPROB_ROWS].float()
-            result += _token_logprobs(rows, torch.tensor(wanted, device=logits.device), [num_top] * len(wanted))
+            tokens = torch.tensor(wanted, device=logits.device)
+            result += LogprobTensors.of(rows, tokens, num_top).on_host([num_top] * len(wanted))
         return result
 
     def _draw(
@@ -132,7 +150,7 @@ class Sampler:
         chosen = [sequences[row] for row in rows]
         sampling = [sequence.sampling for sequence in chosen]
         numbers = torch.tensor(
-            [(1.0 / max(params.temperature, _MIN_TEMPERATURE), params.min_p, params.top_p) for params in sampling],
+            [(1.0 / max(params.temperature, MIN_TEMPERATURE), params.min_p, params.top_p) for params in sampling],
             dtype=torch.float64,
             device=logits.device,
         )  # [N, 3]
@@ -167,29 +185,9 @@ class _SampledLogprobs:
         if not rows:
             return {}
         logits = self._logits if len(rows) == len(self._num_top) else self._logits[places]
-        found = _token_logprobs(logits, tokens[rows], [self._num_top[row] for row in rows])
+        num_top = [self._num_top[row] for row in rows]
+        found = LogprobTensors.of(logits, tokens[rows], max(num_top)).on_host(num_top)
         return dict(zip(rows, found, strict=True))
-
-
-def _token_logprobs(logits: Tensor, tokens: Tensor, num_top: list[int]) -> list[TokenLogprobs]:
-    """Logprobs of `tokens` [R] under `logits` [R, V] float32, with num_top[r] most probable tokens for row r."""
-    logprobs = logits.log_softmax(dim=1)
-    own = logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1).tolist()
-    # Chosen by the logits, whose rounding is the one that a greedy choice sees: log_softmax can make new ties.
-    ids = top_tokens(logits, max(num_top))[1] if max(num_top) else tokens.new_empty(len(num_top), 0)
-    top_logprobs, top_ids = logprobs.gather(1, ids).tolist(), ids.tolist()
-    return [
-        TokenLogprobs(
-            token_id,
-            logprob,
-            tuple(
-                TopToken(top_ids[row][place], top_logprobs[row][place])
-                for place in range(min(num, len(top_ids[row])))
-                if top_logprobs[row][place] > -torch.inf
-            ),
-        )
-        for row, (token_id, logprob, num) in enumerate(zip(tokens.tolist(), own, num_top, strict=True))
-    ]
 
 
 def _first_num_candidates(sampling: SamplingParams, vocab_size: int) -> int:
@@ -203,16 +201,3 @@ def _not_finite(peak: Tensor) -> list[int]:
     """Rows whose largest logit [R] is NaN, +inf or -inf. A NaN anywhere in a row makes its maximum NaN."""
     rows: list[int] = (~peak.isfinite()).nonzero().squeeze(1).tolist()
     return rows
-
-
-def _model_failed() -> InternalError:
-    return InternalError(
-        "The model produced logits that are not finite, which usually means that float16 overflowed; "
-        "load it with --dtype bfloat16 or float32."
-    )
-
-
-def _everything_forbidden() -> InvalidRequestError:
-    return InvalidRequestError(
-        "min_tokens, the stop token ids, logit_bias and the penalties together forbid every token; relax one of them."
-    )

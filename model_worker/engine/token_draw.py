@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from model_worker.engine.top_tokens import next_num_candidates, num_settled, top_candidates
 
+MIN_TEMPERATURE = 1e-5  # below it only tokens within rounding of the largest logit can be drawn anyway
+
 _BLOCK = 256  # tokens whose weights are summed first, so that only one block a row is walked token by token
 _MAX_SORTED = 1024  # candidates that top_p may take in order; beyond them its edge is found by a histogram
 _NUM_BUCKETS = 16384  # so many that one holds few tokens

@@ -70,6 +70,19 @@ def top_tokens(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
     return top_values, top_ids
 
 
+def top_tokens_by_key(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """As `top_tokens`, by one `topk` of keys that hold both orders: twice the bytes, but nothing waits for the device.
+
+    Ids that cannot be drawn, whose logit is -inf, are in the order of the others.
+    """
+    vocab_size = logits.shape[1]
+    ids = torch.arange(vocab_size, device=logits.device)
+    bits = (logits + 0.0).view(torch.int32)
+    key = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | (0x7FFFFFFF - ids)  # [R, V], all distinct
+    chosen = 0x7FFFFFFF - (key.topk(min(num, vocab_size), dim=1).values & 0x7FFFFFFF)
+    return logits.gather(1, chosen), chosen
+
+
 def next_num_candidates(num: int, vocab_size: int) -> int:
     """How many candidates to try after `num` were too few. Selecting costs much the same for any number below V."""
     return min(num * _GROWTH, vocab_size)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from model_worker.engine import top_tokens as module
-from model_worker.engine.top_tokens import num_settled, top_candidates, top_tokens
+from model_worker.engine.top_tokens import num_settled, top_candidates, top_tokens, top_tokens_by_key
 
 torch.set_num_threads(1)
 
@@ -68,3 +68,20 @@ def test_all_are_settled_when_there_are_no_others():
     values, ids = top_candidates(logits, 10)
     assert num_settled(values, 1000).tolist() == [10]
     assert ids[0, 0] == 500
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    vocab_size=st.integers(1, 300),
+    num_levels=st.sampled_from([0, 1, 5, 1000]),
+    num=st.integers(1, 300),
+)
+def test_keys_give_the_same_tokens(seed, vocab_size, num_levels, num):
+    logits = rows_with_ties(seed, 3, vocab_size, num_levels)
+    logits[:, 0] = 0.0
+    values, ids = top_tokens_by_key(logits, num)
+    exact_values, exact_ids = top_tokens(logits, num)
+    assert torch.equal(values, exact_values)
+    drawable = values > -torch.inf
+    assert torch.equal(ids[drawable], exact_ids[drawable])

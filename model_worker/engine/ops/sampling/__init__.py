@@ -1,0 +1,1 @@
+"""Drawing tokens on GPUs: functional.py is the contract."""
