@@ -17,11 +17,11 @@ from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfi
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.adapters_of_model import make_lora_manager
 from model_worker.engine.lora.lora_weight import LoraWeight
-from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.sampling_params import SamplingParams
 from tests.delta.models import make
 from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.model_runners import make_runner
 from tests.fakes.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, build_tiny_model, make_tiny_plan
 
 NUM_NEW_TOKENS = 10
@@ -41,7 +41,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize("impl", ["native", "gpu", "transformers"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
 def test_served_unapplied_equals_applied(name: str, impl: str, best_kernels: KernelLibrary, tmp_path: Path) -> None:
     _check(name, impl, best_kernels, tmp_path)
@@ -58,9 +58,8 @@ def _check(name: str, impl: str, kernels: KernelLibrary, path: Path) -> None:
     config = EngineConfig(
         cache=CacheConfig(block_size=8, num_blocks=64),
         scheduler=SchedulerConfig(max_num_batched_tokens=32, max_num_seqs=8),
-        model_impl=impl,
     )
-    runner = ModelRunner(make_tiny_plan(base), config, kernels=kernels)
+    runner = make_runner(impl, make_tiny_plan(base), config, kernels)
     loras = make_lora_manager(config.lora, runner.model, base_digest="")
     engine = LLMEngine(config, runner, ByteTokenizer(), stop_token_ids=(), max_model_len=MAX_MODEL_LEN, loras=loras)
     models: dict[str, nn.Module] = {"base": AutoModelForCausalLM.from_pretrained(base).eval()}

@@ -19,13 +19,13 @@ from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfi
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.adapters_of_model import make_lora_manager
 from model_worker.engine.lora.lora_weight import LoraWeight
-from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import InvalidRequestError
 from tests.delta.models import make
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.peft_adapters import make_adapter
+from tests.fakes.model_runners import make_runner
 from tests.fakes.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, build_tiny_model, make_tiny_plan, with_more_tokens
 
 NUM_NEW_TOKENS = 12
@@ -49,9 +49,8 @@ def _engine(path: Path, impl: str, kernels: KernelLibrary) -> LLMEngine:
     config = EngineConfig(
         cache=CacheConfig(block_size=8, num_blocks=96),
         scheduler=SchedulerConfig(max_num_batched_tokens=48, max_num_seqs=16),
-        model_impl=impl,
     )
-    runner = ModelRunner(make_tiny_plan(path), config, kernels=kernels)
+    runner = make_runner(impl, make_tiny_plan(path), config, kernels)
     loras = make_lora_manager(config.lora, runner.model, base_digest="")
     return LLMEngine(config, runner, ByteTokenizer(), stop_token_ids=(), max_model_len=MAX_MODEL_LEN, loras=loras)
 
@@ -128,7 +127,7 @@ def _greedy(model: nn.Module, prompt: Sequence[int]) -> tuple[list[int], torch.T
     return tokens[len(prompt) :], of_prompt, logprobs[-1]
 
 
-@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize("impl", ["native", "gpu", "transformers"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
 def test_served_unapplied_equals_applied(name: str, impl: str, best_kernels: KernelLibrary, tmp_path: Path) -> None:
     _check(name, impl, best_kernels, tmp_path)
@@ -177,7 +176,7 @@ def _check_drawn(
         assert found.tokens[f"{variant} drawn"] == _Answers(engine).tokens["drawn"], variant
 
 
-@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize("impl", ["native", "gpu", "transformers"])
 def test_tokens_beyond_a_vocabulary_are_refused(impl: str, best_kernels: KernelLibrary, tmp_path: Path) -> None:
     engine, _ = _prepare("llama-tied", tmp_path, best_kernels, impl)
     last = {"base": VOCAB_SIZE - 1, "sign": VOCAB_SIZE + 2, "sparse": VOCAB_SIZE + 19, "plain": VOCAB_SIZE - 1}
@@ -195,7 +194,7 @@ def test_tokens_beyond_a_vocabulary_are_refused(impl: str, best_kernels: KernelL
     assert _Answers(engine).tokens.keys() == last.keys()
 
 
-@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize("impl", ["native", "gpu", "transformers"])
 def test_a_reply_ends_with_a_token_of_its_own(impl: str, best_kernels: KernelLibrary, tmp_path: Path) -> None:
     """Forced by a bias, masked before the fewest tokens, and drawn again by n choices that fork."""
     engine, _ = _prepare("llama", tmp_path, best_kernels, impl)

@@ -19,11 +19,11 @@ from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.adapters_of_model import make_lora_manager
 from model_worker.engine.lora.bound_variant import VariantHost
 from model_worker.engine.lora.lora_weight import LoraWeight
-from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.sampling_params import SamplingParams
 from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.model_runners import make_runner
 from tests.fakes.peft_adapters import TinyBase, make_adapter, merged_model
 from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
 
@@ -39,7 +39,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 NAMES = ("llama", "qwen2", "qwen3")
-CASES = [(name, impl) for name in NAMES for impl in ("native", "transformers")]
+CASES = [(name, impl) for name in NAMES for impl in ("native", "gpu", "transformers")]
 OTHERS = {
     "biases": LoraConfig(r=2, target_modules=ALL_LINEAR, bias="all", task_type="CAUSAL_LM"),
     "ia3": IA3Config(
@@ -47,10 +47,15 @@ OTHERS = {
     ),
 }
 OTHER_CASES = [
-    *((name, impl, ("biases", "ia3")) for name in ("llama-tied", "qwen2") for impl in ("native", "transformers")),
+    *(
+        (name, impl, ("biases", "ia3"))
+        for name in ("llama-tied", "qwen2")
+        for impl in ("native", "gpu", "transformers")
+    ),
     ("qwen3_moe", "native", ("attention",)),
     ("qwen3_moe", "transformers", ("attention",)),
-    ("gemma2", "native", ("rslora", "dora")),
+    *(("gemma2", impl, ("rslora", "dora")) for impl in ("native", "gpu")),
+    ("phi3", "gpu", ("rslora",)),
     *((name, "transformers", ("rslora",)) for name in ("gpt2", "gpt_neox", "phi3", "gemma2")),
 ]
 
@@ -81,9 +86,8 @@ def _engine(path: Path, impl: str, kernels: KernelLibrary, *, budget: int) -> LL
     config = EngineConfig(
         cache=CacheConfig(block_size=8, num_blocks=64),
         scheduler=SchedulerConfig(max_num_batched_tokens=budget, max_num_seqs=6),
-        model_impl=impl,
     )
-    runner = ModelRunner(make_tiny_plan(path), config, kernels=kernels)
+    runner = make_runner(impl, make_tiny_plan(path), config, kernels)
     assert isinstance(runner.model, VariantHost)
     return LLMEngine(
         config,
@@ -138,7 +142,7 @@ def _check(
     name: str, impl: str, configs: Mapping[str, PeftConfig], kernels: KernelLibrary, path: Path, *, budget: int
 ) -> None:
     """Each request twice, with and without the logprobs of its prompt."""
-    assert impl != "native" or TINY_MODELS[name].model_type in NATIVE_MODEL_TYPES
+    assert impl == "transformers" or TINY_MODELS[name].model_type in NATIVE_MODEL_TYPES
     model = build_tiny_model(name)
     model.save_pretrained(path / "base")
     engine = _engine(path / "base", impl, kernels, budget=budget)
@@ -161,7 +165,7 @@ def _check(
     assert len({tuple(tokens[f"{adapter} plain"]) for adapter in references}) > 1
 
 
-@pytest.mark.parametrize(("name", "impl"), CASES[:2])
+@pytest.mark.parametrize(("name", "impl"), CASES[:3])
 def test_combinations_equal_the_sum_of_the_updates(
     name: str, impl: str, best_kernels: KernelLibrary, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.sampling_params import SamplingParams
 from tests.fakes.byte_tokenizer import ByteTokenizer
-from tests.fakes.gpu_runner import make_gpu_runner
+from tests.fakes.model_runners import make_runner
 from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
 
 NUM_NEW_TOKENS = 24
@@ -115,11 +115,8 @@ def _runner(
     config = EngineConfig(
         cache=CacheConfig(block_size=block_size, num_blocks=num_blocks, swap_space_gib=swap_space_gib),
         scheduler=SchedulerConfig(max_num_batched_tokens=512),
-        model_impl="native" if impl == "gpu" else impl,
     )
-    if impl == "gpu":
-        return make_gpu_runner(make_tiny_plan(path, dtype=dtype), config)
-    return ModelRunner(make_tiny_plan(path, dtype=dtype), config, kernels=kernels)
+    return make_runner(impl, make_tiny_plan(path, dtype=dtype), config, kernels)
 
 
 @pytest.mark.parametrize(("name", "impl"), ALL)
