@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from adapters.tokenizer import Tokenizer
+from model_worker.engine.executor import ExecutorLostError
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.async_loras import AsyncLoras, LoraCall
 from model_worker.engine.lora.lora_weight import LoraWeight
@@ -41,11 +42,18 @@ class _Loaded:
     """An adapter was."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """The executor is."""
+
+    error: ExecutorLostError
+
+
 class _Stop:
     pass
 
 
-_Command = _Add | _Abort | LoraCall | _Loaded | _Stop
+_Command = _Add | _Abort | LoraCall | _Loaded | _Lost | _Stop
 
 
 class AsyncLLMEngine:
@@ -72,6 +80,7 @@ class AsyncLLMEngine:
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self.loras = AsyncLoras(self._commands.put)
         engine.on_adapter_loaded(lambda: self._commands.put(_Loaded()))
+        engine.on_lost(lambda error: self._commands.put(_Lost(error)))
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._stats = engine.stats()
@@ -178,6 +187,8 @@ class AsyncLLMEngine:
                 return False
             if isinstance(command, _Loaded):
                 break
+            if isinstance(command, _Lost):
+                raise command.error
             if isinstance(command, _Abort):
                 self._engine.abort_request(command.request_id)
             elif isinstance(command, LoraCall):

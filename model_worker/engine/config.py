@@ -207,7 +207,15 @@ class EngineConfig:
         choices=("auto", "native", "transformers"),
     )
     num_threads: int | None = flag(None, "threads for tensor work; default: one per core")
+    tensor_parallel_size: int = flag(
+        1, "processes that the model is divided among: each has a share of all weights and of the KV cache, and a GPU"
+    )
 
     def __post_init__(self) -> None:
+        if self.tensor_parallel_size < 1:
+            raise InvalidRequestError(
+                f"--tensor-parallel-size must be at least 1, got {self.tensor_parallel_size}.",
+                param="tensor_parallel_size",
+            )
         if self.num_threads is not None and self.num_threads < 1:
             raise InvalidRequestError(f"--num-threads must be at least 1, got {self.num_threads}.", param="num_threads")

@@ -7,6 +7,11 @@ from typing import Protocol
 
 from model_worker.engine.step import SchedulerOutput, StepResult
 from model_worker.engine.visibility import Visibility
+from registry.errors import InternalError
+
+
+class ExecutorLostError(InternalError):
+    """No step can be computed any more: the process should end."""
 
 
 class PendingStep(Protocol):

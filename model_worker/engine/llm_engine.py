@@ -12,7 +12,7 @@ from adapters.load_plan import LoadPlan
 from adapters.tokenizer import Tokenizer, load_tokenizer
 from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import EngineConfig
-from model_worker.engine.executor import Executor
+from model_worker.engine.executor import Executor, ExecutorLostError
 from model_worker.engine.lora.adapters_of_model import make_lora_manager
 from model_worker.engine.lora.lora_manager import LoraManager
 from model_worker.engine.lora.lora_weight import LoraWeight
@@ -20,6 +20,9 @@ from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.open_requests import OpenRequests
 from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.outputs import EngineStats, RequestOutput
+from model_worker.engine.parallel.ranks import Ranks
+from model_worker.engine.parallel.shared_variants import SharedVariants
+from model_worker.engine.parallel.start import start_ranks
 from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.scheduler import Scheduler
 from model_worker.engine.sequence import Sequence, SequenceGroup
@@ -45,6 +48,7 @@ class LLMEngine:
         max_model_len: most tokens of prompt and output; lowered to what the KV cache can hold for one sequence.
         variant_digest: identity of the base's weights, part of the prefix cache's key.
         loras: LoRA adapters; None: there never are any.
+        ranks: the other ranks, where the model is divided.
         clock: seconds, monotonic.
         profiler: records where the time of the steps goes.
     """
@@ -59,6 +63,7 @@ class LLMEngine:
         max_model_len: int,
         variant_digest: str = "",
         loras: LoraManager | None = None,
+        ranks: Ranks | None = None,
         clock: Callable[[], float] = time.monotonic,
         profiler: Profiler | None = None,
     ) -> None:
@@ -83,6 +88,7 @@ class LLMEngine:
         self._vocab_size = executor.vocab_size
         self._base_digest = variant_digest
         self._loras = loras
+        self._ranks = ranks
         self._clock = clock
         speculator = None if config.speculation.speculation == "off" else Speculator(config.speculation)
         self._scheduler = Scheduler(
@@ -114,7 +120,12 @@ class LLMEngine:
             ClientError: the checkpoint, the memory or the configuration does not allow it.
         """
         tokenizer = load_tokenizer(plan.tokenizer_path)
-        runner = ModelRunner(plan, config, kernels=kernels, profiler=profiler)
+        ranks = binder = None
+        if config.tensor_parallel_size > 1:
+            runner, ranks = start_ranks(plan, config, profiler=profiler)
+            binder = SharedVariants(runner.model, ranks)
+        else:
+            runner = ModelRunner(plan, config, kernels=kernels, profiler=profiler)
         return cls(
             config,
             runner,
@@ -122,7 +133,8 @@ class LLMEngine:
             stop_token_ids=plan.stop_token_ids,
             max_model_len=plan.max_model_len,
             variant_digest=variant_digest,
-            loras=make_lora_manager(config.lora, runner.model, base_digest=variant_digest),
+            loras=make_lora_manager(config.lora, runner.model, base_digest=variant_digest, binder=binder),
+            ranks=ranks,
             profiler=profiler,
         )
 
@@ -238,10 +250,18 @@ class LLMEngine:
         if self._loras is not None:
             self._loras.loader.wait()
 
+    def on_lost(self, call: Callable[[ExecutorLostError], None]) -> None:
+        """Have `call` called, on another thread, when no step can be computed any more."""
+        if self._ranks is not None:
+            ranks = self._ranks
+            ranks.on_lost = lambda: call(ranks.lost())
+
     def close(self) -> None:
-        """Load no adapters any more."""
+        """Load no adapters any more, and end the other ranks."""
         if self._loras is not None:
             self._loras.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def stats(self) -> EngineStats:
         scheduler = self._scheduler

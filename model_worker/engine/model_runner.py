@@ -34,6 +34,7 @@ from model_worker.engine.loader import NativeRoute, load_model
 from model_worker.engine.lora.bound_variant import BoundVariant
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
 from model_worker.engine.outputs import TokenLogprobs
+from model_worker.engine.parallel.group import RankGroup
 from model_worker.engine.sampled_row import SampledRow
 from model_worker.engine.sampler import Sampler
 from model_worker.engine.sampling_params import SamplingParams
@@ -56,8 +57,10 @@ class ModelRunner:
         device: where it runs.
         kernels: of this CPU, for the native decoder; None: there are none.
         profiler: records where the time of a step goes.
+        group: the ranks that the model is divided among, each with a runner like this one; None: it is whole.
 
     Attributes:
+        steps: computes the batches.
         num_blocks, block_size: of the KV cache.
         num_host_blocks: of the pool that sequences are swapped to.
         groups: what the layers of each layer group see.
@@ -77,6 +80,7 @@ class ModelRunner:
         device: str = "cpu",
         kernels: KernelLibrary | None = None,
         profiler: Profiler | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         self.profiler = profiler or Profiler()
         if config.num_threads is not None:
@@ -85,10 +89,12 @@ class ModelRunner:
         self.max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         self.load_report = LoadReport()
         native = None
-        if kernels is not None and self.device.type == "cpu":
+        if kernels is not None and self.device.type == "cpu" and group is None:
             team = Team(kernels, torch.get_num_threads())
             native = NativeRoute(team, max_rows=config.scheduler.max_num_batched_tokens)
-        self.model = load_model(plan, self.device, self.load_report, model_impl=config.model_impl, native=native)
+        self.model = load_model(
+            plan, self.device, self.load_report, model_impl=config.model_impl, native=native, group=group
+        )
         self.profiler.watch(self.model)
         self.vocab_size = self.model.vocab_size
         # An id past the vocabulary ends nothing: the model cannot produce it.
@@ -98,6 +104,7 @@ class ModelRunner:
         kv_dtype = self._choose_kv_dtype(config.cache.kv_cache_dtype)
         groups = group_layers(self.model.attentions, max_model_len=plan.max_model_len)
         block_bytes = bytes_per_block(self.model.attentions, groups, block_size, kv_dtype)
+        num_sharing = 1 if group is None or self.device.type != "cpu" else group.size  # this machine's memory
         num_blocks = choose_num_blocks(
             config.cache,
             block_bytes,
@@ -107,15 +114,18 @@ class ModelRunner:
                 block_size=block_size,
                 max_step_tokens=config.scheduler.max_num_batched_tokens,
             ),
-            free_bytes=free_memory_bytes(self.device),
+            free_bytes=free_memory_bytes(self.device) // num_sharing,
             device=self.device,
         )
+        num_blocks = num_blocks if group is None else group.minimum(num_blocks)
         num_host_blocks = choose_num_host_blocks(
             config.cache,
             block_bytes,
-            free_bytes=available_memory_bytes() - (num_blocks * block_bytes if self.device.type == "cpu" else 0),
+            free_bytes=available_memory_bytes() // num_sharing
+            - (num_blocks * block_bytes if self.device.type == "cpu" else 0),
             device=self.device,
         )
+        num_host_blocks = num_host_blocks if group is None else group.minimum(num_host_blocks)
         self._cache = KVCache(
             self.model.attentions,
             groups,
@@ -126,7 +136,7 @@ class ModelRunner:
             num_host_blocks=num_host_blocks,
         )
         self._builder = BatchBuilder(block_size, groups.num_groups)
-        self._steps = StepRunner(self.model, self._cache, self.device)
+        self.steps = StepRunner(self.model, self._cache, self.device)
         self._warm_up(
             min(
                 config.scheduler.max_num_batched_tokens,
@@ -171,14 +181,14 @@ class ModelRunner:
         bound = _bound_variants(output.scheduled) if batch.segments else {}
         swap_s = self._move_blocks(batch.blocks)
         with self.profiler.span("forward", rows=batch.num_tokens):
-            hidden = self._steps.forward(batch, bound)  # [T, hidden]
+            hidden = self.steps.forward(batch, bound)  # [T, hidden]
         prompt_logprobs = self._prompt_logprobs(output.scheduled, batch, hidden, bound)
         sampled = _sampled_rows(output.scheduled)
         if not sampled:
             return StepResult((), prompt_logprobs, swap_s)
         with self.profiler.span("logits", rows=len(sampled)):
-            logits = self._steps.logits(batch, hidden, bound)
-            extra = self._steps.extra_logits(batch, hidden, bound)
+            logits = self.steps.logits(batch, hidden, bound)
+            extra = self.steps.extra_logits(batch, hidden, bound)
             if batch.repeats is not None:
                 logits = logits[torch.from_numpy(batch.repeats).to(self.device)]
         with self.profiler.span("sample", rows=len(sampled)):
@@ -196,11 +206,11 @@ class ModelRunner:
     def _move_blocks(self, moves: BlockMoves) -> float:
         """Returns the seconds that swapping took."""
         if not (moves.swap_out or moves.swap_in):
-            self._steps.move_blocks(moves)
+            self.steps.move_blocks(moves)
             return 0.0
         start_s = time.perf_counter()
         with self.profiler.span("swap", blocks=len(moves.swap_out) + len(moves.swap_in)):
-            self._steps.move_blocks(moves)
+            self.steps.move_blocks(moves)
         return time.perf_counter() - start_s
 
     def _prompt_logprobs(
@@ -219,7 +229,7 @@ class ModelRunner:
                 rows = next(pieces)
                 first = targets[len(of_item)]
                 token_ids = item.sequence.token_ids[first : first + rows.end - rows.start]
-                logits = self._steps.prompt_logits(rows, hidden, bound)
+                logits = self.steps.prompt_logits(rows, hidden, bound)
                 of_item += self._sampler.prompt_logprobs(logits, token_ids, num_top)
         return found
 

@@ -27,7 +27,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from model_worker.engine.executor import Executor, PendingStep
+from model_worker.engine.executor import Executor, ExecutorLostError, PendingStep
 from model_worker.engine.open_requests import OpenRequests
 from model_worker.engine.outputs import RequestOutput
 from model_worker.engine.scheduler import Scheduler
@@ -102,6 +102,8 @@ class StepsAhead:
         try:
             with self._profiler.span("launch", tokens=output.num_tokens, sequences=len(output.scheduled)):
                 return _Launched(output, self._executor.launch(output), launched_s)
+        except ExecutorLostError:
+            raise
         except Exception as error:  # it ends this step's requests, once the step before it is taken
             logger.exception("A step of %d tokens could not be launched.", output.num_tokens)
             return error
@@ -112,6 +114,8 @@ class StepsAhead:
         try:
             with self._profiler.span("execute", tokens=output.num_tokens, sequences=len(output.scheduled)):
                 result = done.pending.result()
+        except ExecutorLostError:
+            raise
         except Exception as error:  # as in SynchronousSteps
             logger.exception("A step of %d tokens failed.", output.num_tokens)
             outputs = self._requests.fail_step(output, error)

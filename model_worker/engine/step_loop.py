@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from model_worker.engine.executor import Executor
+from model_worker.engine.executor import Executor, ExecutorLostError
 from model_worker.engine.open_requests import OpenRequests
 from model_worker.engine.outputs import RequestOutput
 from model_worker.engine.scheduler import Scheduler
@@ -66,6 +66,8 @@ class SynchronousSteps:
         try:
             with self._profiler.span("execute", tokens=output.num_tokens, sequences=len(output.scheduled)):
                 result = self._executor.execute(output)
+        except ExecutorLostError:
+            raise
         except Exception as error:  # whatever a kernel or an allocator throws ends this step's requests, not the server
             logger.exception("A step of %d tokens failed.", output.num_tokens)
             return self._requests.fail_step(output, error)

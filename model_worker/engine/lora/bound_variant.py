@@ -36,9 +36,8 @@ VariantSegments = tuple[VariantSegment, ...]
 """In ascending order, without overlap."""
 
 
-@runtime_checkable
-class VariantHost(Protocol):
-    """A model whose rows can use variants. `context.variants` names the rows of the next call that do."""
+class VariantBinder(Protocol):
+    """What can be asked of a model to read and bind variants for it."""
 
     @property
     def binds_in_host_memory(self) -> bool:
@@ -71,6 +70,11 @@ class VariantHost(Protocol):
 
     def logits(self, hidden: Tensor, variants: VariantSegments = ()) -> Tensor:
         """hidden [R, hidden], whose rows use `variants` -> [R, vocab_size], until the next call."""
+
+@runtime_checkable
+class VariantHost(VariantBinder, Protocol):
+    """A model whose rows can use variants. `context.variants` names the rows of the next call that do."""
+
         ...
 
     def extra_logits(self, hidden: Tensor, variant: BoundVariant) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from delta.peft.base_model import ExpertsShape, LinearShape, ModelShapes, model_shapes
-from model_worker.engine.lora.bound_variant import VariantHost
+from model_worker.engine.lora.bound_variant import VariantBinder, VariantHost
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD
 
@@ -23,11 +23,16 @@ class _HoldsModule(Protocol):
 
 
 class ServedBase:
-    """A `delta.peft.base_model.BaseModel`."""
+    """A `delta.peft.base_model.BaseModel`.
 
-    def __init__(self, model: CausalModel, digest: str) -> None:
+    Args:
+        binder: has its weights; None: the model itself.
+    """
+
+    def __init__(self, model: CausalModel, digest: str, binder: VariantBinder | None = None) -> None:
         self.digest = digest or None
         self._model = model
+        self._binder = binder
 
     @cached_property
     def shapes(self) -> ModelShapes:
@@ -36,12 +41,16 @@ class ServedBase:
         return _shapes_of_native(self._model)
 
     def weight(self, module: str) -> Tensor:
-        assert isinstance(self._model, VariantHost)
-        return self._model.base_weight(module)
+        return self._weights().base_weight(module)
 
     def bias(self, module: str) -> Tensor:
+        return self._weights().base_bias(module)
+
+    def _weights(self) -> VariantBinder:
+        if self._binder is not None:
+            return self._binder
         assert isinstance(self._model, VariantHost)
-        return self._model.base_bias(module)
+        return self._model
 
 
 def _shapes_of_module(causal_lm: Any) -> ModelShapes:

@@ -34,6 +34,7 @@ from model_worker.engine.models.transformers_trace import trace_modules
 from model_worker.engine.models.transformers_variants import TransformersVariants
 from model_worker.engine.parallel.divided_module import DividedModule
 from model_worker.engine.parallel.group import RankGroup
+from model_worker.engine.parallel.sharding import Division
 from model_worker.engine.trace import TraceRow
 from registry.errors import UnsupportedModelError
 
@@ -167,6 +168,11 @@ class TransformersModel:
         return self._variants.bind(terms)
 
     # ------------------------------------------------------------------------------------------ weights
+
+    @property
+    def divisions(self) -> Mapping[str, Division]:
+        """How weights are divided among ranks, by module, or by parameter where it is none of a linear layer."""
+        return {} if self._divided is None else self._divided.divisions
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of all that a checkpoint holds; of tied parameters only the one that owns them.

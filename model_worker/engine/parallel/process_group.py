@@ -14,6 +14,8 @@ from torch.nn import functional as F
 _LOOPBACK = "127.0.0.1"
 c10d: Any = distributed  # whose types are not exported
 Store = Any
+LOAD_TIMEOUT_S = 600.0  # a rank waits for the others: reading their shares of the weights may take so much longer
+STEP_TIMEOUT_S = 60.0
 
 
 class ProcessGroup:
@@ -25,10 +27,12 @@ class ProcessGroup:
     Args:
         store: where the ranks find each other.
         device: of the tensors.
-        timeout_s: that a call waits for the others.
+        timeout_s: that a call waits for the others, at first.
     """
 
-    def __init__(self, store: Store, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, store: Store, *, rank: int, size: int, device: torch.device, timeout_s: float = LOAD_TIMEOUT_S
+    ) -> None:
         self.rank = rank
         self.size = size
         self._device = device
@@ -50,6 +54,10 @@ class ProcessGroup:
         numbers = [torch.empty(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
         self._group.allgather([numbers], [torch.tensor([number], device=self._device)]).wait()
         return min(int(each.item()) for each in numbers)
+
+    def wait_at_most(self, timeout_s: float) -> None:
+        """That a call waits for the others, from now on."""
+        self._group._set_default_timeout(timedelta(seconds=timeout_s))
 
     def abort(self) -> None:
         """Let nobody wait for this rank, nor this rank for anybody, any more. Any thread may call this."""

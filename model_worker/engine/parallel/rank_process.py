@@ -1,0 +1,133 @@
+"""A rank other than 0: `python -m model_worker.engine.parallel.rank_process STEPS VARIANTS`, started by rank 0.
+
+It loads its share of the model, computes the batches that it is sent, and ends with rank 0, however that ends. Whatever
+goes wrong in a step ends it too: the others' sums would wait for it for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from multiprocessing.connection import Connection
+
+import torch
+
+from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost
+from model_worker.engine.lora.loader_thread import loader_thread
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.models.causal_model import CausalModel
+from model_worker.engine.parallel.messages import Assignment, Bind, Ready, Started, Step, Weight, send
+from model_worker.engine.parallel.process_group import STEP_TIMEOUT_S, ProcessGroup, join_store
+from registry.errors import InternalError, RootgraftError, UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+
+def main(steps: Connection, variants: Connection) -> None:
+    """Load and compute; the arguments are this rank's ends of the connections of messages.py."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes: rank 0 decides what happens
+        signal.signal(number, signal.SIG_IGN)
+    send(steps, Started())
+    try:
+        assignment: Assignment = steps.recv()
+    except EOFError:
+        return
+    share = BoundShare()
+    threading.Thread(target=_answer, args=(variants, share), daemon=True).start()
+    try:
+        runner = _load(assignment)
+    except RootgraftError as error:
+        send(steps, error)
+        return
+    share.model = runner.model
+    send(steps, Ready())
+    _compute(steps, runner, share)
+
+
+class BoundShare:
+    """What this rank has of the variants; used by both threads.
+
+    Attributes:
+        model: once it is loaded; nobody asks before.
+        bound: by number.
+    """
+
+    def __init__(self) -> None:
+        self.model: CausalModel | None = None
+        self.bound: dict[int, BoundVariant] = {}
+
+    def drop(self, numbers: tuple[int, ...]) -> None:
+        for number in numbers:
+            self.bound.pop(number, None)
+
+
+def _load(assignment: Assignment) -> ModelRunner:
+    device = torch.device(assignment.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    group = ProcessGroup(
+        join_store(assignment.port, assignment.num_ranks),
+        rank=assignment.rank,
+        size=assignment.num_ranks,
+        device=device,
+    )
+    runner = ModelRunner(assignment.plan, assignment.config, device=assignment.device, group=group)
+    group.wait_at_most(STEP_TIMEOUT_S)
+    return runner
+
+
+@torch.inference_mode()
+def _compute(steps: Connection, runner: ModelRunner, share: BoundShare) -> None:
+    """Until rank 0 is gone. A step's calls are those that rank 0 makes, in the same order."""
+    while True:
+        try:
+            step: Step = steps.recv()
+        except EOFError:
+            return
+        bound = {number: share.bound[key] for number, key in step.variants.items()}
+        share.drop(step.dropped)
+        runner.steps.move_blocks(step.batch.blocks)
+        hidden = runner.steps.forward(step.batch, bound)
+        for rows in step.batch.prompt_rows:
+            runner.steps.prompt_logits(rows, hidden, bound)
+        if len(step.batch.logit_rows):
+            runner.steps.logits(step.batch, hidden, bound)
+
+
+def _answer(variants: Connection, share: BoundShare) -> None:
+    """Until rank 0 is gone, with which this process ends, wherever its other thread waits."""
+    loader = loader_thread()
+    while True:
+        try:
+            request: Bind | Weight = variants.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        send(variants, loader.submit(_carry_out, request, share).result())
+
+
+def _carry_out(request: Bind | Weight, share: BoundShare) -> object:
+    model = share.model
+    assert isinstance(model, VariantHost)
+    if isinstance(request, Weight):
+        find = model.base_weight if request.kind == "weight" else model.base_bias
+        try:
+            return find(request.module).cpu()
+        except KeyError:
+            return None
+    share.drop(request.dropped)
+    try:
+        share.bound[request.number] = model.bind(request.terms)
+    except UnsupportedModelError as error:
+        return error
+    except Exception as error:  # a bug, or no memory: it ends this variant, not the server
+        logger.exception("A variant could not be bound.")
+        return InternalError(f"A rank could not take the variant ({type(error).__name__}); see the log.")
+    return share.bound[request.number].num_bytes
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])), Connection(int(sys.argv[2])))

@@ -1,0 +1,252 @@
+"""The other ranks, as rank 0 sees them: processes that it starts, tells what to do, and outlives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from adapters.load_plan import LoadPlan
+from delta.variant_terms import VariantTerms
+from model_worker.engine.config import EngineConfig
+from model_worker.engine.executor import ExecutorLostError
+from model_worker.engine.parallel.messages import Assignment, Bind, Step, Weight, send
+from model_worker.engine.parallel.process_group import STEP_TIMEOUT_S, ProcessGroup, host_store
+from model_worker.engine.step_batch import StepBatch
+from registry.errors import RootgraftError
+
+_REASON_S = 2.0  # that is waited for why a rank ended, once something shows that one did
+_END_S = 5.0  # that a rank has for ending by itself
+
+
+class RankProcess(Protocol):
+    """The process of a rank, as `subprocess.Popen` is one."""
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its exit status, or minus the signal that killed it.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not ended.
+        """
+        ...
+
+    def kill(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunningRank:
+    """Another rank: its process and rank 0's ends of its connections."""
+
+    process: RankProcess
+    steps: Connection
+    variants: Connection
+
+
+class _Fate:
+    """What became of the ranks.
+
+    Attributes:
+        is_over: they may end.
+        lost: why one has ended that should not have.
+        known: `lost` is set.
+        on_lost: see Ranks.
+    """
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self.lost: str | None = None
+        self.known = threading.Event()
+        self.on_lost: Callable[[], None] = _nobody_waits
+        self.group: ProcessGroup | None = None
+
+
+class Ranks:
+    """All ranks but 0; they end with this object, or with its process.
+
+    Steps are sent by one thread, variants by another.
+
+    Args:
+        plan, config: the model.
+        devices: of all ranks, the first that of rank 0.
+        launch: starts the process of a rank.
+
+    Attributes:
+        group: of all ranks, for rank 0.
+
+    Raises:
+        ExecutorLostError: one of them has ended already.
+    """
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        config: EngineConfig,
+        devices: Sequence[str],
+        launch: Callable[[], RunningRank] | None = None,
+    ) -> None:
+        self._fate = _Fate()
+        self._dropped: SimpleQueue[int] = SimpleQueue()
+        self._variants_lock = threading.Lock()
+        self._num_variants = 0
+        self._ranks: list[RunningRank] = []
+        self._end = weakref.finalize(self, _end, self._ranks, self._fate)
+        for rank in range(1, len(devices)):
+            self._ranks.append((launch or launch_rank)())
+            watch = threading.Thread(target=_watch, args=(rank, self._ranks[-1].process, self._fate), daemon=True)
+            watch.start()
+        for other in self._ranks:
+            self._receive(other.steps)
+        self._store, port = host_store(len(devices))
+        plan = replace(plan, chat_template=None)  # rank 0 talks
+        for rank, other in enumerate(self._ranks, start=1):
+            send(other.steps, Assignment(rank, len(devices), port, devices[rank], plan, config))
+        self.group = ProcessGroup(self._store, rank=0, size=len(devices), device=torch.device(devices[0]))
+        self._fate.group = self.group
+
+    @property
+    def on_lost(self) -> Callable[[], None]:
+        """Called on a thread of its own when a rank has ended that should not have."""
+        return self._fate.on_lost
+
+    @on_lost.setter
+    def on_lost(self, call: Callable[[], None]) -> None:
+        self._fate.on_lost = call
+
+    def wait_until_ready(self) -> None:
+        """Until all have loaded their share.
+
+        Raises:
+            RootgraftError: one of them could not.
+        """
+        for other in self._ranks:
+            reply = self._receive(other.steps)
+            if isinstance(reply, RootgraftError):
+                raise reply
+        self.group.wait_at_most(STEP_TIMEOUT_S)
+
+    def send_step(self, batch: StepBatch, variants: dict[int, int]) -> None:
+        """Have a batch computed; `variants` are the numbers that `bind` gave, by those of the batch.
+
+        Raises:
+            ExecutorLostError: a rank has ended.
+        """
+        step = Step(batch, variants, self._take_dropped())
+        try:
+            for other in self._ranks:
+                send(other.steps, step)
+        except OSError as error:
+            raise self.lost() from error
+
+    def bind(self, terms: Sequence[VariantTerms]) -> tuple[int, int]:
+        """Have each rank but 0 keep its terms of a variant. Returns the variant's number and its bytes there.
+
+        Raises:
+            RootgraftError: one of them could not, or has ended.
+        """
+        with self._variants_lock:
+            self._num_variants += 1
+            number, dropped = self._num_variants, self._take_dropped()
+            answers = self._ask([Bind(number, of_rank, dropped) for of_rank in terms])
+        errors = [answer for answer in answers if isinstance(answer, RootgraftError)]
+        if errors:
+            self.drop(number)
+            raise errors[0]
+        return number, sum(answer for answer in answers if isinstance(answer, int))
+
+    def drop(self, number: int) -> None:
+        """Let the ranks forget a variant, by and by. Any thread may call this, at any time."""
+        self._dropped.put(number)
+
+    def weights(self, module: str, kind: Literal["weight", "bias"]) -> list[Tensor | None]:
+        """Of each rank but 0, its share of a weight or bias; None: it has none."""
+        with self._variants_lock:
+            answers = self._ask([Weight(module, kind)] * len(self._ranks))
+        return [answer if isinstance(answer, Tensor) else None for answer in answers]
+
+    def lost(self) -> ExecutorLostError:
+        """What to say of a step that did not succeed: why, if a rank has ended."""
+        self._fate.known.wait(_REASON_S)
+        why = self._fate.lost or "The ranks of this model do not compute together any more; see the log."
+        return ExecutorLostError(f"{why} Start the worker again.")
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._end()
+
+    def _ask(self, requests: Sequence[Bind | Weight]) -> list[object]:
+        try:
+            for other, request in zip(self._ranks, requests, strict=True):
+                send(other.variants, request)
+        except OSError as error:
+            raise self.lost() from error
+        return [self._receive(other.variants) for other in self._ranks]
+
+    def _receive(self, channel: Connection) -> object:
+        try:
+            message: object = channel.recv()
+        except (EOFError, OSError) as error:
+            raise self.lost() from error
+        return message
+
+    def _take_dropped(self) -> tuple[int, ...]:
+        numbers: list[int] = []
+        try:
+            while True:
+                numbers.append(self._dropped.get_nowait())
+        except Empty:
+            return tuple(numbers)
+
+
+def _watch(rank: int, process: RankProcess, fate: _Fate) -> None:
+    status = process.wait()
+    if fate.is_over or fate.lost is not None:
+        return
+    how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
+    fate.lost = f"Rank {rank} of this model {how}."
+    fate.known.set()
+    if fate.group is not None:
+        fate.group.abort()
+    fate.on_lost()
+
+
+def launch_rank() -> RunningRank:
+    """Start a process that waits for its assignment."""
+    steps, their_steps = Pipe()
+    variants, their_variants = Pipe()
+    with their_steps, their_variants:
+        fds = (their_steps.fileno(), their_variants.fileno())
+        process = subprocess.Popen(
+            [sys.executable, "-m", "model_worker.engine.parallel.rank_process", *map(str, fds)],
+            pass_fds=fds,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            stdin=subprocess.DEVNULL,
+        )
+    return RunningRank(process, steps, variants)
+
+
+def _end(ranks: Sequence[RunningRank], fate: _Fate) -> None:
+    fate.is_over = True
+    for other in ranks:
+        other.steps.close()
+        other.variants.close()  # with which it ends
+    for other in ranks:
+        try:
+            other.process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            other.process.kill()
+            other.process.wait()
+
+
+def _nobody_waits() -> None:
+    pass
