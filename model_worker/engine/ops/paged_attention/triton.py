@@ -29,7 +29,7 @@ class _Gpu:
     """What tiles and splits are chosen for; an H200 where kernels are interpreted."""
 
     num_multiprocessors: int = 132
-    shared_memory_bytes: int = 227 << 10  # that a program can have
+    has_227_kib: bool = True  # of shared memory; those of other generations have 99 or 163
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,7 +181,7 @@ def _make_plan(
         num_heads // num_kv_heads,
         max(key_dim, value_dim),
         query.dtype,
-        shared_memory_bytes=gpu.shared_memory_bytes,
+        has_227_kib=gpu.has_227_kib,
     )
     visible = metadata.block_tables.shape[1] * key_cache.shape[1]
     visible = min(limit for limit in (visible, params.sliding_window, params.chunk_size) if limit is not None)
@@ -228,7 +228,7 @@ def _gpu(device: torch.device) -> _Gpu:
     if device.type != "cuda":
         return _Gpu()
     properties = torch.cuda.get_device_properties(device)
-    return _Gpu(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return _Gpu(properties.multi_processor_count, properties.major in (9, 10))
 
 
 def _device_seq_lens(metadata: AttentionMetadata) -> Tensor:

@@ -2,7 +2,8 @@
 
 Chosen for Hopper (227 KiB of shared memory and 65,536 registers a multiprocessor) by calculation, not yet by measuring.
 Decoding is limited by memory: a few programs a multiprocessor have some 100 KiB of keys and values under way. Prompts
-are limited by the tensor cores, whose widest instruction takes 64 rows for each four warps.
+are limited by the tensor cores, whose widest instruction takes 64 rows for each four warps. Tiles of float32, which is
+there for exactness, are small.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 _FEW_ROWS = 16  # the least that tensor cores multiply
-_HOPPER_SHARED_MEMORY_BYTES = 227 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +42,21 @@ class TileShape:
         return not self.whole or query_len <= self.tile_queries
 
 
-def tile_shapes(
-    num_shared: int, head_dim: int, dtype: torch.dtype, *, shared_memory_bytes: int
-) -> tuple[TileShape, ...]:
+def tile_shapes(num_shared: int, head_dim: int, dtype: torch.dtype, *, has_227_kib: bool) -> tuple[TileShape, ...]:
     """The shapes, that of decoding first; each sequence takes the first that fits.
 
     Args:
         num_shared: query heads that share a KV head.
         head_dim: the larger one of keys and values.
         dtype: of the query.
-        shared_memory_bytes: what a program can have on this GPU.
+        has_227_kib: of shared memory a multiprocessor.
     """
     num_bytes = dtype.itemsize * (1 << (head_dim - 1).bit_length())  # of a key
     few = max(_FEW_ROWS, 1 << (num_shared - 1).bit_length())
-    some = max(few, 64)
-    many = max(few, 128 if num_bytes <= 512 else 64)
+    some, many = (max(few, 64), max(few, 128)) if dtype.itemsize == 2 else (max(few, 32), max(few, 32))
     keys = 64 if num_bytes <= 256 else 32
     # Block tables, and keys and values behind them, are read ahead: with 5 stages two tiles of keys, with 3 one.
-    stages = 5 if num_bytes <= 512 and shared_memory_bytes >= _HOPPER_SHARED_MEMORY_BYTES else 3
+    stages = (5 if has_227_kib else 3) if dtype.itemsize == 2 else 2
     return (
         TileShape(few, few // num_shared, keys, 4, stages, True, 12, keys),
         TileShape(some, some // num_shared, keys, 4, stages, True, 4, 4 * keys),
