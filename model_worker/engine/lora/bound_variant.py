@@ -47,6 +47,8 @@ class VariantBinder(Protocol):
     def base_weight(self, module: str) -> Tensor:
         """The weight of a linear layer or embedding, as the model computes with it. -> [N, K] or [V, H] float32
 
+        Expert 3 of a parameter that holds all experts is PARAMETER.3. -> [N, K] float32
+
         Raises:
             KeyError: there is no such module.
         """
@@ -68,13 +70,13 @@ class VariantBinder(Protocol):
         """
         ...
 
-    def logits(self, hidden: Tensor, variants: VariantSegments = ()) -> Tensor:
-        """hidden [R, hidden], whose rows use `variants` -> [R, vocab_size], until the next call."""
 
 @runtime_checkable
 class VariantHost(VariantBinder, Protocol):
     """A model whose rows can use variants. `context.variants` names the rows of the next call that do."""
 
+    def logits(self, hidden: Tensor, variants: VariantSegments = ()) -> Tensor:
+        """hidden [R, hidden], whose rows use `variants` -> [R, vocab_size], until the next call."""
         ...
 
     def extra_logits(self, hidden: Tensor, variant: BoundVariant) -> Tensor:
