@@ -46,6 +46,7 @@ class GpuDecoder(nn.Module):
         quantization: int8, int4, fp8, or None: as the checkpoint has them.
         max_model_len: most positions that will ever be used.
         group: of the ranks that compute the model together.
+        has_tables: variants are computed by kernels, which find them in tables; None: on GPUs.
 
     Attributes:
         context: the step under way; set before each call.
@@ -70,6 +71,7 @@ class GpuDecoder(nn.Module):
         quantization: str | None,
         max_model_len: int,
         group: RankGroup | None = None,
+        has_tables: bool | None = None,
     ) -> None:
         super().__init__()
         self.spec: DecoderSpec = read_spec(config, max_model_len)
@@ -95,7 +97,9 @@ class GpuDecoder(nn.Module):
         linears = [module for module in self.modules() if isinstance(module, FusedLinear)]
         norms = [module for module in self.modules() if isinstance(module, RMSNorm)]
         tied_head = {} if HEAD in places else {HEAD: WeightPlace(self.lm_head, "weight", 0, 0, self.spec.vocab_size)}
-        self._variants = GpuVariants(linears, norms, {**places, **tied_head}, device, dtype=dtype)
+        self._variants = GpuVariants(
+            linears, norms, {**places, **tied_head}, device, dtype=dtype, has_tables=has_tables
+        )
 
     @property
     def vocab_size(self) -> int:

@@ -1,0 +1,144 @@
+"""Whole tiny models through the kernels for GPUs, run by Triton's interpreter, equal those through the references."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delta.variant_terms import LinearTerms, VariantTerms
+from model_worker.engine.layers import rms_norm as rms_norm_layers, rotary_attention as attention_layers
+from model_worker.engine.lora.bound_variant import VariantSegment
+from model_worker.engine.models import gpu_layer
+from model_worker.engine.models.gpu_decoder import GpuDecoder
+from model_worker.engine.ops.linear import Activation
+from model_worker.engine.ops.rotary.functional import RotaryCosSin
+from tests.fakes.decoder_steps import MAX_MODEL_LEN, Sequences
+from tests.fakes.random_variants import random_variant
+from tests.fakes.tiny_models import build_tiny_model
+
+CPU = torch.device("cpu")
+OPS = "model_worker.engine.ops"
+
+
+@pytest.fixture
+def _on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers launch kernels for tensors of the CPU, too."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
+    pytest.importorskip("triton")
+    norms, activation, rotary, attention = (
+        importlib.import_module(f"{OPS}.{name}.triton")
+        for name in ("rms_norm", "gated_activation", "rotary", "paged_attention")
+    )
+
+    def rms_norm(x: Tensor, weight: Tensor, epsilon: float, **options: Any) -> Tensor:
+        return norms.rms_norm(x, weight, epsilon, **{"num_heads": 1, "out": None, "row_weights": None, **options})
+
+    def gated_activation(x: Tensor, kind: Activation) -> Tensor:
+        out = torch.empty(len(x), x.shape[1] // 2, dtype=x.dtype)
+        activation.gated_activation(x, kind, out)
+        return out
+
+    def rotary_table(positions: Tensor, frequencies: Tensor, scaling: float, dtype: torch.dtype) -> RotaryCosSin:
+        cos, sin = torch.empty(2, len(positions), len(frequencies), dtype=dtype)
+        rotary.fill_rotary_table(positions, frequencies, scaling, cos, sin)
+        return RotaryCosSin(cos, sin)
+
+    def rotate_and_write(q: Tensor, k: Tensor, v: Tensor, table: RotaryCosSin | None, *cache: Tensor) -> None:
+        if table is None:
+            attention.write_kv(k, v, *cache)
+        else:
+            rotary.rotate_and_write(q, k, v, table.cos, table.sin, *cache)
+
+    monkeypatch.setattr(rms_norm_layers, "rms_norm", rms_norm)
+    monkeypatch.setattr(rms_norm_layers, "add_rms_norm", norms.add_rms_norm)
+    monkeypatch.setattr(rms_norm_layers, "rms_norm_add", norms.rms_norm_add)
+    monkeypatch.setattr(gpu_layer, "gated_activation", gated_activation)
+    monkeypatch.setattr(attention_layers, "rotary_table", rotary_table)
+    monkeypatch.setattr(attention_layers, "rotate_and_write", rotate_and_write)
+    monkeypatch.setattr(attention_layers, "paged_attention", attention.paged_attention)
+
+
+def _decoder(family: str, *, has_tables: bool) -> tuple[GpuDecoder, dict[str, Tensor]]:
+    model = build_tiny_model(family)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    decoder = GpuDecoder(
+        model.config.to_dict(),
+        dtype=torch.float32,
+        device=CPU,
+        quantization=None,
+        max_model_len=MAX_MODEL_LEN,
+        has_tables=has_tables,
+    )
+    for name, _ in decoder.weights():
+        decoder.fill(name, weights[name])
+    decoder.finish()
+    return decoder, weights
+
+
+def _tokens(lengths: Sequence[int]) -> list[list[int]]:
+    generator = random.Random(5)
+    return [[generator.choice((3, 40, generator.randrange(128))) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.usefixtures("_on_kernels")
+@pytest.mark.parametrize("family", ["llama-tied", "gemma2", "olmo2"])
+def test_a_mixed_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base rows and two variants: a prompt beside single tokens, then single tokens."""
+    found_by, weights = _decoder(family, has_tables=True)
+    terms = [random_variant(weights, seed=0), None, random_variant(weights, seed=1)]
+    found = _run(found_by, terms)
+    monkeypatch.undo()  # from here on, references
+    expected = _run(_decoder(family, has_tables=False)[0], terms)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def _run(decoder: GpuDecoder, terms: Sequence[VariantTerms | None]) -> list[Tensor]:
+    sequences = Sequences(decoder, [None if each is None else decoder.bind(each) for each in terms])
+    with torch.inference_mode():
+        return [logits for step in ((1, 2, 18), (1, 1, 1)) for logits in sequences.step(_tokens(step))]
+
+
+@pytest.mark.usefixtures("_on_kernels")
+def test_what_a_graph_captures_serves_any_mix() -> None:
+    """The same terms, filled for one mix after another, and a step for each without a graph."""
+    decoder, weights = _decoder("llama-tied", has_tables=True)
+    first, second = (decoder.bind(_in_tables(weights, seed)) for seed in range(2))
+    others = decoder.bind(random_variant(weights, seed=3))
+    sequences = Sequences(decoder, [None] * 4)
+    graph_terms = decoder.graph_terms(4)
+    mixes = [
+        (),
+        (VariantSegment(0, 3, first),),
+        (VariantSegment(0, 1, second), VariantSegment(1, 2, first), VariantSegment(3, 4, second)),
+    ]
+    ids = torch.tensor([3, 40, 7, 99])
+    with torch.inference_mode():
+        sequences.step([[int(token)] for token in ids])  # leaves a step's context
+        context = decoder.context
+        assert context.metadata is not None
+        for mix in mixes:
+            assert graph_terms.serves(mix)
+            context.variants, context.terms = mix, None
+            hidden = decoder(ids, context.metadata.positions)
+            expected = decoder.logits(hidden, mix)
+            graph_terms.fill(mix)
+            context.variants, context.terms = (), graph_terms
+            found = decoder.logits(decoder(ids, context.metadata.positions), graph_terms=graph_terms)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not graph_terms.serves((VariantSegment(0, 1, others),))
+
+
+def _in_tables(weights: dict[str, Tensor], seed: int) -> VariantTerms:
+    """Low-rank terms, signs and norms only."""
+    terms = random_variant(weights, seed=seed)
+    linears = {name: LinearTerms(a=each.a, b=each.b, signs=each.signs) for name, each in terms.linears.items()}
+    return replace(terms, linears=linears, embeddings={})
