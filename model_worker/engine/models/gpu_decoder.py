@@ -31,7 +31,9 @@ from model_worker.engine.models.decoder_spec import DecoderSpec, read_spec
 from model_worker.engine.models.gpu_layer import DecoderLayer, make_input_norm
 from model_worker.engine.models.gpu_variants import GpuVariant, GpuVariants, GraphTerms
 from model_worker.engine.models.gpu_weights import GpuWeights, WeightPlace
+from model_worker.engine.parallel.divided_decoder import DividedDecoder
 from model_worker.engine.parallel.group import OneRank, RankGroup
+from model_worker.engine.parallel.sharding import Division
 from model_worker.engine.trace import TraceRow
 from registry.errors import UnsupportedModelError
 
@@ -91,12 +93,19 @@ class GpuDecoder(nn.Module):
         self.fused: Mapping[str, str] = {
             name: fusion.key for fusion in fusions for name in fusion.names if len(fusion.names) > 1
         }
-        self._build(self.spec)
+        self._divided: DividedDecoder | None = None
+        if self._group.size > 1:
+            self._divided = DividedDecoder(self.spec, self._group, in_groups=quantization in ("int8", "int4"))
+            self.spec = self._divided.spec
+        self._build(self.spec, self.spec.vocab_size if self._divided is None else self._divided.num_tokens)
+        if self._divided is not None:
+            self._divided.add_hooks(self.embed_tokens, self.lm_head)
         places = self._places()
         self._weights = GpuWeights(places, device, quantization=quantization, head=self.lm_head)
         linears = [module for module in self.modules() if isinstance(module, FusedLinear)]
         norms = [module for module in self.modules() if isinstance(module, RMSNorm)]
-        tied_head = {} if HEAD in places else {HEAD: WeightPlace(self.lm_head, "weight", 0, 0, self.spec.vocab_size)}
+        head = WeightPlace(self.lm_head, "weight", 0, 0, self.lm_head.out_features)
+        tied_head = {} if HEAD in places else {HEAD: head}
         self._variants = GpuVariants(
             linears, norms, {**places, **tied_head}, device, dtype=dtype, has_tables=has_tables
         )
@@ -197,6 +206,11 @@ class GpuDecoder(nn.Module):
         """See CausalModel."""
         yield from self._parameters_by_name.items()
 
+    @property
+    def divisions(self) -> Mapping[str, Division]:
+        """How weights are divided among ranks, by module."""
+        return {} if self._divided is None else self._divided.divisions
+
     def is_stored_transposed(self, name: str) -> bool:
         return False
 
@@ -205,11 +219,11 @@ class GpuDecoder(nn.Module):
     ) -> None:
         """See CausalModel."""
         assert index is None, "there are no experts"
-        self._weights.put(name, tensor)
+        self._weights.put(name, tensor if self._divided is None else self._divided.cut(name, tensor))
 
     def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
         """See CausalModel."""
-        return self._weights.holds(name, tensor)
+        return self._weights.holds(name, tensor if self._divided is None else self._divided.cut(name, tensor))
 
     def finish(self) -> None:
         """See CausalModel."""
@@ -218,9 +232,9 @@ class GpuDecoder(nn.Module):
 
     # ------------------------------------------------------------------------------------------ internal
 
-    def _build(self, spec: DecoderSpec) -> None:
+    def _build(self, spec: DecoderSpec, num_tokens: int) -> None:
         dtype = self._dtype
-        self.embed_tokens = TokenEmbedding(spec.vocab_size, spec.hidden_size, spec.embed_multiplier, dtype=dtype)
+        self.embed_tokens = TokenEmbedding(num_tokens, spec.hidden_size, spec.embed_multiplier, dtype=dtype)
         self.rotary = nn.ModuleDict(
             {
                 kind: RotaryTable(rope.inverse_frequencies, rope.attention_scaling, dtype=dtype, device=self._device)
@@ -232,7 +246,7 @@ class GpuDecoder(nn.Module):
         ]
         self.layers = nn.ModuleList(self._decoder_layers)
         self.norm = make_input_norm(spec, "norm", dtype)
-        self.lm_head = FusedLinear(spec.hidden_size, (spec.vocab_size,), "head", bias=False, dtype=dtype)
+        self.lm_head = FusedLinear(spec.hidden_size, (num_tokens,), "head", bias=False, dtype=dtype)
 
     def _places(self) -> dict[str, WeightPlace]:
         """Where each tensor of the checkpoint goes."""

@@ -20,6 +20,7 @@ from model_worker.engine.layers.linear import Linear
 from model_worker.engine.models.attention_interface import EXTRAS, AttentionExtras
 from model_worker.engine.parallel.group import RankGroup
 from model_worker.engine.parallel.sharding import Division, Share, check_divisions, cut
+from model_worker.engine.parallel.token_hooks import add_up_rows, gather_logits
 from model_worker.engine.parallel.transformers_divisions import TransformersDivisions, stores_inputs_first
 
 # What attention modules count for themselves.
@@ -112,19 +113,14 @@ class DividedModule:
         experts.register_forward_hook(self._add_up)
 
     def _narrow_embedding(self, embedding: nn.Embedding, tokens: Division) -> None:
-        ((start, end),) = tokens.ranges(self._share)
         _narrow(embedding, "weight", 0, tokens, self._share)
-        embedding.num_embeddings = end - start
+        embedding.num_embeddings = tokens.size(self._share)
         embedding.padding_idx = None
-        # Tokens beyond the vocabulary, which variants may have, are the last rank's.
-        rows = _TokenRows(self._group, start, None if self._share.rank == self._share.num_ranks - 1 else end)
-        embedding.register_forward_pre_hook(rows.before)
-        embedding.register_forward_hook(rows.after)
+        add_up_rows(embedding, tokens, self._group)
 
     def _narrow_head(self, head: Linear, tokens: Division) -> None:
-        widths = [tokens.size(Share(rank, self._share.num_ranks)) for rank in range(self._share.num_ranks)]
         self._narrow_outputs(head, tokens)
-        head.register_forward_hook(lambda module, args, logits: self._group.gather_columns(logits, widths))
+        gather_logits(head, tokens, self._group)
 
     def _narrow_attention(self, module: Any) -> None:
         num_ranks = self._share.num_ranks
@@ -140,30 +136,6 @@ class DividedModule:
 
     def _add_up(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self._group.all_reduce(output)
-
-
-class _TokenRows:
-    """Hooks of an embedding that has the rows of some tokens only; the others' are 0 and added up."""
-
-    def __init__(self, group: RankGroup, start: int, end: int | None) -> None:
-        self._group = group
-        self._start = start
-        self._end = end
-        self._others: Tensor | None = None  # of the call under way
-
-    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Token ids become rows of this rank's table."""
-        token_ids, *rest = args
-        others = token_ids < self._start
-        if self._end is not None:
-            others |= token_ids >= self._end
-        self._others = others
-        return (token_ids - self._start).masked_fill_(others, 0), *rest
-
-    def after(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert self._others is not None
-        others, self._others = self._others, None
-        return self._group.all_reduce(output.masked_fill(others[..., None], 0))
 
 
 def _narrow(module: nn.Module, name: str, axis: int, division: Division, share: Share) -> None:

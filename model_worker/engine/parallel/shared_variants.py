@@ -60,13 +60,13 @@ class SharedVariants:
     def base_weight(self, module: str) -> Tensor:
         """See `VariantBinder.base_weight`."""
         own: Tensor = self._model.base_weight(module)
-        division = self._model.divisions.get(module)
+        division = self._division(module)
         return own if division is None else self._join(module, "weight", own, division)
 
     def base_bias(self, module: str) -> Tensor:
         """See `VariantBinder.base_bias`."""
         own: Tensor = self._model.base_bias(module)
-        division = self._model.divisions.get(module)
+        division = self._division(module)
         return own if division is None or division.by_inputs else self._join(module, "bias", own, division)
 
     def bind(self, terms: VariantTerms) -> SharedVariant:
@@ -77,6 +77,12 @@ class SharedVariants:
         own: BoundVariant = self._model.bind(mine)
         number, num_bytes = self._ranks.bind(others)
         return SharedVariant(own, number, own.num_bytes + num_bytes, self._ranks.drop)
+
+    def _division(self, module: str) -> Division | None:
+        """Of a module, or of a parameter that holds all experts, also where one of them is asked for."""
+        parameter, _, last = module.rpartition(".")
+        found: Division | None = self._model.divisions.get(parameter if last.isdigit() else module)
+        return found
 
     def _join(self, module: str, kind: Literal["weight", "bias"], own: Tensor, division: Division) -> Tensor:
         """What the ranks have of a weight or bias, put together."""

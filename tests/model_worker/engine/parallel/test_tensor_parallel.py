@@ -24,7 +24,9 @@ from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, buil
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 NATIVE = [
-    name for name, model in TINY_MODELS.items() if model.model_type in NATIVE_MODEL_TYPES and name not in MIXTURES
+    name
+    for name, model in TINY_MODELS.items()
+    if model.model_type in NATIVE_MODEL_TYPES and name not in (*MIXTURES, "olmo2")
 ]
 BOTH = [*((name, "transformers") for name in TINY_MODELS), *((name, "native") for name in NATIVE)]
 THOROUGH = [

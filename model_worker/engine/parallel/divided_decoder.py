@@ -1,0 +1,110 @@
+"""The GPU's decoder, of which a rank keeps its share only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from compression.grouped_weight import GROUP, GroupedWeight
+from model_worker.engine.layers.fused_linear import FusedLinear
+from model_worker.engine.layers.token_embedding import TokenEmbedding
+from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
+from model_worker.engine.models.decoder_spec import DecoderSpec
+from model_worker.engine.parallel.group import RankGroup
+from model_worker.engine.parallel.sharding import (
+    Division,
+    Part,
+    Share,
+    check_divisions,
+    check_groups,
+    cut,
+    cut_grouped,
+    inputs,
+    outputs,
+)
+from model_worker.engine.parallel.token_hooks import add_up_rows, gather_logits
+from registry.errors import UnsupportedModelError
+
+
+class DividedDecoder:
+    """The share of one rank.
+
+    Args:
+        spec: of the whole model, without mixtures.
+        group: of all ranks.
+        in_groups: weights will be quantized in groups of their inputs.
+
+    Attributes:
+        spec: of this rank: its heads and its share of the MLP; the vocabulary is whole.
+        num_tokens: rows that it has of the embedding and of the head.
+        divisions: by module.
+
+    Raises:
+        UnsupportedModelError: this model cannot be divided among so many, or not in this decoder.
+    """
+
+    def __init__(self, spec: DecoderSpec, group: RankGroup, *, in_groups: bool) -> None:
+        if spec.qk_norm == "row":
+            raise UnsupportedModelError("The native decoder for GPUs cannot divide norms of all heads among ranks.")
+        self._group = group
+        self._share = Share(group.rank, group.size)
+        self._tokens = outputs(Part(spec.vocab_size, spec.vocab_size, "tokens", uneven=True))
+        self.divisions = _divisions(spec, self._tokens)
+        check_divisions(self.divisions, group.size)
+        if in_groups:
+            check_groups(self.divisions, group.size)
+        self.num_tokens = self._tokens.size(self._share)
+        self.spec = replace(
+            spec,
+            num_heads=spec.num_heads // group.size,
+            num_kv_heads=max(1, spec.num_kv_heads // group.size),
+            intermediate_size=spec.intermediate_size // group.size,
+        )
+
+    def add_hooks(self, embedding: TokenEmbedding, head: FusedLinear) -> None:
+        """Both modules have this rank's tokens, and are called for all."""
+        add_up_rows(embedding, self._tokens, self._group)
+        gather_logits(head, self._tokens, self._group)
+
+    def cut(self, name: str, tensor: Tensor | GroupedWeight) -> Tensor | GroupedWeight:
+        """What this rank has of a tensor of the checkpoint."""
+        module, _, kind = name.rpartition(".")
+        division = self.divisions.get(module)
+        if division is None:
+            return tensor
+        if isinstance(tensor, GroupedWeight):
+            if all(place % GROUP == 0 for place in division.ranges(self._share)[0]) or not division.by_inputs:
+                return cut_grouped(tensor, division, self._share)
+            tensor = tensor.dequantize()
+        if kind == "bias" and division.by_inputs:
+            return tensor if self._share.rank == 0 else tensor.new_zeros(tensor.shape)
+        return cut(tensor, 1 if division.by_inputs else 0, division, self._share)
+
+
+def _divisions(spec: DecoderSpec, tokens: Division) -> dict[str, Division]:
+    found = {EMBEDDING.removesuffix(".weight"): tokens, HEAD.removesuffix(".weight"): tokens}
+    for name in parameter_shapes(spec):
+        module = name.removesuffix(".weight")
+        division = _division(spec, module.rpartition(".")[2])
+        if division is not None:
+            found[module] = division
+    return found
+
+
+def _division(spec: DecoderSpec, kind: str) -> Division | None:
+    heads = Part(spec.num_heads * spec.head_dim, spec.num_heads, "attention heads")
+    kv_heads = Part(spec.num_kv_heads * spec.head_dim, spec.num_kv_heads, "KV heads", repeats=True)
+    neurons = Part(spec.intermediate_size, spec.intermediate_size, "neurons")
+    known = {
+        "q_proj": outputs(heads),
+        "k_proj": outputs(kv_heads),
+        "v_proj": outputs(kv_heads),
+        "qkv_proj": outputs(heads, kv_heads, kv_heads),
+        "o_proj": inputs(heads),
+        "gate_proj": outputs(neurons),
+        "up_proj": outputs(neurons),
+        "gate_up_proj": outputs(neurons, neurons),
+        "down_proj": inputs(neurons),
+    }
+    return known.get(kind)
