@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
 from delta.codecs.codec import Parts
@@ -30,12 +31,12 @@ class Lossless:
         if base is not None:
             changed = changed ^ _bytes(base.to(target.dtype))
         planes = np.ascontiguousarray(changed.T)
-        frame = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(planes.data)
+        frame = _zstandard().ZstdCompressor(level=_LEVEL, write_checksum=True).compress(planes.data)
         return {"frame": torch.frombuffer(bytearray(frame), dtype=torch.uint8)}
 
     def check(self, parts: Parts, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         check_names(parts, "frame")
-        frame = parts["frame"]
+        frame, zstandard = parts["frame"], _zstandard()
         if frame.dtype != torch.uint8 or frame.ndim != 1:
             raise ValueError("frame is not a row of bytes")
         try:
@@ -47,6 +48,7 @@ class Lossless:
 
     def decode(self, base: Tensor | None, parts: Parts, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         self.check(parts, dtype, shape)
+        zstandard = _zstandard()
         try:
             planes = zstandard.ZstdDecompressor().decompress(parts["frame"].numpy().data, read_across_frames=False)
         except zstandard.ZstdError as error:
@@ -57,6 +59,11 @@ class Lossless:
 
 
 LOSSLESS = Lossless()
+
+
+def _zstandard() -> Any:
+    """Imported when a delta of this codec is read or made: the engine runs where it is not installed."""
+    return importlib.import_module("zstandard")
 
 
 def _bytes(tensor: Tensor) -> np.ndarray:
