@@ -118,7 +118,7 @@ def create_app(
     app.include_router(admin_variants.create_router(state))
     app.include_router(lora_adapters.create_router(state))
     app.include_router(internal.create_router(state, trusted))
-    app.include_router(create_blob_router(store, config.publishing, config.workers.worker_token))
+    app.include_router(create_blob_router(store, config.publishing, config.workers.worker_token, catalog))
     app.include_router(create_release_router(state.releases))
 
     @app.get("/health", tags=["operations"])

@@ -8,6 +8,7 @@ other's dependencies. All messages are JSON over HTTP.
         POST /internal/workers/{id}/heartbeat    HeartbeatRequest  → HeartbeatReply; 404: register again
         POST /internal/workers/{id}/leave        no body           → 204
         GET  /internal/blobs/{digest}            the bytes of a published file; Range is understood
+        GET  /internal/versions                  VersionsReply
     controller → worker
         POST /internal/generate                  GenerateRequest   → NDJSON, one GenerateEvent a line
         POST /internal/tokenize                  TokenizeRequest   → TokenizeReply
@@ -59,6 +60,14 @@ class ServedModel(Message):
 VariantState = Literal["registered", "on_disk", "in_host_memory", "active", "draining", "failed"]
 
 
+class ProbePassed(Message):
+    """A variant's own questions, which this worker answered as its maker had measured (docs/formats/delta.md)."""
+
+    num_cases: int  # that were asked
+    max_difference: float  # the largest of a log probability from the expected one, in nats
+    tolerance: float  # what it may be here
+
+
 class VariantStatus(Message):
     """A variant as one worker has it. Counters (`*_total`) only grow as long as the worker keeps the variant.
 
@@ -86,6 +95,7 @@ class VariantStatus(Message):
     hits_total: int = 0  # requests that found it active
     requests_total: int = 0
     generation_tokens_total: int = 0
+    probe: ProbePassed | None = None  # None: it has none, or has not answered it yet
     error: str | None = None
 
 
@@ -108,6 +118,12 @@ class NamedVariantRequest(Message):
 
 class VariantsReply(Message):
     variants: list[VariantStatus]
+
+
+class VersionsReply(Message):
+    """The published versions that workers should have; a worker need not keep the files of any other."""
+
+    manifest_digests: list[str]  # see registry.published_files
 
 
 class VariantReport(Message):

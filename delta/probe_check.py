@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from delta.quality_record import Probe, ProbeCase
 
@@ -16,8 +17,22 @@ def probe_tolerance(probe: Probe, weights: str) -> float:
     return probe.tolerance * _TOLERANCE_FACTORS.get(weights, 1)
 
 
-def failed_cases(probe: Probe, answers: Sequence[Mapping[int, float]], weights: str) -> list[str]:
-    """Why each case that failed did so; empty: the probe is passed.
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """Attributes:
+    max_difference: the largest of a log probability from the expected one; infinite where a token was none of the
+        likeliest.
+    tolerance: with which a case is passed.
+    failures: why each case that failed did so; empty: the probe is passed.
+    """
+
+    max_difference: float
+    tolerance: float
+    failures: tuple[str, ...]
+
+
+def check_probe(probe: Probe, answers: Sequence[Mapping[int, float]], weights: str) -> ProbeResult:
+    """Compare the answers with those that are expected.
 
     Args:
         answers: for each case the log probabilities of possible next tokens: at least those of the likeliest ones, a
@@ -26,17 +41,27 @@ def failed_cases(probe: Probe, answers: Sequence[Mapping[int, float]], weights: 
     """
     assert len(answers) == len(probe.cases)
     tolerance = probe_tolerance(probe, weights)
-    found = (_failure(case, answer, tolerance) for case, answer in zip(probe.cases, answers, strict=True))
-    return [failure for failure in found if failure is not None]
+    max_difference, failures = 0.0, []
+    for case, answer in zip(probe.cases, answers, strict=True):
+        differences = [
+            _difference(answer, *expected) for expected in zip(case.top_token_ids, case.top_logprobs, strict=True)
+        ]
+        max_difference = max(max_difference, *differences)
+        failed = next((place for place, difference in enumerate(differences) if difference > tolerance), None)
+        if failed is not None:
+            failures.append(_failure(case, failed, answer, tolerance))
+    return ProbeResult(max_difference, tolerance, tuple(failures))
 
 
-def _failure(case: ProbeCase, answer: Mapping[int, float], tolerance: float) -> str | None:
-    for token_id, expected in zip(case.top_token_ids, case.top_logprobs, strict=True):
-        logprob = answer.get(token_id, -math.inf)
-        if not abs(logprob - expected) <= tolerance:  # a NaN fails too
-            shown = "is not among the likeliest" if logprob == -math.inf else f"has {logprob:.3f}"
-            return (
-                f"after {case.prompt!r:.60} token {token_id} should have the log probability {expected:.3f} "
-                f"within {tolerance:g}, but {shown}"
-            )
-    return None
+def _difference(answer: Mapping[int, float], token_id: int, expected: float) -> float:
+    difference = abs(answer.get(token_id, -math.inf) - expected)
+    return math.inf if math.isnan(difference) else difference
+
+
+def _failure(case: ProbeCase, place: int, answer: Mapping[int, float], tolerance: float) -> str:
+    token_id, expected = case.top_token_ids[place], case.top_logprobs[place]
+    shown = f"has {answer[token_id]:.3f}" if token_id in answer else "is not among the likeliest"
+    return (
+        f"after {case.prompt!r:.60} token {token_id} should have the log probability {expected:.3f} "
+        f"within {tolerance:g}, but {shown}"
+    )

@@ -29,7 +29,8 @@ SIGNATURE_FILE = "model.sig"
 PART_BYTES = 256 << 20  # of an upload, so that what breaks off costs no more than one
 _CHUNK_BYTES = 4 << 20
 _POLL_S = 0.2
-_RETRIES = 5
+_RETRIES = 5  # of a part that is refused
+_ABSENT_S, _AWAY_S = 5.0, 120.0  # how long a controller is waited for that has not answered yet, and one that has
 _TIMEOUT_S = (10.0, 300.0)  # to connect, and between two signs of life
 
 ProgressBar = Callable[[str], AbstractContextManager[Progress]]
@@ -83,7 +84,7 @@ def publish(
     with requests.Session() as session:
         if key is not None:
             session.headers["authorization"] = f"Bearer {key}"
-        controller = _Controller(session, url.rstrip("/"), sleep)
+        controller = _Controller(session, url.rstrip("/"), report, sleep, clock)
         files = find_files(what.directory)
         with progress_bar("reading") as progress:
             digests = _digests(files, progress)
@@ -120,10 +121,20 @@ def find_files(directory: Path) -> dict[str, Path]:
 class _Controller:
     """Calls of the admin API, tried again while the controller is away."""
 
-    def __init__(self, session: requests.Session, url: str, sleep: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        session: requests.Session,
+        url: str,
+        report: Report,
+        sleep: Callable[[float], None],
+        clock: Callable[[], float],
+    ) -> None:
         self._session = session
         self._url = url
+        self._report = report
         self._sleep = sleep
+        self._clock = clock
+        self._patience_s = _ABSENT_S
 
     def call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Raises: RootgraftError, the controller's own or UpstreamError."""
@@ -138,16 +149,25 @@ class _Controller:
         Args:
             arguments: of the request, made again for each try.
         """
-        for attempt in range(_RETRIES + 1):
+        pause_s, given_up_at = 0.5, self._clock() + self._patience_s
+        while True:
             try:
-                return self._session.request(
+                answer = self._session.request(
                     method, self._url + path, timeout=_TIMEOUT_S, allow_redirects=False, **arguments()
                 )
             except requests.RequestException as error:
-                if attempt == _RETRIES or isinstance(error, requests.exceptions.InvalidURL):
-                    raise UpstreamError(f"the controller at {self._url} cannot be reached: {_reason(error)}") from error
-                self._sleep(min(0.5 * 2**attempt, 5.0))
-        raise AssertionError("unreachable")
+                if self._clock() >= given_up_at or isinstance(error, requests.exceptions.InvalidURL):
+                    raise UpstreamError(
+                        f"the controller at {self._url} cannot be reached: {_reason(error)}; what was published "
+                        "before is as it was; run the same command again when the controller is back"
+                    ) from error
+                if pause_s == 0.5:
+                    self._report(f"the controller at {self._url} is away; trying on")
+                self._sleep(pause_s)
+                pause_s = min(pause_s * 2, 5.0)
+            else:
+                self._patience_s = _AWAY_S
+                return answer
 
 
 def _digests(files: Mapping[str, Path], progress: Progress) -> dict[str, str]:

@@ -13,8 +13,9 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
+from controller.protocol import ProbePassed
 from delta.delta_config import CONFIG_FILE, read_delta_config
-from delta.probe_check import failed_cases
+from delta.probe_check import check_probe
 from delta.quality_record import Probe, ProbeCase
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.outputs import RequestOutput
@@ -43,8 +44,8 @@ class DeltaProbe:
         self._weights = weights
         self._numbers = itertools.count()
 
-    async def __call__(self, name: str, directory: Path) -> None:
-        """Ask the probe of the variant `name`, which the engine has read from `directory`.
+    async def __call__(self, name: str, directory: Path) -> ProbePassed | None:
+        """Ask the probe of the variant `name`, which the engine has read from `directory`. -> None: it has none
 
         Raises:
             ProbeFailedError: it answers otherwise than its maker measured.
@@ -52,7 +53,7 @@ class DeltaProbe:
         """
         probe = await asyncio.to_thread(_read_probe, directory)
         if probe is None:
-            return
+            return None
         cases = tuple(case for case in probe.cases if len(case.token_ids) < self._max_model_len)
         try:
             async with asyncio.timeout(TIMEOUT_S):
@@ -62,12 +63,14 @@ class DeltaProbe:
                 f"The probe of {name} was not answered within {TIMEOUT_S:.0f} s; it is tried again.",
                 retry_after_s=TIMEOUT_S,
             ) from None
-        failures = failed_cases(Probe(cases, probe.tolerance), answers, self._weights)
-        if failures:
+        result = check_probe(Probe(cases, probe.tolerance), answers, self._weights)
+        if result.failures:
             raise ProbeFailedError(
-                f"{name} fails {len(failures)} of the {len(cases)} cases of its probe: {failures[0]}", param="files"
+                f"{name} fails {len(result.failures)} of the {len(cases)} cases of its probe: {result.failures[0]}",
+                param="files",
             )
         logger.info("%s passes its probe of %d cases", name, len(cases))
+        return ProbePassed(num_cases=len(cases), max_difference=result.max_difference, tolerance=result.tolerance)
 
     async def _ask(self, name: str, case: ProbeCase) -> dict[int, float]:
         """Log probability of the likeliest next tokens, by id."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +16,8 @@ from adapters.chat_template import ChatTemplate
 from adapters.load_plan import LoadPlan
 from adapters.prompt_format import PromptFormat, read_prompt_format
 from adapters.tokenizer import Tokenizer
-from controller.protocol import AddVariantRequest, VariantStatus
+from controller.protocol import AddVariantRequest, ProbePassed, VariantStatus
+from delta.variant_reader import is_delta
 from model_worker.adapter_root import AdapterRoot
 from model_worker.config import GivenVariant
 from model_worker.engine.lora import variant_status
@@ -87,7 +89,7 @@ class Variants:
         published: PublishedVariants | None = None,
         with_templates: bool,
         check_signature: SignatureCheck | None = None,
-        probe: Callable[[str, Path], Awaitable[None]] | None = None,
+        probe: Callable[[str, Path], Awaitable[ProbePassed | None]] | None = None,
     ) -> None:
         self._engine = engine
         self._plan = plan
@@ -99,13 +101,15 @@ class Variants:
         self._check_signature = check_signature
         self._probe = probe
         self._probing: str | None = None  # a name: it is read, but nobody may count on it yet
-        self._proven: set[str] = set()  # digests
+        self._proven: dict[str, ProbePassed | None] = {}  # by digest; None: there was nothing to ask
         self._adapters: dict[str, _Adapter] = {}
         self._given_paths: dict[str, str] = {}  # by the path that the engine reads; `statuses` forgets old ones
         self._adding: str | None = None  # such a path: of the addition under way, or of the last one
         self._messages: dict[variant_status.VariantStatus, VariantStatus] = {}  # those of the last report
         self._listing: asyncio.Task[list[VariantStatus]] | None = None  # begun by a report, and not over yet
         self._used = False  # there is an adapter, or was one
+        self._found: Counter[Path] = Counter()  # directories of published versions that are being added
+        self._cleaning: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()  # adding and removing take turns, so that both sides keep the same names
 
     # ------------------------------------------------------------------------------------------ operators
@@ -134,7 +138,8 @@ class Variants:
             mib = max(status.host_bytes, status.active_bytes) / 2**20
             state = "pinned" if status.pinned else status.state.replace("_", " ")
             seconds = time.perf_counter() - start_s
-            report(f"Adapter {status.name}: rank {status.rank}, {mib:.1f} MiB, {seconds:.2f} s, {state}.")
+            kind = _kind(adapter.path).capitalize()
+            report(f"{kind} {status.name}: rank {status.rank}, {mib:.1f} MiB, {seconds:.2f} s, {state}.")
 
     async def add(self, request: AddVariantRequest) -> VariantStatus:
         """Read an adapter below the root, or a published version, and serve it. One that is refused is forgotten.
@@ -150,9 +155,10 @@ class Variants:
                 f"This worker has {request.name} from its command line; choose another name, or start it without that.",
                 param="name",
             )
-        path = await asyncio.to_thread(self._find, request)
-        status = await self._add(request.name, path, request.path, pinned=request.pinned, from_command_line=False)
-        logger.info("adapter %s: rank %d, read from %r", status.name, status.rank, request.path)
+        with self._finding(request):
+            path = await asyncio.to_thread(self._find, request)
+            status = await self._add(request.name, path, request.path, pinned=request.pinned, from_command_line=False)
+        logger.info("%s %s: rank %d, read from %r", _kind(path), status.name, status.rank, request.path)
         return status
 
     async def remove(self, name: str) -> VariantStatus:
@@ -165,7 +171,7 @@ class Variants:
                 )
             status = await self._message(self._engine.remove(name))
             del self._adapters[name]
-            logger.info("adapter %s removed", name)
+            logger.info("%s removed", name)
             return status
 
     async def pin(self, name: str) -> VariantStatus:
@@ -193,9 +199,15 @@ class Variants:
         self._given_paths = {
             path: given for path, given in self._given_paths.items() if path in in_use or path == self._adding
         }
+        self._release(in_use)
         messages = {status: self._messages.get(status) for status in statuses}
         self._messages = {status: message or self._to_message(status) for status, message in messages.items()}
         return list(self._messages.values())
+
+    async def clean(self) -> None:
+        """Remove the files of published versions that nobody needs any more."""
+        if self._published is not None:
+            await asyncio.to_thread(self._published.clean)
 
     async def report(self) -> list[VariantStatus]:
         """As `statuses`, but those of the last time when the engine is in the middle of a long step, or has died.
@@ -280,17 +292,39 @@ class Variants:
             if status.digest is None or status.digest in self._proven:
                 return status
             try:
-                await self._probe(name, path)
+                self._proven[status.digest] = await self._probe(name, path)
             except BaseException:
                 self._adapters.pop(name, None)
                 await self._engine.remove(name)
                 raise
-            self._proven.add(status.digest)
             return status
         finally:
             self._probing = None
             # What a report has said of it meanwhile is said no more.
             self._messages = {known: other for known, other in self._messages.items() if other.name != name}
+
+    @contextmanager
+    def _finding(self, request: AddVariantRequest) -> Iterator[None]:
+        """While it lasts the directory of a published version is not released."""
+        if self._published is None or request.files is None:
+            yield
+            return
+        path = self._published.path(PublishedFiles(request.files))
+        self._found[path] += 1
+        self._used = True
+        try:
+            yield
+        finally:
+            self._found[path] -= 1
+
+    def _release(self, in_use: Collection[str]) -> None:
+        """Give up the directories of published versions that are in use no more, and remove them in the background."""
+        if self._published is None:
+            return
+        unused = [path for path in self._published.held if str(path) not in in_use and not self._found[path]]
+        if unused:
+            self._published.release(unused)
+            self._cleaning = asyncio.create_task(self.clean(), name="clean-published-versions")
 
     async def _change(self, change: Change, name: str) -> VariantStatus:
         self._known(name)
@@ -306,7 +340,10 @@ class Variants:
 
     def _to_message(self, status: variant_status.VariantStatus) -> VariantStatus:
         message = VariantStatus.model_validate(status, from_attributes=True)
-        update: dict[str, object] = {"path": self._given_paths[status.path]}
+        update: dict[str, object] = {
+            "path": self._given_paths[status.path],
+            "probe": self._proven.get(status.digest or ""),
+        }
         if status.name == self._probing and status.state != "draining":
             update["state"] = "registered"
         return message.model_copy(update=update)
@@ -331,7 +368,7 @@ class Variants:
             raise InvalidRequestError(f"{request.path[:80]!r} is not the digest of these files.", param="path")
         if self._published is None:
             raise PermissionDeniedError("This worker serves no published versions.", param="files")
-        return self._published.directory(files)
+        return self._published.fetch(files)
 
     def _check_name(self, name: str, *, is_version: bool = False) -> None:
         if not (is_variant_name(name) if is_version else is_name(name)):
@@ -341,3 +378,8 @@ class Variants:
             )
         if name == self._parent:
             raise InvalidRequestError(f"{name} is the base model's own name; choose another.", param="name")
+
+
+def _kind(directory: Path) -> str:
+    """As people call it."""
+    return "delta" if is_delta(directory) else "adapter"

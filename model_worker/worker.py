@@ -177,6 +177,7 @@ class Worker:
         linking = asyncio.create_task(link.run()) if link else None
         stopped = asyncio.create_task(self._stop.wait())
         died = asyncio.create_task(self._engine_died.wait())
+        cleaning = asyncio.create_task(self._service.variants.clean())
         own = [task for task in (linking, stopped, died) if task]
         logger.info("%s serves %s at %s", self.id, self._service.model.name, self._url)
         try:
@@ -195,9 +196,9 @@ class Worker:
             await self._drain(link, self._config.drain_timeout_s)
             return 0
         finally:
-            for task in own:
+            for task in (*own, cleaning):
                 task.cancel()
-            await asyncio.gather(*own, return_exceptions=True)
+            await asyncio.gather(*own, cleaning, return_exceptions=True)
             if link and link.registered:
                 await link.leave()
 

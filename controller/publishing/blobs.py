@@ -4,6 +4,7 @@
     PUT  /admin/blobs/{digest}      all of it, or with Upload-Offset and Upload-Length one part after the other
                                     → 201: it is there now; 200: it was; 202: Upload-Offset says how much has come
     GET  /internal/blobs/{digest}   for workers; Range is understood
+    GET  /internal/versions         for workers: of which versions they need the files
 
 A part that begins where the last one ended is added to it; one that begins at 0 starts again. What broke off stays, and
 is seen by nobody, until it is continued.
@@ -22,8 +23,10 @@ from starlette.responses import FileResponse, Response
 
 from controller.config import PublishingConfig
 from controller.openai.responses import client_gone
+from controller.protocol import VersionsReply
 from controller.worker_peer import check_worker
 from registry.blob_receiver import BlobReceiver
+from registry.catalog import Catalog
 from registry.errors import InternalError, InvalidRequestError, ModelNotFoundError, RequestTooLargeError, RootgraftError
 from registry.store import Store
 
@@ -35,7 +38,9 @@ class BlobResponse(FileResponse):
     chunk_size = 1 << 20
 
 
-def create_blob_router(store: Store | None, config: PublishingConfig, worker_token: str | None) -> APIRouter:
+def create_blob_router(
+    store: Store | None, config: PublishingConfig, worker_token: str | None, catalog: Catalog
+) -> APIRouter:
     router = APIRouter()
 
     @router.head("/admin/blobs/{digest}", tags=["admin"])
@@ -64,6 +69,13 @@ def create_blob_router(store: Store | None, config: PublishingConfig, worker_tok
         except InvalidRequestError as error:
             raise ModelNotFoundError(f"{error.message}; publish the version again", param="files") from None
         return BlobResponse(blob.path, media_type="application/octet-stream", headers={"etag": f'"{digest}"'})
+
+    @router.get("/internal/versions", include_in_schema=False)
+    async def list_versions(request: Request) -> Response:
+        check_worker(request, worker_token)
+        variants = await asyncio.to_thread(catalog.list_variants)
+        digests = [variant.path for variant in variants if variant.files is not None]
+        return Response(VersionsReply(manifest_digests=digests).model_dump_json(), media_type="application/json")
 
     return router
 

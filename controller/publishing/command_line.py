@@ -57,7 +57,7 @@ def manage_releases(args: argparse.Namespace, catalog: Catalog) -> Iterator[str]
         yield from (_alias_text(alias) for alias in release.aliases)
         return
     if args.action == "remove":
-        catalog.remove_version(parse_name(args.name), actor=cli_actor())
+        yield f"{catalog.remove_version(parse_name(args.name), actor=cli_actor()).name} is removed"
         return
     name, alias = _parse_alias(args.name)
     if args.action == "history":
@@ -112,7 +112,7 @@ def _version_text(version: VersionRecord) -> str:
 
 def _alias_text(alias: Alias | None) -> str:
     if alias is None:
-        return "removed"
+        return "the alias is removed"
     text = f"{alias.name}@{alias.alias} -> {alias.target}"
     if alias.canary is not None:
         text += f", canary v{alias.canary.version} {alias.canary.weight:.0%}"

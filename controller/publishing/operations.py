@@ -83,7 +83,7 @@ class ReleaseOperations:
         """
         published = PublishedFiles(files)
         await asyncio.to_thread(_check_stored, require_store(self._store), published)
-        parent = self._base_model(parent, base_digest)
+        parent = await self._base_model(parent, base_digest)
         if self._workers.knows(release):
             raise InvalidRequestError(f"{release} is the name of a model; give the release another one", param="name")
         version = await self._change(
@@ -234,15 +234,17 @@ class ReleaseOperations:
                 self._directory.refresh(releases)
                 self._revision = revision
 
-    def _base_model(self, parent: str | None, base_digest: str | None) -> str:
+    async def _base_model(self, parent: str | None, base_digest: str | None) -> str:
+        """The name of a model that is served, or of one that the catalog knows: its workers may just be coming back."""
         served = {name: replicas[0][1].digest for name, replicas in self._workers.models().items()}
+        known = {model.name: model.digest for model in await asyncio.to_thread(self._catalog.list_models)} | served
         shown = ", ".join(f"{name} ({digest})" for name, digest in sorted(served.items())) or "none"
         if parent is not None:
-            if not self._workers.knows(parent):
+            if parent not in known and not self._workers.knows(parent):
                 raise ModelNotFoundError(
                     f"the base model {parent[:80]!a} is not served; models served now: {shown}", param="parent"
                 )
-            digest = served.get(parent)
+            digest = known.get(parent)
             if None not in (digest, base_digest) and digest != base_digest:
                 raise InvalidRequestError(
                     f"this was made for the base {base_digest}, but {parent} is {digest}; publish it for its own base",
@@ -250,6 +252,8 @@ class ReleaseOperations:
                 )
             return parent
         found = [name for name, digest in served.items() if base_digest in (None, digest)]
+        if not found and base_digest is not None:
+            found = [name for name, digest in known.items() if base_digest == digest]
         if len(found) != 1:
             which = "with the digest " + base_digest if base_digest is not None else "that it could belong to"
             raise InvalidRequestError(

@@ -7,6 +7,8 @@ import aiohttp
 import pytest
 
 from controller.publishing import blobs as blobs_module
+from registry.names import ModelName
+from registry.published_files import PublishedFiles
 from registry.store import Store
 from tests.controller.conftest import RunningController, StartController
 
@@ -104,3 +106,17 @@ async def test_who_may(start_controller: StartController, tmp_path: Path) -> Non
 async def test_without_a_store(start_controller: StartController) -> None:
     controller = await start_controller()
     assert "start it with --store DIR" in await message(await put(controller, DATA))
+
+
+async def test_workers_learn_which_versions_they_need(controller: RunningController) -> None:
+    files = PublishedFiles({"adapter_config.json": DIGEST})
+    catalog = controller.state.catalog
+    catalog.add_variant("other", parent="m", path="there", actor="test")
+    version = catalog.add_version("bot", parent="m", files=files, actor="test")
+
+    async def needed() -> list[str]:
+        return list((await (await controller.get("/internal/versions")).json())["manifest_digests"])
+
+    assert await needed() == [files.manifest_digest]
+    catalog.set_version_state(ModelName("bot", version=version.number), "failed", error="it is bad", actor="test")
+    assert await needed() == []

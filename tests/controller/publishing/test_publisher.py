@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -143,5 +144,5 @@ async def test_what_goes_wrong_is_said(
     with pytest.raises(UpstreamError, match="cannot be reached"):
         publish(
             Publication("bot", one), "http://127.0.0.1:9", key=None, timeout_s=1, report=print, progress_bar=no_bar,
-            sleep=lambda _: None,
+            sleep=lambda _: None, clock=itertools.count(0.0, 2.0).__next__,
         )  # fmt: skip

@@ -128,6 +128,19 @@ async def test_what_cannot_become_a_version(publishing: Publishing) -> None:
     assert "is the name of a model" in answer["error"]["message"]
 
 
+async def test_a_version_can_be_made_while_its_workers_are_away(
+    start_controller: StartController, tmp_path: Path
+) -> None:
+    """As after a restart of the controller, when they have not come back yet."""
+    controller = await start_controller(store=str(tmp_path / "store"))
+    base, files = "sha256:" + "5" * 64, {"adapter_config.json": Store(tmp_path / "store").put_stream([b"{}"]).digest}
+    controller.state.catalog.upsert_model("m", family="llama", digest=base, path="", actor="worker:w1")
+    for body in ({"base_digest": base}, {"parent": "m"}):
+        response = await controller.post("/admin/releases/bot/versions", json={"files": files, **body})
+        version = await response.json()
+        assert (version["name"], version["parent"], version["state"]) == ("bot@v1", "m", "rolling_out")
+
+
 async def test_a_version_that_no_worker_can_read_never_gets_the_alias(publishing: Publishing) -> None:
     await publishing.publish("one")
     await publishing.point(1)
