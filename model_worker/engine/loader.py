@@ -19,6 +19,7 @@ from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.ops.cpu.program import Team
 from model_worker.engine.parallel.group import OneRank, RankGroup
+from model_worker.engine.staged_weights import stage_weights
 from registry.errors import CheckpointError, UnsupportedModelError
 from registry.parameter_names import current_name, expert_matrix
 
@@ -76,7 +77,9 @@ def load_model(
     native: NativeRoute | None = None,
     group: RankGroup | None = None,
 ) -> CausalModel:
-    """Build the planned model and fill it; at most one matrix is in memory beside it.
+    """Build the planned model and fill it.
+
+    Beside it at most one matrix is in memory; on a GPU's host, what is on its way there (`stage_weights`).
 
     Args:
         report: takes note of what happens to each tensor.
@@ -92,7 +95,10 @@ def load_model(
     with report.phase("build"):
         model = _build(plan, device, model_impl, native, group)
         filler = _Filler(model, report)
-    for name, tensor in report.timed("read", iterate_weights(plan, keep_blocks=model.keeps_blocks)):
+    weights = iterate_weights(plan, keep_blocks=model.keeps_blocks)
+    if device.type == "cuda":
+        weights = stage_weights(weights, device)
+    for name, tensor in report.timed("read", weights):
         with report.phase("fill"):
             filler.put(name, tensor)
     with report.phase("finish"):
