@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from model_worker.engine.parallel.start import start_ranks
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import UnsupportedModelError
 from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.divided_models import divided_runner
 from tests.fakes.rank_launcher import fork_rank
 from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
 
@@ -61,15 +60,6 @@ def _config(
     )
 
 
-@contextmanager
-def _divided(path: Path, config: EngineConfig) -> Iterator[ModelRunner]:
-    runner, ranks = start_ranks(make_tiny_plan(path), config, launch=fork_rank)
-    try:
-        yield runner
-    finally:
-        ranks.close()
-
-
 def _run(
     runner: ModelRunner,
     prompts: list[list[int]],
@@ -102,7 +92,7 @@ def test_two_ranks_give_the_tokens_of_one(name: str, impl: str, tmp_path: Path) 
     """Prompts in chunks, prefixes from the cache."""
     build_tiny_model(name).save_pretrained(tmp_path)
     expected, _, _ = _run(ModelRunner(make_tiny_plan(tmp_path), _config("transformers", size=1)), _prompts())
-    with _divided(tmp_path, _config(impl)) as runner:
+    with divided_runner(make_tiny_plan(tmp_path), _config(impl)) as runner:
         found, _, engine = _run(runner, _prompts(), max_num_batched_tokens=16, max_num_seqs=3)
     assert found == expected
     assert engine.stats().prefix_hit_tokens_total > 0
@@ -116,7 +106,7 @@ def test_preemption(name: str, impl: str, swap_space_gib: float, tmp_path: Path)
     whole = ModelRunner(make_tiny_plan(tmp_path), _config("transformers", size=1))
     expected, _, _ = _run(whole, prompts)
     config = _config(impl, block_size=4, num_blocks=11 * len(whole.groups), swap_space_gib=swap_space_gib)
-    with _divided(tmp_path, config) as runner:
+    with divided_runner(make_tiny_plan(tmp_path), config) as runner:
         found, _, engine = _run(runner, prompts, max_num_seqs=10)
     assert found == expected
     stats = engine.stats()
@@ -130,7 +120,7 @@ def test_logprobs_of_prompts(name: str, impl: str, tmp_path: Path) -> None:
     _, expected, _ = _run(
         ModelRunner(make_tiny_plan(tmp_path), _config("transformers", size=1)), _prompts(), prompt_logprobs=0
     )
-    with _divided(tmp_path, _config(impl)) as runner:
+    with divided_runner(make_tiny_plan(tmp_path), _config(impl)) as runner:
         _, found, _ = _run(runner, _prompts(), prompt_logprobs=0)
     for of_prompt, expected_of_prompt in zip(found, expected, strict=True):
         values = [entry.logprob for entry in of_prompt if entry is not None]
@@ -142,7 +132,7 @@ def test_four_ranks_repeat_kv_heads_and_keep_a_share(impl: str, tmp_path: Path) 
     build_tiny_model("llama").save_pretrained(tmp_path)
     whole = ModelRunner(make_tiny_plan(tmp_path), _config("transformers", size=1))
     expected, _, _ = _run(whole, _prompts())
-    with _divided(tmp_path, _config(impl, size=4)) as runner:
+    with divided_runner(make_tiny_plan(tmp_path), _config(impl, size=4)) as runner:
         found, _, _ = _run(runner, _prompts())
     assert found == expected
     assert [attention.kv_shape.num_kv_heads for attention in runner.model.attentions] == [1, 1]
