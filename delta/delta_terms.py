@@ -15,7 +15,7 @@ from delta.codecs.codec import Term
 from delta.codecs.registry import DIFFERENCE_CODECS, WHOLE_CODECS
 from delta.delta_config import ROWS, DeltaTensor
 from delta.extra_tokens import check_extra_rows
-from delta.linear_terms import add_up, block_of_rows, transposed
+from delta.linear_terms import add_up, block_of_rows, stacked, transposed
 from delta.parameter_places import Place, find_place
 from delta.peft.adapter_files import all_finite
 from delta.peft.base_model import BaseModel
@@ -54,6 +54,8 @@ class _Reader:
         self._delta = delta
         self._base = base
         self._builder = TermsBuilder(delta.path)
+        # Of mixtures that are stored expert by expert: blocks of rows by parameter and expert, and by the first row.
+        self._blocks: dict[tuple[str, int], dict[int, LinearTerms]] = {}
 
     def check(self) -> None:
         """Everything that can be said without reading data."""
@@ -87,6 +89,7 @@ class _Reader:
             place = self._place(name)
             if not self._follows_its_table(name, place):
                 self._read_tensor(place, entry, self._delta.read_terms(name))
+        self._put_blocks_together()
         terms = self._builder.build(self._delta.digest)
         check_extra_rows(terms, self._base.shapes, self._delta.path)
         return terms
@@ -105,6 +108,8 @@ class _Reader:
             self._read_bias(place, reconstruct(None, terms, entry.torch_dtype, entry.shape).float())
         elif place.kind == "experts":
             self._read_experts(place, entry, terms)
+        elif place.expert is not None:
+            self._blocks.setdefault((place.name, place.expert), {})[place.first_row] = self._linear(place, entry, terms)
         elif place.kind == "linear":
             self._add_linear(place.name, self._linear(place, entry, terms))
         else:
@@ -186,21 +191,41 @@ class _Reader:
                 of_expert = transposed(of_expert, num_columns) if place.transposed else of_expert
             self._builder.add_expert(place.name, index, of_expert)
 
+    def _put_blocks_together(self) -> None:
+        for (parameter, expert), blocks in self._blocks.items():
+            shape = self._base.shapes.experts[parameter]
+            if not shape.gate_and_up:
+                self._builder.add_expert(parameter, expert, blocks[0])
+                continue
+            num_rows = shape.out_features // 2
+            halves = [(num_rows, blocks.get(start, LinearTerms())) for start in (0, num_rows)]
+            self._builder.add_expert(parameter, expert, stacked(halves, shape.in_features))
+
     def _given_back(self, place: Place, entry: DeltaTensor, terms: Sequence[Term]) -> Tensor:
         """W', as the checkpoint stores it."""
         base = None
         if any(term.codec != "replace" for term in terms):
-            if place.kind == "experts":
-                raise self._unsupported(f"{place.name} is stored as what changed in the bits of the base's")
-            of_base = place if entry.base is None else self._place(entry.base)
-            base = self._base.weight(of_base.name)
-            base = base.T if of_base.transposed else base
+            base = self._weight(place if entry.base is None else self._place(entry.base), entry.torch_dtype)
         weight = reconstruct(base, terms, entry.torch_dtype, entry.shape)
         if any(term.codec in WHOLE_CODECS for term in terms) and tensor_digest(weight) != entry.digest:
             raise self._unsupported(
                 f"{place.name} is stored as what changed in the bits of the base's, which this server has rounded"
             )
         return weight
+
+    def _weight(self, place: Place, dtype: torch.dtype) -> Tensor:
+        """The base's, as a checkpoint stores it: of experts, which are many, in the type that is wanted."""
+        if place.expert is not None:
+            weight = self._base.weight(f"{place.name}.{place.expert}")
+            return weight[place.first_row : place.first_row + place.shape[0]]
+        if place.kind != "experts":
+            weight = self._base.weight(place.name)
+            return weight.T if place.transposed else weight
+        weights = torch.empty(place.shape, dtype=dtype)
+        for index, stored in enumerate(weights):
+            weight = self._base.weight(f"{place.name}.{index}")
+            stored.copy_(weight.T if place.transposed else weight)
+        return weights
 
     def _add_linear(self, module: str, terms: LinearTerms) -> None:
         names = ("a", "b", "output_scale", "dense", "signs", "sparse", "extra_rows")

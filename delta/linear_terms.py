@@ -1,4 +1,7 @@
-"""Terms of one matrix added up, cut into blocks of rows, and transposed. Shapes as in `delta.variant_terms`."""
+"""Terms of one matrix added up, cut into blocks of rows, put together from such blocks, and transposed.
+
+Shapes as in `delta.variant_terms`.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,65 @@ def block_of_rows(terms: LinearTerms, rows: slice) -> LinearTerms:
         dense=None if terms.dense is None else terms.dense[rows],
         signs=tuple(SignPlane(plane.bits[rows], plane.row_scale[rows], plane.column_scale) for plane in terms.signs),
         sparse=None if terms.sparse is None else _sparse_rows(terms.sparse, rows),
+    )
+
+
+def stacked(blocks: Sequence[tuple[int, LinearTerms]], num_columns: int) -> LinearTerms:
+    """Those of a matrix from those of its blocks of rows, one below the other; they have no input scale and no bias.
+
+    Args:
+        blocks: number of rows, and terms.
+    """
+    sizes, parts = [size for size, _ in blocks], [terms for _, terms in blocks]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    low_rank = [(start, terms.a, terms.b) for start, terms in zip(starts, parts, strict=True) if terms.a is not None]
+    a = torch.cat([a for _, a, _ in low_rank]) if low_rank else None
+    b = [_placed(b, start, sum(sizes)) for start, _, b in low_rank if b is not None]
+    scales = [torch.ones(size) if terms.output_scale is None else terms.output_scale.float() for size, terms in blocks]
+    dense = next((terms.dense for terms in parts if terms.dense is not None), None)
+    has_sparse = any(terms.sparse is not None for terms in parts)
+    return LinearTerms(
+        a=a,
+        b=torch.cat(b, dim=1) if b else None,
+        output_scale=torch.cat(scales) if any(terms.output_scale is not None for terms in parts) else None,
+        dense=None if dense is None else torch.cat([_dense(*block, num_columns, dense.dtype) for block in blocks]),
+        signs=tuple(
+            SignPlane(
+                _placed(plane.bits, start, sum(sizes)), _placed(plane.row_scale, start, sum(sizes)), plane.column_scale
+            )
+            for start, terms in zip(starts, parts, strict=True)
+            for plane in terms.signs
+        ),
+        sparse=_stacked_sparse(blocks) if has_sparse and dense is None else None,
+    )
+
+
+def _placed(rows: Tensor, start: int, num_rows: int) -> Tensor:
+    """The rows [n, ...] from `start` on of a tensor [num_rows, ...] that is 0 elsewhere."""
+    placed = rows.new_zeros(num_rows, *rows.shape[1:])
+    placed[start : start + len(rows)] = rows
+    return placed
+
+
+def _dense(num_rows: int, terms: LinearTerms, num_columns: int, dtype: torch.dtype) -> Tensor:
+    if terms.dense is not None:
+        return terms.dense
+    if terms.sparse is not None:
+        return sparse_to_dense(terms.sparse, num_columns)
+    return torch.zeros(num_rows, num_columns, dtype=dtype)
+
+
+def _stacked_sparse(blocks: Sequence[tuple[int, LinearTerms]]) -> SparseMatrix:
+    counts = [
+        torch.zeros(size, dtype=torch.int64) if terms.sparse is None else terms.sparse.row_starts.diff()
+        for size, terms in blocks
+    ]
+    ends = torch.cat(counts).cumsum(0)
+    known = [terms.sparse for _, terms in blocks if terms.sparse is not None]
+    return SparseMatrix(
+        torch.cat([ends.new_zeros(1), ends]),
+        torch.cat([matrix.columns for matrix in known]),
+        torch.cat([matrix.values for matrix in known]),
     )
 
 

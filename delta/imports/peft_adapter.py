@@ -41,6 +41,10 @@ class CheckpointBase:
                 self._names[place.kind, place.name] = name
 
     def weight(self, module: str) -> Tensor:
+        parameter, _, index = module.rpartition(".")
+        if (experts := self.shapes.experts.get(parameter)) is not None:
+            weight = self._read("experts", parameter)[int(index)]
+            return weight.T if experts.transposed else weight
         kind = "linear" if module in self.shapes.linears else "embedding"
         tied = self.shapes.tied.get(module)
         if (kind, module) not in self._names and tied is not None:

@@ -77,7 +77,10 @@ class BaseModel(Protocol):
         ...
 
     def weight(self, module: str) -> Tensor:
-        """Of a linear layer [out_features, in_features] or embedding [rows, width], as it is computed with; float32."""
+        """Of a linear layer [out_features, in_features] or embedding [rows, width], as it is computed with; float32.
+
+        Expert 3 of a parameter that holds all experts is PARAMETER.3: [out_features, in_features].
+        """
         ...
 
     def bias(self, module: str) -> Tensor:

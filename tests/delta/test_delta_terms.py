@@ -74,11 +74,6 @@ def test_terms_are_what_is_given_back(tmp_path: Path, name: str, policy: CodecPo
     )
     config = make(base, target, tmp_path / "delta", policy)
     served = TinyBase(model, config.base.digest)
-    experts = [parameter for parameter in served.shapes.experts if config.tensors[parameter].codec == "lossless"]
-    if experts:
-        with pytest.raises(UnsupportedModelError, match="--apply-delta"):
-            read_delta(tmp_path / "delta", served)
-        return
     terms = read_delta(tmp_path / "delta", served)
     assert terms.digest == delta_digest(tmp_path / "delta")
     apply_delta(base, tmp_path / "delta", tmp_path / "back")
@@ -87,6 +82,49 @@ def test_terms_are_what_is_given_back(tmp_path: Path, name: str, policy: CodecPo
     _close(merged, back)
     for head, embedding in served.shapes.tied.items():
         _close(merged, {f"{head}.weight": back[f"{embedding}.weight"]})
+
+
+def _one_by_one(weights: dict[str, Tensor], names: tuple[str, str, str], module: str) -> dict[str, Tensor]:
+    """As checkpoints have the experts of a mixture: gate, up and down projection of each by itself."""
+    split = {}
+    for name, weight in weights.items():
+        name = name.replace(".mlp.", f".{module}.")
+        path = name.rpartition(".")[0]
+        for index, matrix in enumerate(weight) if ".experts." in name else ():
+            if name.endswith("gate_up_proj"):
+                split[f"{path}.{index}.{names[0]}.weight"], split[f"{path}.{index}.{names[1]}.weight"] = matrix.chunk(2)
+            else:
+                split[f"{path}.{index}.{names[2]}.weight"] = matrix
+        if ".experts." not in name:
+            split[name] = weight
+    return split
+
+
+@pytest.mark.parametrize("policy", _POLICIES, ids=lambda policy: "+".join((policy.codec, *policy.residuals)))
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_stored_one_by_one(tmp_path: Path, name: str, policy: CodecPolicy) -> None:
+    """All of them changed, but for a gate and an up projection and a whole expert."""
+    model = build_tiny_model(name)
+    naming: tuple[tuple[str, str, str], str] = (("gate_proj", "up_proj", "down_proj"), "mlp")
+    if name == "mixtral":
+        naming = (("w1", "w3", "w2"), "block_sparse_moe")
+    weights = _weights(model)
+    tuned = _tuned(weights, share=0.3 if policy.codec in ("sparse", "ternary") else 1)
+    path = "model.layers.0.mlp.experts"
+    half = tuned[f"{path}.gate_up_proj"].shape[1] // 2
+    for index, changed in ((0, slice(0, None)), (1, slice(0, half)), (2, slice(half, None))):
+        tuned[f"{path}.gate_up_proj"][index, changed] = weights[f"{path}.gate_up_proj"][index, changed]
+    tuned[f"{path}.down_proj"][0] = weights[f"{path}.down_proj"][0]
+    base = _checkpoint(tmp_path / "base", _one_by_one(weights, *naming))
+    target = _checkpoint(tmp_path / "target", _one_by_one(tuned, *naming))
+    make(base, target, tmp_path / "delta", policy)
+    terms = read_delta(tmp_path / "delta", TinyBase(model))
+    assert terms.experts[f"{path}.gate_up_proj"].keys() == terms.experts[f"{path}.down_proj"].keys() == {1, 2, 3}
+    apply_delta(base, tmp_path / "delta", tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    merged = {parameter: weight.detach() for parameter, weight in merged_model(model, terms).named_parameters()}
+    for tensor, weight in _one_by_one(merged, *naming).items():
+        torch.testing.assert_close(weight, back[tensor], rtol=1e-5, atol=1e-6, msg=lambda text, n=tensor: f"{n} {text}")
 
 
 def _tied() -> tuple[PreTrainedModel, str, str]:

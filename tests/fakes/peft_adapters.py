@@ -26,6 +26,10 @@ class TinyBase:
         self.digest = digest
 
     def weight(self, module: str) -> Tensor:
+        parameter, _, index = module.rpartition(".")
+        if (experts := self.shapes.experts.get(parameter)) is not None:
+            weight = self._model.get_parameter(parameter)[int(index)].detach().float()
+            return weight.T if experts.transposed else weight
         weight = self._model.get_submodule(module).weight.detach().float()
         linear = self.shapes.linears.get(module)
         return weight.T if linear is not None and linear.transposed else weight

@@ -170,6 +170,9 @@ class NativeDecoder:
 
     def base_weight(self, module: str) -> Tensor:
         """See `VariantHost.base_weight`."""
+        parameter, _, last = module.rpartition(".")
+        if last.isdecimal() and parameter in self._parameters:
+            return self._weights.unpack_expert(parameter, int(last), len(self._parameters[parameter][0]))
         name = f"{module}.weight"
         name = self.ties.get(name, name)
         if self._parameters[name].ndim != 2:

@@ -139,6 +139,16 @@ class NativeWeights:
         start = sum(sizes[part] for part in fusion.names[: fusion.names.index(name)])
         return whole[start : start + sizes[name]]
 
+    def unpack_expert(self, name: str, index: int, size: int) -> Tensor:
+        """As `unpack`, of one expert of a parameter [E, size, K]. -> [size, K] float32"""
+        fusion = self._fusions[name]
+        assert fusion.num_experts is not None
+        whole = self.matrices[fusion.key]
+        num_bytes, num_outputs = whole.num_bytes // fusion.num_experts, whole.num_outputs // fusion.num_experts
+        data = whole.data[index * num_bytes : (index + 1) * num_bytes]
+        rows = replace(whole, data=data, num_outputs=num_outputs).unpack()
+        return torch.cat(separate_gated(rows, size // 2)) if fusion.gated else rows
+
     def _vector(self, fusion: Fusion, parts: list[Tensor | GroupedWeight]) -> Tensor:
         vectors = [part.float() for part in parts if isinstance(part, Tensor)]
         assert len(vectors) == len(parts)

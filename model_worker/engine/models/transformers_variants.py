@@ -98,11 +98,24 @@ class TransformersVariants:
 
     def weight(self, module: str) -> Tensor:
         """See `VariantHost.base_weight`."""
+        path, _, last = module.rpartition(".")
+        if last.isdecimal() and (expert := self._expert(path, int(last))) is not None:
+            return expert
         found = self._find(module)
         weight = found.method.weight(found) if isinstance(found, Linear) else getattr(found, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise KeyError(module)
         return weight.detach().float()
+
+    def _expert(self, parameter: str, index: int) -> Tensor | None:
+        """[N, K] float32 of a parameter that holds all experts; None: it is none."""
+        path, _, name = parameter.rpartition(".")
+        module = self._find(path)
+        weights = module._parameters.get(name)
+        if weights is None or weights.ndim != 3:
+            return None
+        weight = weights[index].detach().float()
+        return weight.T if getattr(module, "is_transposed", True) else weight  # Llama 4 does not say that they are
 
     def bias(self, module: str) -> Tensor:
         """See `TransformersModel.base_bias`."""

@@ -42,7 +42,7 @@ def _one_thread() -> None:
 
 
 @pytest.mark.parametrize("impl", ["native", "gpu", "transformers"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3", "mixtral", "qwen3_moe"])
 def test_served_unapplied_equals_applied(name: str, impl: str, best_kernels: KernelLibrary, tmp_path: Path) -> None:
     _check(name, impl, best_kernels, tmp_path)
 

@@ -24,8 +24,8 @@ from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import InvalidRequestError
 from tests.delta.models import make
 from tests.fakes.byte_tokenizer import ByteTokenizer
-from tests.fakes.peft_adapters import make_adapter
 from tests.fakes.model_runners import make_runner
+from tests.fakes.peft_adapters import make_adapter
 from tests.fakes.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, build_tiny_model, make_tiny_plan, with_more_tokens
 
 NUM_NEW_TOKENS = 12
@@ -128,7 +128,7 @@ def _greedy(model: nn.Module, prompt: Sequence[int]) -> tuple[list[int], torch.T
 
 
 @pytest.mark.parametrize("impl", ["native", "gpu", "transformers"])
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2", "mixtral"])
 def test_served_unapplied_equals_applied(name: str, impl: str, best_kernels: KernelLibrary, tmp_path: Path) -> None:
     _check(name, impl, best_kernels, tmp_path)
 

@@ -43,11 +43,12 @@ def pack_signs(parts: Sequence[SignPart], *, gated: bool) -> PackedSigns | None:
         own, is_own = own[places].clamp(0, part.num_outputs - 1), is_own[places]
         for plane in part.planes:
             row_scale = torch.where(is_own, plane.row_scale.float()[own], 0.0)  # [units of the part, UNIT]
-            words = _words(plane.bits)[own].transpose(1, 2)  # [units of the part, words, UNIT]
-            blocks.append(torch.cat([row_scale.view(torch.int32)[:, None], words], dim=1))
-            units.append(places)
+            (known,) = row_scale.any(dim=1).nonzero(as_tuple=True)  # a plane may be 0 in some, as of a gate alone
+            words = _words(plane.bits)[own[known]].transpose(1, 2)  # [known units of the part, words, UNIT]
+            blocks.append(torch.cat([row_scale[known].view(torch.int32)[:, None], words], dim=1))
+            units.append(places[known])
             scale = _index_of(_padded_column_scale(plane), column_scales)
-            scales.append(torch.full_like(places, scale))
+            scales.append(torch.full_like(units[-1], scale))
     unit = torch.cat(units)
     order = unit.argsort(stable=True)
     starts = torch.zeros(len(outputs) + 1, dtype=torch.int64)
