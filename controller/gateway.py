@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from controller.file_errors import hide_files, hide_files_of_event
+from controller.fingerprint import fingerprint
 from controller.protocol import (
     DetokenizeReply,
     DetokenizeRequest,
@@ -121,6 +122,9 @@ class Gateway:
         with contextlib.ExitStack() as in_flight:
             names = [lora.name for lora in request.loras]
             stream, events = await self._try_replicas(request.model, names, affinity, open_stream, in_flight)
+            if (first := events[0]).kind == "prompt":
+                shown = fingerprint(stream.worker, request.model, request.loras)
+                events[0] = first.model_copy(update={"fingerprint": shown})
             try:
                 while True:
                     if (last := events[-1]).kind == "error":

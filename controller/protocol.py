@@ -317,6 +317,7 @@ class PromptEvent(Message):
     prompt_text: str | None = None
     prompt_token_strs: list[str] | None = None  # with prompt_logprobs; first entry of the logprobs below is None
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    fingerprint: str | None = None  # the controller adds it (controller.fingerprint); workers do not send it
 
 
 class DeltaEvent(Message):

@@ -50,7 +50,7 @@ def create_chat_router(backend: Backend) -> APIRouter:
                 sticky=who_asks(request.scope, body.user or body.safety_identifier),
             )
             if body.stream:
-                encoder = ChatChunkEncoder(generation.identity, body)
+                encoder = ChatChunkEncoder(generation, body)
                 return EventStreamResponse(generation, encoder, observer, held.pop_all())
             choices = await run_while_connected(request.receive, generation.collect())
             if choices is None:
@@ -67,7 +67,7 @@ def _completion(generation: Generation, body: ChatCompletionRequest, choices: li
         "object": "chat.completion",
         "created": generation.identity.created,
         "model": generation.identity.model,
-        "system_fingerprint": None,
+        "system_fingerprint": generation.fingerprint,
         "choices": [_choice(index, choice, body.logprobs) for index, choice in enumerate(choices)],
         "usage": generation.usage.to_json(),
     }
@@ -89,8 +89,8 @@ def _choice(index: int, choice: ChoiceText, with_logprobs: bool) -> ChatChoice:
 class ChatChunkEncoder:
     """Chunks as OpenAI writes them: the role first and alone, then text, then the finish reason alone."""
 
-    def __init__(self, identity: Identity, body: ChatCompletionRequest) -> None:
-        self._frame = ChunkFrame(identity, "chat.completion.chunk", include_usage=body.include_usage)
+    def __init__(self, generation: Generation, body: ChatCompletionRequest) -> None:
+        self._frame = ChunkFrame(generation, "chat.completion.chunk", include_usage=body.include_usage)
         self._with_logprobs = body.logprobs
         self._started: set[int] = set()
 

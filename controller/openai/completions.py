@@ -67,7 +67,7 @@ def _completion(generation: Generation, body: CompletionRequest, choices: list[C
         "object": "text_completion",
         "created": generation.identity.created,
         "model": generation.identity.model,
-        "system_fingerprint": None,
+        "system_fingerprint": generation.fingerprint,
         "choices": [_choice(generation, body, index, choice) for index, choice in enumerate(choices)],
         "usage": generation.usage.to_json(),
     }
@@ -115,7 +115,7 @@ class CompletionChunkEncoder:
     """One chunk for each gain; the last one of a choice has the finish reason."""
 
     def __init__(self, generation: Generation, body: CompletionRequest) -> None:
-        self._frame = ChunkFrame(generation.identity, "text_completion", include_usage=body.include_usage)
+        self._frame = ChunkFrame(generation, "text_completion", include_usage=body.include_usage)
         self._choices = [ChoiceWriter(generation, body, index) for index in range(generation.num_choices)]
 
     def gain(self, choice: int, gain: ChoiceText) -> bytes:

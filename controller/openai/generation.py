@@ -111,6 +111,11 @@ class Generation:
         self._affinity_key = affinity_key
         self._sticky = sticky
 
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the weights that answer the first prompt that has begun; None before that, and where it is not known."""
+        return next((prompt.fingerprint for prompt in self.prompts.values()), None)
+
     def prompt_of_choice(self, choice: int) -> PromptEvent:
         return self.prompts[choice // self._sampling.n]
 

@@ -68,7 +68,7 @@ class ChatCompletion(TypedDict):
     object: Literal["chat.completion"]
     created: int
     model: str
-    system_fingerprint: None
+    system_fingerprint: str | None  # see controller.fingerprint
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: NotRequired[PromptLogprobs | None]
@@ -97,7 +97,7 @@ class Completion(TypedDict):
     object: Literal["text_completion"]
     created: int
     model: str
-    system_fingerprint: None
+    system_fingerprint: str | None  # see controller.fingerprint
     choices: list[CompletionChoice]
     usage: Usage
 

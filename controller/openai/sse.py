@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Protocol
 
 from starlette.responses import Response
@@ -20,7 +21,7 @@ from controller.errors_http import error_object
 from controller.metrics import CLIENT_CLOSED, RequestObserver
 from controller.openai.disconnect import run_while_connected
 from controller.openai.event_source import EventSource
-from controller.openai.generation import ChoiceText, Generation, Identity
+from controller.openai.generation import ChoiceText, Generation
 from controller.openai.json_bytes import encode_json, encode_str
 from controller.openai.schemas_responses import Usage
 from registry.errors import InternalError, RootgraftError
@@ -48,14 +49,10 @@ class ChunkFrame:
     A chunk is `data: {id, object, created, model, system_fingerprint, "choices":[CHOICE]USAGE}` and an empty line.
     """
 
-    def __init__(self, identity: Identity, object_name: str, *, include_usage: bool) -> None:
+    def __init__(self, generation: Generation, object_name: str, *, include_usage: bool) -> None:
+        self._generation = generation
+        self._object_name = object_name
         self._include_usage = include_usage
-        self._head = b'data: {"id":%b,"object":%b,"created":%d,"model":%b,"system_fingerprint":null,"choices":[' % (
-            encode_str(identity.id),
-            encode_str(object_name),
-            identity.created,
-            encode_str(identity.model),
-        )
         self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
 
     def chunk(self, choice: bytes) -> bytes:
@@ -66,6 +63,18 @@ class ChunkFrame:
         if not self._include_usage:
             return DONE
         return self._head + b'],"usage":' + encode_json(usage) + b"}\n\n" + DONE
+
+    @cached_property
+    def _head(self) -> bytes:
+        """Known when the first event has come."""
+        identity = self._generation.identity
+        return b'data: {"id":%b,"object":%b,"created":%d,"model":%b,"system_fingerprint":%b,"choices":[' % (
+            encode_str(identity.id),
+            encode_str(self._object_name),
+            identity.created,
+            encode_str(identity.model),
+            encode_json(self._generation.fingerprint),
+        )
 
 
 class EventStreamResponse(Response):

@@ -1,39 +1,21 @@
-"""The gateway against fake workers on real loopback sockets."""
+"""The way of a request to a worker and of its events back."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from types import SimpleNamespace
 
 import pytest
 
-from controller import gateway
-from controller.config import WorkerConfig
-from controller.gateway import Gateway
 from controller.protocol import (
     DeltaEvent,
     DetokenizeRequest,
     ErrorEvent,
-    GenerateRequest,
-    LoraWeight,
     PromptEvent,
-    Sampling,
     ServedModel,
     TextPrompt,
     TokenizeRequest,
-    VariantStatus,
     WorkerStats,
 )
-from controller.routing import RoundRobin
-from controller.served_names import ServedName, ServedNames
-from controller.trusted_networks import TrustedNetworks
-from controller.variants.directory import VariantDirectory
-from controller.variants.failures import Failures
-from controller.worker_client import GenerateEvents, WorkerClient
-from controller.workers import Worker, WorkerTable
 from registry.errors import (
     ContextLengthError,
     ModelNotFoundError,
@@ -41,101 +23,9 @@ from registry.errors import (
     RateLimitError,
     UpstreamError,
 )
-from tests.fakes.fake_variants import FakeVariants, digest
-from tests.fakes.fake_worker import FakeWorker, Script
+from tests.fakes.fake_worker import Script
+from tests.fakes.gateway_fleet import Fleet, Start, first_events, kinds, request, text
 from tests.fakes.until import until
-
-LIMIT_S = 20.0  # nothing here waits for it unless it is broken
-
-
-class Fleet:
-    """A gateway and its workers; names resolve to `m` where they are in `aliases`."""
-
-    def __init__(self, config: WorkerConfig) -> None:
-        self.table = WorkerTable(clock=lambda: 0.0, expiry_s=1.0)
-        self.client = WorkerClient(config, TrustedNetworks.parse(config.trusted_workers))
-        self.aliases = {"m@prod": ServedName("m"), "away": ServedName("away"), "sql@prod": ServedName("sql", "m")}
-        self.directory = VariantDirectory(self.table, Failures(lambda: 0.0))
-        self.gateway = Gateway(
-            self.table,
-            self.client,
-            RoundRobin(random.Random(0)),  # tries the workers in the order in which they were added
-            ServedNames(self.table, self.directory, self._resolve, wall_clock=lambda: 1700000000.9),
-            self.directory,
-            self._bring,
-            max_attempts=config.max_attempts,
-            retry_after_s=2.0,
-        )
-        self.brought: list[tuple[str, list[str]]] = []  # worker, variants
-        self.on_bring: Callable[[Worker, Sequence[str]], Awaitable[None]] | None = None
-        self._stack = contextlib.AsyncExitStack()
-
-    async def _resolve(self, name: str) -> ServedName | None:
-        return self.aliases.get(name)
-
-    async def _bring(self, worker: Worker, names: Sequence[str]) -> None:
-        self.brought.append((worker.worker_id, list(names)))
-        if self.on_bring is not None:
-            await self.on_bring(worker, names)
-
-    async def add(self, *scripts: Script, **options: object) -> FakeWorker:
-        worker = FakeWorker(f"w{len(self.table) + 1}", scripts[-1] if scripts else Script(), **options)  # type: ignore[arg-type]
-        worker.scripts = list(scripts[:-1])
-        await self._stack.enter_async_context(worker)
-        self.table.register(worker.registration())
-        return worker
-
-    async def events(self, model: str = "m", **options: object) -> list[object]:
-        async with asyncio.timeout(LIMIT_S):
-            stream = self.gateway.stream(request(model), **options)  # type: ignore[arg-type]
-            return [event async for events in stream for event in events]
-
-    async def close(self) -> None:
-        await self._stack.aclose()
-        await self.client.stop()
-        assert self.gateway._open_streams == set()
-        assert [worker.num_in_flight for worker in self.table] == [0] * len(self.table)
-
-
-def request(model: str = "m", **sampling: int) -> GenerateRequest:
-    return GenerateRequest(request_id="r1", model=model, prompt=TextPrompt(text="hi"), sampling=Sampling(**sampling))
-
-
-@pytest.fixture
-async def start() -> AsyncIterator[Callable[..., Fleet]]:
-    fleets: list[Fleet] = []
-
-    async def start(**config: object) -> Fleet:
-        fleet = Fleet(WorkerConfig(**config))  # type: ignore[arg-type]
-        await fleet.client.start()
-        fleets.append(fleet)
-        return fleet
-
-    yield start
-    for fleet in fleets:
-        await fleet.close()
-
-
-@pytest.fixture
-async def fleet(start: Callable[..., Fleet]) -> Fleet:
-    return await start()
-
-
-def kinds(events: list) -> list[str]:
-    return [event.kind for event in events]
-
-
-async def first_events(stream: AsyncIterator[list[GenerateEvents]], number: int) -> list[GenerateEvents]:
-    """The first events of a stream whose worker sends so many and then waits."""
-    events: list[GenerateEvents] = []
-    while len(events) < number:
-        events += await anext(stream)
-    return events
-
-
-def text(events: list) -> str:
-    return "".join(event.text for event in events if isinstance(event, DeltaEvent))
-
 
 # ------------------------------------------------------------------------------------------------- the good path
 
@@ -173,7 +63,7 @@ async def test_alias_is_resolved_before_the_worker_sees_it(fleet: Fleet) -> None
     assert worker.requests[0].model == "m"
 
 
-async def test_the_worker_token_is_sent(start: Callable[..., Fleet]) -> None:
+async def test_the_worker_token_is_sent(start: Start) -> None:
     fleet = await start(worker_token="secret")
     await fleet.add(token="secret")
     assert text(await fleet.events()) == "Hello world"
@@ -226,7 +116,7 @@ async def test_a_killed_worker_is_retried_on_another_and_not_asked_again(fleet: 
     assert [worker.state for worker in fleet.table] == ["suspect", "ready"]
 
 
-async def test_each_worker_is_tried_once_and_at_most_max_attempts(start: Callable[..., Fleet]) -> None:
+async def test_each_worker_is_tried_once_and_at_most_max_attempts(start: Start) -> None:
     fleet = await start(max_attempts=2)
     overloaded = Script(refuse=ErrorEvent(code="overloaded", message="full", retry_after_s=7), refuse_status=503)
     workers = [await fleet.add(overloaded) for _ in range(3)]
@@ -293,7 +183,7 @@ async def test_draining_workers_get_nothing(fleet: Fleet) -> None:
     assert draining.requests == []
 
 
-async def test_a_silent_worker_has_failed(start: Callable[..., Fleet]) -> None:
+async def test_a_silent_worker_has_failed(start: Start) -> None:
     fleet = await start(worker_timeout_s=0.2)
     await fleet.add(Script(hang_after=-1))
     await fleet.add()
@@ -360,7 +250,7 @@ async def test_kill_ends_open_streams_at_once(fleet: Fleet) -> None:
     assert kinds([event async for events in stream for event in events]) == ["error"]
 
 
-async def test_silence_ends_the_stream(start: Callable[..., Fleet]) -> None:
+async def test_silence_ends_the_stream(start: Start) -> None:
     fleet = await start(worker_timeout_s=0.2)
     await fleet.add(Script(hang_after=1))
     assert kinds(await fleet.events()) == ["prompt", "delta", "error"]
@@ -457,121 +347,3 @@ async def test_sixteen_streams_over_two_workers_when_one_is_killed(fleet: Fleet)
         assert kinds(events)[-1] in ("done", "error")
         assert kinds(events)[-1] == "error" or text(events) == "abcdefgh"
     assert text(await fleet.events()) == "abcdefgh"
-
-
-# ------------------------------------------------------------------------------------------------------ variants
-
-
-def variants(**states: str) -> FakeVariants:
-    statuses = {
-        name: VariantStatus(name=name, parent="m", path=name, digest=digest(name), state=state)  # type: ignore[arg-type]
-        for name, state in states.items()
-    }
-    return FakeVariants(statuses=statuses)
-
-
-async def test_only_workers_that_have_all_adapters_are_asked(fleet: Fleet) -> None:
-    await fleet.add(variants=variants(sql="active"))
-    both = await fleet.add(variants=variants(sql="on_disk", chat="on_disk"))
-    loras = [LoraWeight(name="sql@prod", scale=0.5), LoraWeight(name="chat")]
-    stream = fleet.gateway.stream(request().model_copy(update={"loras": loras}))
-    assert [event.kind async for events in stream for event in events][-1] == "done"
-    (sent,) = both.requests
-    assert sent.loras == [LoraWeight(name="sql", scale=0.5), LoraWeight(name="chat")]
-
-
-async def test_why_nobody_can_be_asked_for_an_adapter(fleet: Fleet) -> None:
-    await fleet.add(variants=variants(sql="active", late="registered"))
-    await fleet.add(variants=variants(chat="active"))
-    together = [LoraWeight(name="sql"), LoraWeight(name="chat")]
-    cases = (
-        ([LoraWeight(name="late")], "late is registered but not loaded: its workers have not read it yet"),
-        (together, "sql, chat is registered but not loaded: no worker has all of them"),
-    )
-    for loras, message in cases:
-        with pytest.raises(OverloadedError) as caught:
-            await anext(fleet.gateway.stream(request().model_copy(update={"loras": loras})))
-        assert (caught.value.message, caught.value.retry_after_s) == (message, 2.0)
-
-
-async def test_a_request_waits_while_a_worker_that_just_started_reads_its_adapter(fleet: Fleet) -> None:
-    empty = await fleet.add()
-    late = await fleet.add(variants=variants(sql="registered"))
-
-    async def bring(worker: Worker, names: Sequence[str]) -> None:
-        if worker.worker_id == late.worker_id:
-            await asyncio.sleep(0)
-            worker.variants["sql"] = late.variants.change("sql", state="on_disk")
-
-    fleet.on_bring = bring
-    assert kinds(await fleet.events("sql@prod"))[-1] == "done"
-    assert fleet.brought == [(empty.worker_id, ["sql"]), (late.worker_id, ["sql"])]
-    assert (len(empty.requests), len(late.requests)) == (0, 1)
-
-
-async def test_a_request_does_not_wait_for_ever_for_its_adapter(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gateway, "BRING_S", 0.01)
-    await fleet.add(variants=variants(sql="registered"))
-
-    async def bring(worker: Worker, names: Sequence[str]) -> None:
-        await asyncio.Event().wait()
-
-    fleet.on_bring = bring
-    with pytest.raises(OverloadedError, match="have not read it yet"):
-        await fleet.events("sql")
-
-
-async def test_an_adapter_goes_elsewhere_when_its_worker_fails(fleet: Fleet) -> None:
-    first = await fleet.add(Script(drop_after=-1), variants=variants(sql="active"))
-    second = await fleet.add(variants=variants(sql="on_disk"))
-    assert kinds(await fleet.events("sql@prod"))[-1] == "done"
-    assert (len(first.requests), len(second.requests)) == (1, 1)
-    await second.kill()
-    with pytest.raises(UpstreamError):
-        await fleet.events("sql")
-
-
-async def test_an_adapter_that_is_removed_while_a_request_is_on_its_way_is_not_found(fleet: Fleet) -> None:
-    gone = Script(refuse=ErrorEvent(code="model_not_found", message="no adapter sql", param="model"), refuse_status=404)
-    await fleet.add(gone, variants=variants(sql="active"))
-    with pytest.raises(ModelNotFoundError, match="no adapter sql"):
-        await fleet.events("sql")
-    fleet.directory.wanted = {"sql": SimpleNamespace(parent="m", digest=None)}  # and added again in the meantime
-    with pytest.raises(OverloadedError, match="no adapter sql"):
-        await fleet.events("sql")
-
-
-async def test_an_adapter_for_which_no_worker_has_room_may_have_some_later(fleet: Fleet) -> None:
-    full = Script(refuse=ErrorEvent(code="insufficient_memory", message="2 are pinned"), refuse_status=400)
-    workers = [await fleet.add(full, variants=variants(sql="on_disk")) for _ in range(2)]
-    with pytest.raises(OverloadedError, match="2 are pinned") as caught:
-        await fleet.events("sql")
-    assert caught.value.retry_after_s is not None
-    assert [len(worker.requests) for worker in workers] == [1, 1]
-
-
-@pytest.mark.parametrize("code", ["checkpoint_invalid", "model_unsupported"])
-async def test_errors_about_files_do_not_name_them(fleet: Fleet, code: str) -> None:
-    error = ErrorEvent(code=code, message="/srv/adapters/sql/adapter_config.json is not JSON")
-    worker = await fleet.add(variants=variants(sql="active"))
-    worker.scripts += [Script(refuse=error), Script(fail_first=error)]
-    for _ in range(2):
-        with pytest.raises(UpstreamError, match="the files of sql cannot be used") as caught:
-            await fleet.events("sql")
-        assert "/srv" not in caught.value.message
-    prompt, done = PromptEvent(num_prompt_tokens=3), error
-    worker.scripts.append(Script(raw=[event.model_dump_json().encode() + b"\n" for event in (prompt, done)]))
-    last = (await fleet.events("sql"))[-1]
-    assert last.kind == "error"
-    assert last.code == "worker_failed"
-    assert "/srv" not in last.message
-
-
-async def test_variants_are_listed_after_their_model(fleet: Fleet) -> None:
-    await fleet.add(variants=variants(sql="active", broken="failed"))
-    await fleet.add(variants=variants(sql="on_disk", chat="on_disk"))
-    model, chat, sql = fleet.gateway.models()
-    assert (model.name, model.parent, model.root) == ("m", None, "m")
-    assert (chat.name, chat.parent, chat.root, chat.num_workers) == ("chat", "m", digest("chat"), 1)
-    assert (sql.name, sql.digest, sql.max_model_len, sql.num_workers) == ("sql", digest("sql"), 128, 2)
-    assert sql.created == 1700000000
