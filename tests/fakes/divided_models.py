@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from adapters.load_plan import LoadPlan
@@ -10,7 +10,7 @@ from model_worker.engine.config import EngineConfig
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.adapters_of_model import make_lora_manager
 from model_worker.engine.model_runner import ModelRunner
-from model_worker.engine.parallel.ranks import Ranks
+from model_worker.engine.parallel.ranks import Ranks, RunningRank
 from model_worker.engine.parallel.shared_variants import SharedVariants
 from model_worker.engine.parallel.start import start_ranks
 from tests.fakes.byte_tokenizer import ByteTokenizer
@@ -28,11 +28,13 @@ def divided_runner(plan: LoadPlan, config: EngineConfig) -> Iterator[ModelRunner
 
 
 @contextmanager
-def engine_of(plan: LoadPlan, config: EngineConfig) -> Iterator[LLMEngine]:
+def engine_of(
+    plan: LoadPlan, config: EngineConfig, *, launch: Callable[[], RunningRank] = fork_rank
+) -> Iterator[LLMEngine]:
     """An engine with variants over a model that is divided, or whole if its size is 1."""
     ranks: Ranks | None = None
     if config.tensor_parallel_size > 1:
-        runner, ranks = start_ranks(plan, config, launch=fork_rank)
+        runner, ranks = start_ranks(plan, config, launch=launch)
     else:
         runner = ModelRunner(plan, config)
     binder = None if ranks is None else SharedVariants(runner.model, ranks)

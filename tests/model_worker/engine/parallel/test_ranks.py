@@ -1,0 +1,158 @@
+"""Ranks that end: none is waited for, and the others end too."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from model_worker.engine.async_llm_engine import AsyncLLMEngine
+from model_worker.engine.config import CacheConfig, EngineConfig
+from model_worker.engine.executor import ExecutorLostError
+from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.parallel.process_group import ProcessGroup, host_store, join_store
+from model_worker.engine.parallel.ranks import RunningRank
+from model_worker.engine.parallel.start import start_ranks
+from model_worker.engine.sampling_params import SamplingParams
+from registry.errors import CheckpointError, InternalError
+from tests.fakes.divided_models import engine_of
+from tests.fakes.rank_launcher import fork_rank
+from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
+
+CONFIG = EngineConfig(CacheConfig(num_blocks=64), model_impl="transformers", tensor_parallel_size=2)
+ENDLESS = SamplingParams(temperature=0.0, max_tokens=200)
+ROOT = Path(__file__).parents[4]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    build_tiny_model("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+class Launcher:
+    """Remembers the ranks that it starts."""
+
+    def __init__(self) -> None:
+        self.ranks: list[RunningRank] = []
+
+    def __call__(self) -> RunningRank:
+        self.ranks.append(fork_rank())
+        return self.ranks[-1]
+
+
+def _compute_for_ever(engine: LLMEngine) -> None:
+    while True:
+        engine.step()
+
+
+async def _consume(engine: AsyncLLMEngine, at_news: Callable[[], None]) -> None:
+    async for _ in engine.generate("0", [1, 2, 3], ENDLESS):
+        at_news()
+
+
+def test_a_step_that_a_killed_rank_does_not_compute_fails_with_the_reason(model: Path) -> None:
+    launcher = Launcher()
+    with engine_of(make_tiny_plan(model), CONFIG, launch=launcher) as engine:
+        engine.add_request("0", [1, 2, 3], ENDLESS)
+        engine.step()
+        launcher.ranks[0].process.kill()
+        with pytest.raises(ExecutorLostError, match=r"Rank 1 of this model was killed by signal 9. Start the worker"):
+            _compute_for_ever(engine)
+
+
+def test_an_engine_dies_with_a_rank_also_when_it_is_idle(model: Path) -> None:
+    launcher = Launcher()
+    died = asyncio.Event()
+
+    async def serve() -> None:
+        with engine_of(make_tiny_plan(model), CONFIG, launch=launcher) as engine:
+            serving = AsyncLLMEngine(engine, on_failure=died.set)
+            await serving.start()
+            launcher.ranks[0].process.kill()
+            await asyncio.wait_for(died.wait(), 30)
+            assert isinstance(serving.failed, ExecutorLostError)
+            with pytest.raises(InternalError, match="has failed"):
+                await _consume(serving, lambda: None)
+            await serving.stop()
+
+    asyncio.run(serve())
+
+
+def test_requests_of_an_engine_whose_rank_is_killed_end(model: Path) -> None:
+    launcher = Launcher()
+
+    async def serve() -> None:
+        with engine_of(make_tiny_plan(model), CONFIG, launch=launcher) as engine:
+            serving = AsyncLLMEngine(engine)
+            await serving.start()
+            with pytest.raises(InternalError, match="has failed"):
+                await _consume(serving, launcher.ranks[0].process.kill)
+            await serving.stop()
+
+    asyncio.run(serve())
+
+
+def test_what_a_rank_cannot_load_is_said_and_no_rank_stays(model: Path) -> None:
+    launcher = Launcher()
+    plan = make_tiny_plan(model)
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:2000])
+    with pytest.raises(CheckpointError):
+        start_ranks(plan, CONFIG, launch=launcher)
+    assert launcher.ranks[0].process.wait(30) is not None
+
+
+def test_ranks_end_with_the_process_of_rank_0(model: Path) -> None:
+    """Also when that is killed."""
+    script = f"""
+import time
+from pathlib import Path
+import psutil
+from model_worker.engine.parallel.start import start_ranks
+from tests.fakes.tiny_models import make_tiny_plan
+from tests.model_worker.engine.parallel.test_ranks import CONFIG
+runner, ranks = start_ranks(make_tiny_plan(Path({str(model)!r})), CONFIG)
+print(*[child.pid for child in psutil.Process().children()], flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 1
+        os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_nobody_waits_for_ever_for_a_rank_that_is_stuck() -> None:
+    store, port = host_store(2)
+    joined: list[ProcessGroup] = []
+    device = torch.device("cpu")
+    other = threading.Thread(
+        target=lambda: joined.append(ProcessGroup(join_store(port, 2), rank=1, size=2, device=device))
+    )
+    other.start()
+    group = ProcessGroup(store, rank=0, size=2, device=device)
+    other.join()
+    group.wait_at_most(0.2)
+    with pytest.raises(RuntimeError, match="Timed out"):
+        group.all_reduce(torch.ones(3))
+    for each in (group, *joined):
+        each.abort()
