@@ -31,7 +31,7 @@ class LoadPlan:
         checkpoint: its files and tensor headers (no data).
         config: the Hugging Face config as a dict with `model_type`; for GGUF derived from the file's metadata.
         dtype: float32, bfloat16 or float16: that of weights and KV cache in memory.
-        quantization: "int8" or "int4": what the matrices are rounded to while loading; None: not rounded.
+        quantization: "int8", "int4" or "fp8": what the matrices are rounded to while loading; None: not rounded.
         deltas: delta artifacts to add to the weights while they are read, in this order.
         tokenizer_path: directory with tokenizer files, or the GGUF file.
         chat_template: how a conversation becomes a prompt; None: the model has no template and chat is refused.

@@ -44,7 +44,7 @@ def plan_load(
     Args:
         path: checkpoint directory or `.gguf` file.
         dtype: "auto", "float32", "bfloat16" or "float16".
-        quantization: "auto", "none", "int8" or "int4" (adapters/quantization.py).
+        quantization: "auto", "none", "int8", "int4" or "fp8" (adapters/quantization.py).
         chat_template: name of a library template or a file; None: the model's own.
         max_model_len: most tokens of prompt and output together; None: as many as the model can do.
         deltas: delta artifacts to add to the weights while they are read.

@@ -4,6 +4,9 @@ auto    blocks of a GGUF file stay as the file has them, where the engine comput
 none    everything in --dtype
 int8    matrices in 8 bits; blocks of 8 and of 4 bits stay as they are
 int4    matrices in 4 bits, but embedding and head in 8; blocks of 4 bits stay as they are
+fp8     matrices in float8_e4m3fn, on GPUs only; blocks of 8 and of 4 bits stay as they are
+
+On GPUs the embedding stays in --dtype.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from registry.checkpoint import Checkpoint, TensorHeader
 from registry.errors import InvalidRequestError
 from registry.ggml_types import GGML_TYPES
 
-QUANTIZATIONS = ("auto", "none", "int8", "int4")
-GROUP_BYTES: Mapping[str, int] = {"int8": GROUP + 2, "int4": GROUP // 2 + 4}
-"""Of 32 weights: their integers, a float16 scale, and for int4 a float16 minimum."""
+QUANTIZATIONS = ("auto", "none", "int8", "int4", "fp8")
+GROUP_BYTES: Mapping[str, int] = {"int8": GROUP + 2, "int4": GROUP // 2 + 4, "fp8": GROUP}
+"""Of 32 weights: their numbers, a float16 scale, and for int4 a float16 minimum; fp8 has a scale for each output."""
 
 _BLOCK_TYPES = frozenset(kind.name for kind in GGML_TYPES.values() if kind.block_size > 1)
 _FOUR_BIT_TYPES = frozenset({"Q4_0", "Q4_1"})
@@ -34,7 +37,7 @@ class WeightPrecision:
     """How the weights of one model are kept.
 
     Attributes:
-        quantization: "int8" or "int4": what matrices are rounded to while loading; None: not rounded.
+        quantization: "int8", "int4" or "fp8": what matrices are rounded to while loading; None: not rounded.
         kept_types: GGUF types whose blocks stay as they are.
     """
 
@@ -49,7 +52,8 @@ class WeightPrecision:
         if tensor.dtype in self.kept_types:
             kind = "int4" if tensor.dtype in _FOUR_BIT_TYPES else "int8"
         elif self.quantization is not None:
-            kind = "int8" if _EMBEDDING_OR_HEAD.fullmatch(tensor.name) else self.quantization
+            is_wide = self.quantization == "int4" and _EMBEDDING_OR_HEAD.fullmatch(tensor.name)
+            kind = "int8" if is_wide else self.quantization
         else:
             return num_values * value_bytes
         return num_values // GROUP * GROUP_BYTES[kind]
@@ -85,8 +89,8 @@ def resolve_precision(
             f"quantization is one of {', '.join(QUANTIZATIONS)}, not {quantization!r}", param="quantization"
         )
     types = GROUPED_TYPES if checkpoint.format == "gguf" and not has_deltas else frozenset()
-    if quantization == "int8":
-        return WeightPrecision("int8", types)
+    if quantization in ("int8", "fp8"):
+        return WeightPrecision(quantization, types)
     if quantization == "int4":
         return WeightPrecision("int4", types & _FOUR_BIT_TYPES)
     return WeightPrecision(None, types if quantization == "auto" and is_native else frozenset())

@@ -133,7 +133,7 @@ def _build(
             raise UnsupportedModelError(f"--model-impl native is not possible: {why}")
     if plan.quantization is not None:
         raise UnsupportedModelError(
-            f"Only the native decoder keeps weights in {plan.quantization}, and it cannot be used: {why}. Load the "
+            f"Only the native decoders keep weights in {plan.quantization}, and it cannot be used: {why}. Load the "
             "model with --quantization none."
         )
     logger.info("The native decoder is not used: %s", why)
@@ -153,6 +153,8 @@ def _build_natively(
             max_model_len=plan.max_model_len,
             group=native.group,
         )
+    if plan.quantization == "fp8":
+        raise UnsupportedModelError("fp8 is for GPUs; on CPUs weights can be int8 or int4")
     return NativeDecoder(
         plan.config,
         dtype=dtype,

@@ -153,7 +153,7 @@ def test_quantized_weights_of_a_bin_checkpoint(tiny_llama) -> None:
 
 
 def test_unknown_quantization(tiny_llama) -> None:
-    with pytest.raises(InvalidRequestError, match="auto, none, int8, int4, not 'int3'"):
+    with pytest.raises(InvalidRequestError, match="auto, none, int8, int4, fp8, not 'int3'"):
         plan_load(tiny_llama, quantization="int3")
 
 

@@ -31,6 +31,7 @@ def _header(name: str, dtype: str, *shape: int) -> TensorHeader:
         ("none", True, (None, frozenset()), (None, frozenset())),
         ("int8", True, ("int8", ALL), ("int8", frozenset())),
         ("int4", True, ("int4", FOUR_BITS), ("int4", frozenset())),
+        ("fp8", True, ("fp8", ALL), ("fp8", frozenset())),
     ],
 )
 def test_what_it_means(
@@ -51,7 +52,7 @@ def test_nothing_is_kept_where_deltas_are_added(quantization: str) -> None:
 
 
 def test_another_name() -> None:
-    with pytest.raises(InvalidRequestError, match="auto, none, int8, int4, not 'int3'"):
+    with pytest.raises(InvalidRequestError, match="auto, none, int8, int4, fp8, not 'int3'"):
         resolve_precision("int3", _checkpoint("safetensors"), is_native=True, has_deltas=False)
 
 

@@ -37,6 +37,8 @@ from model_worker.engine.parallel.sharding import Division
 from model_worker.engine.trace import TraceRow
 from registry.errors import UnsupportedModelError
 
+_FLOAT8_CAPABILITY = (8, 9)
+
 
 class GpuDecoder(nn.Module):
     """A causal language model that computes flat batches.
@@ -79,6 +81,8 @@ class GpuDecoder(nn.Module):
         self.spec: DecoderSpec = read_spec(config, max_model_len)
         if any(layer.mixture is not None for layer in self.spec.layers):
             raise UnsupportedModelError("The native decoder for GPUs does not know mixtures of experts.")
+        if quantization == "fp8":
+            _check_float8(device)
         self._group = OneRank() if group is None else group
         self._dtype = dtype
         self._device = device
@@ -271,3 +275,11 @@ class GpuDecoder(nn.Module):
                 places[name] = WeightPlace(module, attribute, part, first, num_rows, offset=fusion.offset)
                 first += num_rows
         return places
+
+
+def _check_float8(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
+        raise UnsupportedModelError(
+            f"--quantization fp8 needs compute capability 8.9 or more, {torch.cuda.get_device_name(device)} has "
+            "less; use int8."
+        )
