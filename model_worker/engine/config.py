@@ -24,12 +24,17 @@ class CacheConfig:
     block_size: int = flag(16, "tokens in one KV cache block")
     num_blocks: int | None = flag(None, "number of KV cache blocks; default: from --kv-cache-gib")
     kv_cache_gib: float | None = flag(
-        None, "memory for the KV cache in GiB; default: half of what is free, for CPUs at most 4"
+        None,
+        "memory for the KV cache in GiB; default: for CPUs half of what is free, at most 4; for GPUs what is left of "
+        "--gpu-memory-utilization",
     )
     kv_cache_dtype: str = flag(
         "auto",
         "type of the keys and values that are kept; auto: that of the model; 8 bits need the native decoder",
         choices=("auto", "float32", "bfloat16", "float16", "int8", "float8_e4m3fn"),
+    )
+    gpu_memory_utilization: float = flag(
+        0.9, "share of a GPU's memory that is used for everything: weights, the largest step, graphs, KV cache"
     )
     swap_space_gib: float | None = flag(
         None, "host memory in GiB to swap preempted requests to; default: 4 for GPUs, none for CPUs"
@@ -44,6 +49,11 @@ class CacheConfig:
         if self.kv_cache_gib is not None and not (math.isfinite(self.kv_cache_gib) and self.kv_cache_gib > 0):
             raise InvalidRequestError(
                 f"--kv-cache-gib must be a positive number, got {self.kv_cache_gib}.", param="kv_cache_gib"
+            )
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise InvalidRequestError(
+                f"--gpu-memory-utilization must be above 0 and at most 1, got {self.gpu_memory_utilization}.",
+                param="gpu_memory_utilization",
             )
         if self.swap_space_gib is not None and not (math.isfinite(self.swap_space_gib) and self.swap_space_gib >= 0):
             raise InvalidRequestError(
@@ -205,6 +215,10 @@ class EngineConfig:
         "what computes the model: native: our own decoder; transformers: its code over our paged attention; auto: "
         "native where it knows the model and there are kernels for this machine",
         choices=("auto", "native", "transformers"),
+    )
+    device: str = flag("auto", "where the model is computed: cpu, cuda or cuda:N; auto: a GPU, where there is one")
+    enforce_eager: bool = flag(
+        False, "on GPUs, launch every kernel of a decode step by itself instead of capturing graphs at the start"
     )
     num_threads: int | None = flag(None, "threads for tensor work; default: one per core")
     tensor_parallel_size: int = flag(

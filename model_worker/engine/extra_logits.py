@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model_worker.engine.outputs import SampledToken
+from model_worker.engine.pending_samples import FinishedSamples
 from model_worker.engine.sampled_row import SampledRow
 from model_worker.engine.sampler import Sampler
 from registry.errors import RootgraftError
@@ -39,8 +40,8 @@ def sample_by_vocabulary(
     extra: Sequence[ExtraLogits],
     rows: npt.NDArray[np.int64],
     sampled: Sequence[SampledRow],
-) -> list[SampledToken | RootgraftError]:
-    """As `Sampler.sample`, with as many passes as there are sizes of vocabularies.
+) -> FinishedSamples:
+    """As `Sampler.launch`, but waits for the samples, with as many passes as there are sizes of vocabularies.
 
     Args:
         logits: [S, V] of the base's tokens.
@@ -63,4 +64,6 @@ def sample_by_vocabulary(
     for samples, of_group in groups:
         places = samples.tolist()
         drawn.update(zip(places, sampler.sample(of_group, [sampled[place] for place in places]), strict=True))
-    return [drawn[place] for place in range(len(sampled))]
+    found = [drawn[place] for place in range(len(sampled))]
+    token_ids = [sample.token_id if isinstance(sample, SampledToken) else 0 for sample in found]
+    return FinishedSamples(torch.tensor(token_ids, device=logits.device), found)

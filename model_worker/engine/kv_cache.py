@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adapters.memory import available_memory_bytes
 from model_worker.engine.config import CacheConfig
 from model_worker.engine.layer_groups import LayerGroups
 from model_worker.engine.layers.attention import AttentionLayer
@@ -30,10 +29,10 @@ def choose_num_blocks(
     """How many blocks to allocate.
 
     Args:
-        config: `num_blocks` goes before `kv_cache_gib`, which goes before half of the free memory.
+        config: `num_blocks` goes before `kv_cache_gib`, which goes before half of the free memory, for GPUs all of it.
         block_bytes: see `bytes_per_block`.
         max_useful_blocks: more can never be in use; bounds only the default.
-        free_bytes: memory that is free.
+        free_bytes: memory that is free; of a GPU what the KV cache may have.
 
     Raises:
         InsufficientMemoryError: not even one block, or more than is free.
@@ -43,9 +42,9 @@ def choose_num_blocks(
     elif config.kv_cache_gib is not None:
         num_blocks = int(config.kv_cache_gib * _GIB) // block_bytes
     else:
-        budget = int(free_bytes * _SHARE_OF_FREE_MEMORY)
+        budget = free_bytes
         if device.type == "cpu":
-            budget = min(budget, _MAX_DEFAULT_BYTES)
+            budget = min(int(free_bytes * _SHARE_OF_FREE_MEMORY), _MAX_DEFAULT_BYTES)
         num_blocks = min(budget // block_bytes, max_useful_blocks)
     if num_blocks < 1 or num_blocks * block_bytes > free_bytes:
         raise InsufficientMemoryError(
@@ -79,13 +78,6 @@ def choose_num_host_blocks(config: CacheConfig, block_bytes: int, *, free_bytes:
             f"{max(0, free_bytes) / _GIB:.2f} GiB are free; ask for less."
         )
     return num_blocks
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """What may still be taken on a device; for CPUs less than the machine has free under a container's limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return available_memory_bytes()
 
 
 class KVCache:

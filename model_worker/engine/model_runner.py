@@ -7,8 +7,10 @@ Other ranks have a StepRunner too, and get the same batches.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence as SequenceOf
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,36 +18,37 @@ import torch
 from torch import Tensor
 
 from adapters.load_plan import LoadPlan
-from adapters.memory import available_memory_bytes
+from adapters.memory import available_memory_bytes, gib
+from model_worker.engine.accelerator import Accelerator, CudaAccelerator
 from model_worker.engine.batch_builder import BatchBuilder, prompt_targets
+from model_worker.engine.cache_layout import CacheLayout
 from model_worker.engine.config import EngineConfig
+from model_worker.engine.decode_graphs import DecodeGraphs, GraphedModel, bucket_sizes
 from model_worker.engine.executor import PendingStep
 from model_worker.engine.extra_logits import sample_by_vocabulary
-from model_worker.engine.kv_cache import (
-    KVCache,
-    bytes_per_block,
-    choose_num_blocks,
-    choose_num_host_blocks,
-    free_memory_bytes,
-)
-from model_worker.engine.layer_groups import group_layers
+from model_worker.engine.gpu_sizing import GpuSizing
+from model_worker.engine.kv_cache import KVCache, choose_num_blocks, choose_num_host_blocks
 from model_worker.engine.load_report import LoadReport
 from model_worker.engine.loader import NativeRoute, load_model
 from model_worker.engine.lora.bound_variant import BoundVariant
+from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
 from model_worker.engine.outputs import TokenLogprobs
-from model_worker.engine.parallel.group import RankGroup
+from model_worker.engine.parallel.group import OneRank, RankGroup
+from model_worker.engine.pending_samples import PendingSamples
 from model_worker.engine.sampled_row import SampledRow
 from model_worker.engine.sampler import Sampler
-from model_worker.engine.sampling_params import SamplingParams
-from model_worker.engine.sequence import Sequence
 from model_worker.engine.speculation.drafted_sequence import DraftedSequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput, StepResult
 from model_worker.engine.step_batch import BlockMoves, StepBatch
+from model_worker.engine.step_inputs import BatchShape, DeviceInputs
 from model_worker.engine.step_profiler import Profiler
 from model_worker.engine.step_runner import BoundVariants, StepRunner
 from model_worker.engine.visibility import Visibility
-from registry.errors import UnsupportedModelError
+from model_worker.engine.warm_up_steps import chunk_and_token, largest_step
+from registry.progress import CountProgress, Report
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -58,6 +61,8 @@ class ModelRunner:
         kernels: of this CPU, for the native decoder; None: there are none.
         profiler: records where the time of a step goes.
         group: the ranks that the model is divided among, each with a runner like this one; None: it is whole.
+        accelerator: of the device; None: CUDA's, or none for a CPU.
+        report: called with a line for each thing that takes long.
 
     Attributes:
         steps: computes the batches.
@@ -67,6 +72,7 @@ class ModelRunner:
         vocab_size: rows of the model's output head.
         max_num_batched_tokens: most tokens of one step.
         load_report: what loading did with each tensor.
+        variants_bytes: what variants may take of a GPU; None: the model is computed in host memory.
 
     Raises:
         ClientError: the checkpoint or the memory does not allow it.
@@ -81,81 +87,167 @@ class ModelRunner:
         kernels: KernelLibrary | None = None,
         profiler: Profiler | None = None,
         group: RankGroup | None = None,
+        accelerator: Accelerator | None = None,
+        report: Report = logger.info,
     ) -> None:
         self.profiler = profiler or Profiler()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self.device = torch.device(device)
+        if accelerator is None and self.device.type == "cuda":
+            accelerator = CudaAccelerator(self.device)
+        self._accelerator = accelerator
+        self._group = OneRank() if group is None else group
+        self._max_model_len = plan.max_model_len
+        self._config = config
         self.max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         self.load_report = LoadReport()
-        native = None
-        if kernels is not None and self.device.type == "cpu" and group is None:
-            team = Team(kernels, torch.get_num_threads())
-            native = NativeRoute(team, max_rows=config.scheduler.max_num_batched_tokens)
-        self.model = load_model(
-            plan, self.device, self.load_report, model_impl=config.model_impl, native=native, group=group
-        )
+        self._sizing = None if accelerator is None else GpuSizing(accelerator.memory, config, plan)
+        with self._active(), nullcontext() if self._sizing is None else self._sizing.loading():
+            self.model = self._load(plan, kernels, group)
         self.profiler.watch(self.model)
         self.vocab_size = self.model.vocab_size
         # An id past the vocabulary ends nothing: the model cannot produce it.
         stop_token_ids = tuple(token_id for token_id in plan.stop_token_ids if token_id < self.vocab_size)
         self._sampler = Sampler(self.vocab_size, stop_token_ids)
-        block_size = config.cache.block_size
-        kv_dtype = self._choose_kv_dtype(config.cache.kv_cache_dtype)
-        groups = group_layers(self.model.attentions, max_model_len=plan.max_model_len)
-        block_bytes = bytes_per_block(self.model.attentions, groups, block_size, kv_dtype)
-        num_sharing = 1 if group is None or self.device.type != "cpu" else group.size  # this machine's memory
-        num_blocks = choose_num_blocks(
-            config.cache,
-            block_bytes,
-            max_useful_blocks=config.scheduler.max_num_seqs
-            * groups.max_blocks(
-                plan.max_model_len + block_size,
-                block_size=block_size,
-                max_step_tokens=config.scheduler.max_num_batched_tokens,
-            ),
-            free_bytes=free_memory_bytes(self.device) // num_sharing,
+        self._layout = CacheLayout.of(self.model, config, max_model_len=plan.max_model_len)
+        self._graphs: DecodeGraphs | None = None
+        with self._active():
+            if self._sizing is None:
+                self._set_up(self._blocks_in_host_memory(), num_host_blocks=None)
+            else:
+                self._set_up_on_gpu(self._sizing, report)
+
+    def _load(self, plan: LoadPlan, kernels: KernelLibrary | None, group: RankGroup | None) -> CausalModel:
+        native = None
+        if kernels is not None and self.device.type == "cpu" and group is None:
+            native = NativeRoute(Team(kernels, torch.get_num_threads()), max_rows=self.max_num_batched_tokens)
+        model_impl = self._config.model_impl
+        return load_model(plan, self.device, self.load_report, model_impl=model_impl, native=native, group=group)
+
+    def _active(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._accelerator is None else self._accelerator.active()
+
+    @property
+    def _num_sharing(self) -> int:
+        """Ranks that share this machine's memory."""
+        return self._group.size if self.device.type == "cpu" else 1
+
+    def _blocks_in_host_memory(self) -> int:
+        return choose_num_blocks(
+            self._config.cache,
+            self._layout.block_bytes,
+            max_useful_blocks=self._layout.max_useful_blocks,
+            free_bytes=available_memory_bytes() // self._num_sharing,
             device=self.device,
-        )
-        num_blocks = num_blocks if group is None else group.minimum(num_blocks)
-        num_host_blocks = choose_num_host_blocks(
-            config.cache,
-            block_bytes,
-            free_bytes=available_memory_bytes() // num_sharing
-            - (num_blocks * block_bytes if self.device.type == "cpu" else 0),
-            device=self.device,
-        )
-        num_host_blocks = num_host_blocks if group is None else group.minimum(num_host_blocks)
-        self._cache = KVCache(
-            self.model.attentions,
-            groups,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            dtype=kv_dtype,
-            device=self.device,
-            num_host_blocks=num_host_blocks,
-        )
-        self._builder = BatchBuilder(block_size, groups.num_groups)
-        self.steps = StepRunner(self.model, self._cache, self.device)
-        self._warm_up(
-            min(
-                config.scheduler.max_num_batched_tokens,
-                plan.max_model_len,
-                num_blocks // groups.num_groups * block_size,
-            )
         )
 
-    def _choose_kv_dtype(self, wanted: str) -> str:
-        if wanted != "auto" and wanted not in self.model.kv_dtypes:
-            raise UnsupportedModelError(
-                f"--kv-cache-dtype {wanted} is not possible for this model on this machine; it can be "
-                f"{', '.join(self.model.kv_dtypes)}."
+    def _set_up_on_gpu(self, sizing: GpuSizing, report: Report) -> None:
+        """Measure with a cache that is just large enough for the largest step, then make one of what is left."""
+        scheduler = self._config.scheduler
+        step, num_blocks = largest_step(
+            num_tokens=scheduler.max_num_batched_tokens,
+            num_sequences=scheduler.max_num_seqs,
+            max_model_len=self._max_model_len,
+            block_size=self.block_size,
+            num_groups=self._layout.groups.num_groups,
+        )
+        report("Measuring the largest step")
+        with sizing.measuring():
+            self._set_up(num_blocks, num_host_blocks=0)
+            use = sizing.measure(
+                compute_largest_step=lambda: self._compute(step),
+                capture=None if self._graphs is None else lambda num: self._capture(most=num),
+                forget=self._forget_cache,
+                num_buckets=len(bucket_sizes(scheduler.max_num_seqs)),
             )
-        return self.model.kv_dtypes[0] if wanted == "auto" else wanted
+        num_blocks = sizing.choose_num_blocks(use, self._layout)
+        with sizing.measuring():
+            self._set_up(num_blocks, num_host_blocks=None)
+            self._capture(CountProgress("Graphs of decode steps captured", report))
+        cache_bytes = self.num_blocks * self._layout.block_bytes
+        report(f"Memory of the GPU: {use.describe()}, {gib(cache_bytes)} for the KV cache")
+
+    def _set_up(self, num_blocks: int, *, num_host_blocks: int | None) -> None:
+        """Make the cache and what computes with it, and compute with it once.
+
+        Args:
+            num_host_blocks: None: as many as the configuration says.
+        """
+        layout = self._layout
+        num_blocks = self._group.minimum(num_blocks)
+        if num_host_blocks is None:
+            own_bytes = num_blocks * layout.block_bytes if self.device.type == "cpu" else 0
+            num_host_blocks = choose_num_host_blocks(
+                self._config.cache,
+                layout.block_bytes,
+                free_bytes=available_memory_bytes() // self._num_sharing - own_bytes,
+                device=self.device,
+            )
+        self._cache = KVCache(
+            self.model.attentions,
+            layout.groups,
+            num_blocks=num_blocks,
+            block_size=layout.block_size,
+            dtype=layout.dtype,
+            device=self.device,
+            num_host_blocks=self._group.minimum(num_host_blocks),
+        )
+        self._builder = BatchBuilder(layout.block_size, layout.groups.num_groups)
+        self.steps = self._make_steps()
+        num_tokens = min(
+            self.max_num_batched_tokens, self._max_model_len, num_blocks // layout.groups.num_groups * layout.block_size
+        )
+        for output in chunk_and_token(num_tokens, block_size=layout.block_size, num_groups=layout.groups.num_groups):
+            self._compute(output)
+
+    @torch.inference_mode()
+    def _compute(self, output: SchedulerOutput) -> None:
+        self._launch(output).result()
+
+    def _make_steps(self) -> StepRunner:
+        if self._accelerator is None:
+            return StepRunner(self.model, self._cache, self.device)
+        scheduler = self._config.scheduler
+        num_groups, max_rows = self._layout.groups.num_groups, 2 * scheduler.max_num_seqs  # a draft for each sequence
+        largest = BatchShape(
+            num_groups, self.max_num_batched_tokens, scheduler.max_num_seqs, self._layout.max_blocks, max_rows
+        )
+        inputs = DeviceInputs(self.device, largest.num_bytes)
+        drawn = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
+        if isinstance(self.model, GraphedModel) and not self._config.enforce_eager:
+            self._graphs = DecodeGraphs(
+                self.model,
+                inputs,
+                drawn,
+                max_num_seqs=scheduler.max_num_seqs,
+                num_groups=num_groups,
+                max_blocks=self._layout.max_blocks,
+                capture=self._accelerator.capture(self.model.context),
+            )
+        return StepRunner(self.model, self._cache, self.device, inputs=inputs, graphs=self._graphs, drawn=drawn)
+
+    @torch.inference_mode()
+    def _capture(self, progress: CountProgress | None = None, *, most: int | None = None) -> None:
+        if self._graphs is not None:
+            self._graphs.capture(progress, most=most)
+
+    def _forget_cache(self) -> None:
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._graphs = None
+        for attention in self.model.attentions:
+            attention.caches = ()
+        del self._cache, self.steps
+
+    @property
+    def variants_bytes(self) -> int | None:
+        return None if self._sizing is None else self._sizing.variants_bytes
 
     @property
     def runs_ahead(self) -> bool:
-        return False
+        """See `Executor`. With other ranks it does not: they do not know what this one draws."""
+        return self._accelerator is not None and self._group.size == 1
 
     @property
     def num_blocks(self) -> int:
@@ -171,11 +263,25 @@ class ModelRunner:
 
     @property
     def block_size(self) -> int:
-        return self._cache.block_size
+        return self._layout.block_size
 
-    @torch.inference_mode()
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Swap and copy blocks, write K and V of all scheduled tokens, and sample where asked. Blocks until done."""
+        return self.launch(output).result()
+
+    @torch.inference_mode()
+    def launch(self, output: SchedulerOutput) -> PendingStep:
+        """See `Executor`. On a CPU the step is done when this returns.
+
+        Raises:
+            InsufficientMemoryError: the GPU has no memory left for it.
+        """
+        if self._sizing is None:
+            return self._launch(output)
+        with self._active(), self._sizing.computing(output.num_tokens):
+            return self._launch(output)
+
+    def _launch(self, output: SchedulerOutput) -> PendingStep:
         with self.profiler.span("prepare"):
             batch = self._builder.build(output)
         bound = _bound_variants(output.scheduled) if batch.segments else {}
@@ -185,7 +291,7 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(output.scheduled, batch, hidden, bound)
         sampled = _sampled_rows(output.scheduled)
         if not sampled:
-            return StepResult((), prompt_logprobs, swap_s)
+            return _PendingStep(None, prompt_logprobs, swap_s, bound)
         with self.profiler.span("logits", rows=len(sampled)):
             logits = self.steps.logits(batch, hidden, bound)
             extra = self.steps.extra_logits(batch, hidden, bound)
@@ -194,14 +300,12 @@ class ModelRunner:
         with self.profiler.span("sample", rows=len(sampled)):
             if extra:
                 rows = np.arange(len(sampled)) if batch.repeats is None else batch.repeats
-                samples = sample_by_vocabulary(self._sampler, logits, extra, rows, sampled)
+                samples: PendingSamples = sample_by_vocabulary(self._sampler, logits, extra, rows, sampled)
             else:
-                samples = self._sampler.sample(logits, sampled)
-        return StepResult(tuple(samples), prompt_logprobs, swap_s)
-
-    def launch(self, output: SchedulerOutput) -> PendingStep:
-        """As `execute`: it computes at once."""
-        return _DoneStep(self.execute(output))
+                samples = self._sampler.launch(logits, sampled)
+            if self.runs_ahead:
+                self.steps.remember(samples.tokens)
+        return _PendingStep(samples, prompt_logprobs, swap_s, bound)
 
     def _move_blocks(self, moves: BlockMoves) -> float:
         """Returns the seconds that swapping took."""
@@ -233,26 +337,24 @@ class ModelRunner:
                 of_item += self._sampler.prompt_logprobs(logits, token_ids, num_top)
         return found
 
-    def _warm_up(self, num_tokens: int) -> None:
-        """Compute the largest prompt chunk and one token after it, so that the first request finds everything ready.
-
-        The blocks that are written belong to nobody yet.
-        """
-        sequence = Sequence(0, 0, [0] * num_tokens, SamplingParams(temperature=0.0), seed=0)
-        num_blocks = -(-num_tokens // self.block_size)
-        sequence.block_tables = [
-            list(range(group * num_blocks, (group + 1) * num_blocks)) for group in range(len(self.groups))
-        ]
-        for start in sorted({0, num_tokens - 1}):
-            self.execute(SchedulerOutput((ScheduledSequence(sequence, start, num_tokens - start, (sequence,)),)))
-
 
 @dataclass(frozen=True, slots=True)
-class _DoneStep:
-    done: StepResult
+class _PendingStep:
+    """See `PendingStep`.
+
+    Attributes:
+        samples: None: nothing is sampled.
+        bound: variants of the step, which have to live until it is done.
+    """
+
+    samples: PendingSamples | None
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+    swap_s: float
+    bound: BoundVariants
 
     def result(self) -> StepResult:
-        return self.done
+        samples = () if self.samples is None else tuple(self.samples.finish())
+        return StepResult(samples, self.prompt_logprobs, self.swap_s)
 
 
 def _sampled_rows(scheduled: SequenceOf[ScheduledSequence]) -> list[SampledRow]:

@@ -1,19 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from adapters import memory
 from model_worker.engine.config import CacheConfig
-from model_worker.engine.kv_cache import (
-    KVCache,
-    bytes_per_block,
-    choose_num_blocks,
-    choose_num_host_blocks,
-    free_memory_bytes,
-)
+from model_worker.engine.kv_cache import KVCache, bytes_per_block, choose_num_blocks, choose_num_host_blocks
 from model_worker.engine.layer_groups import group_layers
 from model_worker.engine.layers.attention import ForwardContext, KVShape, PagedAttention
 from model_worker.engine.ops.paged_attention import AttentionParams
@@ -55,14 +46,6 @@ def test_no_more_blocks_than_can_be_in_use() -> None:
 def test_too_little_memory_is_an_error(config: CacheConfig) -> None:
     with pytest.raises(InsufficientMemoryError, match="--kv-cache-gib"):
         choose_num_blocks(config, 2**30, max_useful_blocks=100, free_bytes=GIB, device=CPU)
-
-
-def test_free_memory_respects_the_limit_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("9000000\n")
-    (tmp_path / "memory.current").write_text("7000000\n")
-    (tmp_path / "memory.stat").write_text("inactive_file 1000000\n")
-    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    assert free_memory_bytes(CPU) == 3_000_000
 
 
 def test_blocks_are_copied_and_cleared_in_all_layers() -> None:

@@ -1,0 +1,164 @@
+"""The model runner as it is on a GPU, with CPU tensors: measured memory, static inputs, graphs, and steps run ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model_worker.engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig, SpeculationConfig
+from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.models.gpu_decoder import GpuDecoder
+from model_worker.engine.parallel.group import OneRank
+from model_worker.engine.sampling_params import SamplingParams
+from registry.errors import InsufficientMemoryError
+from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.fake_accelerator import GIB, FakeAccelerator, FakeMemory, compute_as_on_a_gpu
+from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
+
+OFF = SpeculationConfig(speculation="off")
+SMALL = CacheConfig(block_size=4, num_blocks=24)  # so few that sequences are preempted
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    torch.set_num_threads(1)
+    build_tiny_model("llama").save_pretrained(path)
+    return path
+
+
+def make_runner(
+    checkpoint: Path, accelerator: FakeAccelerator | None, *, cache: CacheConfig = SMALL, **more: Any
+) -> ModelRunner:
+    config = EngineConfig(cache, SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=16), speculation=OFF, **more)
+    return ModelRunner(make_tiny_plan(checkpoint), config, group=OneRank(), accelerator=accelerator)
+
+
+def answers(runner: ModelRunner, *, speculation: SpeculationConfig = OFF) -> dict[str, list[int]]:
+    config = EngineConfig(SMALL, SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=16), speculation=speculation)
+    engine = LLMEngine(config, runner, ByteTokenizer(), stop_token_ids=(), max_model_len=64)
+    for number in range(9):
+        sampling = SamplingParams(
+            temperature=0.0 if number % 2 else 1.0,
+            n=1 + number % 3 // 2,
+            seed=number,
+            max_tokens=4 + 3 * number,
+            repetition_penalty=1.2 if number == 7 else 1.0,
+            prompt_logprobs=1 if number == 3 else None,
+        )
+        engine.add_request(str(number), [(number * 7 + i) % 50 for i in range(1 + 2 * number)], sampling)
+    tokens: dict[str, list[int]] = {}
+    while engine.has_unfinished_requests:
+        for output in engine.step():
+            assert output.error is None
+            for delta in output.deltas:
+                tokens.setdefault(f"{output.request_id}.{delta.index}", []).extend(delta.token_ids)
+        engine.check_integrity()
+    return tokens
+
+
+@pytest.mark.parametrize("speculation", [OFF, SpeculationConfig()], ids=["plain", "speculation"])
+def test_the_same_tokens_as_step_by_step_without_graphs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, speculation: SpeculationConfig
+) -> None:
+    expected = answers(make_runner(checkpoint, None))
+    compute_as_on_a_gpu(monkeypatch)
+    accelerator = FakeAccelerator()
+    runner = make_runner(checkpoint, accelerator)
+    assert isinstance(runner.model, GpuDecoder)
+    assert runner.runs_ahead
+    assert answers(runner, speculation=speculation) == expected
+    assert accelerator.num_replays > 10
+    assert accelerator.num_active == 0
+
+
+def test_eager_steps_are_the_same(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answers(make_runner(checkpoint, None))
+    compute_as_on_a_gpu(monkeypatch)
+    accelerator = FakeAccelerator()
+    assert answers(make_runner(checkpoint, accelerator, enforce_eager=True)) == expected
+    assert not accelerator.captures
+
+
+def test_the_kv_cache_gets_what_is_left(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute_as_on_a_gpu(monkeypatch)
+    memory = FakeMemory(total=16 * GIB, others=GIB, peak=3 * GIB)
+    accelerator = FakeAccelerator(memory, graph_bytes=GIB // 8)
+    lora = LoraConfig(lora_memory_gib=2.0)
+    lines: list[str] = []
+    cache = CacheConfig(block_size=4, gpu_memory_utilization=0.75)
+    config = EngineConfig(cache, SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=16), lora=lora)
+    runner = ModelRunner(
+        make_tiny_plan(checkpoint), config, group=OneRank(), accelerator=accelerator, report=lines.append
+    )
+    # Two graphs for each of 4 buckets. Here those that were measured stay when they are forgotten, as weights do.
+    assert lines[0] == "Measuring the largest step"
+    assert lines[-1].startswith(
+        "Memory of the GPU: 0.50 GiB for weights, 3.00 GiB for the largest step, 1.00 GiB for graphs, "
+        "1.00 GiB for fine-tunes, "
+    )
+    assert "Graphs of decode steps captured: 8 of 8" in lines
+    assert runner.variants_bytes == GIB
+    assert runner.num_blocks == runner._layout.max_useful_blocks  # a tiny model cannot use more
+
+
+def test_a_gpu_that_others_use_is_refused(checkpoint: Path) -> None:
+    accelerator = FakeAccelerator(FakeMemory(total=10 * GIB, others=3 * GIB))
+    with pytest.raises(
+        InsufficientMemoryError, match=r"0\.9 is 9\.00 GiB .* only 7\.00 GiB are free. Lower it to 0\.69"
+    ):
+        make_runner(checkpoint, accelerator)
+
+
+def test_no_room_for_a_kv_cache_names_the_three_settings_that_give_it_most(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_as_on_a_gpu(monkeypatch)
+    accelerator = FakeAccelerator(FakeMemory(total=12 * GIB, peak=11 * GIB), graph_bytes=GIB // 16)
+    with pytest.raises(InsufficientMemoryError) as error:
+        make_runner(checkpoint, accelerator, cache=CacheConfig(block_size=4))
+    message = error.value.message
+    assert (
+        "0.25 GiB for weights, 11.00 GiB for the largest step, 0.50 GiB for graphs, 0.38 GiB for fine-tunes" in message
+    )
+    assert message.endswith(
+        "would give the KV cache most: --gpu-memory-utilization 0.95 (about 0.60 GiB more); or --enforce-eager (about "
+        "0.50 GiB more); or --lora-memory-gib 0.38 (about 0.19 GiB more)."
+    )
+
+
+def test_out_of_memory_while_loading_while_measuring_and_in_a_step(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute_as_on_a_gpu(monkeypatch)
+
+    def fail(*args: object, **more: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuDecoder, "fill", fail)
+        with pytest.raises(InsufficientMemoryError, match=r"weights take .* --quantization int8 .* --device cpu"):
+            make_runner(checkpoint, FakeAccelerator())
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuDecoder, "logits", fail)
+        with pytest.raises(InsufficientMemoryError, match=r"a step of 16 tokens and 6 sequences .* --max-num-seqs 1"):
+            make_runner(checkpoint, FakeAccelerator())
+    memory = FakeMemory()
+    runner = make_runner(checkpoint, FakeAccelerator(memory))
+    engine = LLMEngine(EngineConfig(SMALL), runner, ByteTokenizer(), stop_token_ids=(), max_model_len=64)
+    engine.add_request("r", [1, 2, 3], SamplingParams(max_tokens=5))
+    trims = memory.num_trims
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuDecoder, "forward", fail)
+        (output,) = engine.step()
+    assert isinstance(output.error, InsufficientMemoryError)
+    assert "--gpu-memory-utilization 0.85, --max-num-batched-tokens 8 or --max-num-seqs 3" in output.error.message
+    assert memory.num_trims == trims + 1
+    engine.check_integrity()
+    engine.add_request("s", [1, 2, 3], SamplingParams(max_tokens=5))
+    while engine.has_unfinished_requests:
+        assert all(output.error is None for output in engine.step())
