@@ -25,6 +25,11 @@ def judge(on_workers: Sequence[OnWorker]) -> tuple[VersionState, str | None]:
     if not unfit and len(refused) == len(present):
         unfit = refused
     if unfit:
-        return "failed", "; ".join(f"worker {on.worker.worker_id}: {on.error}" for on in unfit)
+        return "failed", "; ".join(_reason(on) for on in unfit)
     settled = all(on.usable or on.error is not None for on in present)
     return ("ready" if settled and any(on.usable for on in present) else "rolling_out"), None
+
+
+def _reason(on: OnWorker) -> str:
+    assert on.error is not None
+    return f"worker {on.worker.worker_id}: {on.error.message} ({on.error.code})"

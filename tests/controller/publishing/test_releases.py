@@ -149,7 +149,9 @@ async def test_a_version_that_no_worker_can_read_never_gets_the_alias(publishing
         worker.variants.refuse["add bot@v2"] = refused
     failed = await publishing.publish("two")
     assert failed["state"] == "failed"
-    assert failed["error"] == "worker w1: values are not finite; worker w2: values are not finite"
+    assert failed["error"] == (
+        "worker w1: values are not finite (checkpoint_invalid); worker w2: values are not finite (checkpoint_invalid)"
+    )
     status, answer = await publishing.point(2)
     assert (status, "bot@v2 has failed" in answer["error"]["message"]) == (400, True)
     assert await publishing.chat() == 200
@@ -162,7 +164,7 @@ async def test_a_version_that_no_worker_can_read_never_gets_the_alias(publishing
 async def test_one_failed_probe_is_enough_but_one_full_worker_is_not(publishing: Publishing) -> None:
     second = publishing.workers[1]
     second.variants.refuse["add bot@v1"] = VariantRefused(400, "probe_failed", "it answers otherwise")
-    assert (await publishing.publish("one"))["error"] == "worker w2: it answers otherwise"
+    assert (await publishing.publish("one"))["error"] == "worker w2: it answers otherwise (probe_failed)"
     second.variants.refuse["add bot@v2"] = VariantRefused(400, "insufficient_memory", "no room")
     version = await publishing.publish("two")
     assert version["state"] == "ready"
