@@ -31,6 +31,10 @@ class RankGroup(Protocol):
         """The ranks' columns side by side, on every rank. x [..., widths[rank]] -> [..., sum(widths)]"""
         ...
 
+    def broadcast(self, x: Tensor) -> None:
+        """Rank 0's tensor, on every rank, in place."""
+        ...
+
     def minimum(self, number: int) -> int:
         """The least of all ranks' numbers, on every rank."""
         ...
@@ -48,6 +52,9 @@ class OneRank:
 
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         return x
+
+    def broadcast(self, x: Tensor) -> None:
+        pass
 
     def minimum(self, number: int) -> int:
         return number

@@ -21,8 +21,8 @@ T = TypeVar("T")
 class LeadingSteps(StepRunner):
     """A StepRunner whose calls for a batch are made on all ranks, by each in the same order.
 
-        rank 0    forward ──send──► | forward | prompt_logits, one after another | logits |
-        others                      | forward | prompt_logits, one after another | logits |
+        rank 0    forward ──send──► | drawn ──broadcast──► | forward | prompt_logits, one after another | logits |
+        others                      | only if one is pending | forward | prompt_logits, one after another | logits |
 
     A call that fails on one rank leaves the others waiting, so that no step after it can succeed: then the ranks are
     lost. Where rank 0 does not come to a batch's last calls, it makes up for them before the next batch.
@@ -41,11 +41,16 @@ class LeadingSteps(StepRunner):
             self._together(self._owed.pop(0))
         own, numbers = _split(variants)
         self._ranks.send_step(batch, numbers)
+        if batch.pending:
+            self._together(partial(self._ranks.group.broadcast, self._own.drawn))
         hidden = self._together(partial(self._own.forward, batch, own))
         self._owed = [partial(self._own.prompt_logits, rows, hidden, own) for rows in batch.prompt_rows]
         if len(batch.logit_rows):
             self._owed.append(partial(self._own.logits, batch, hidden, own))
         return hidden
+
+    def remember(self, tokens: Tensor) -> None:
+        self._own.remember(tokens)
 
     def prompt_logits(self, rows: PromptRows, hidden: Tensor, variants: BoundVariants) -> Tensor:
         return self._together(self._owed.pop(0))

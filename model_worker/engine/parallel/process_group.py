@@ -50,6 +50,9 @@ class ProcessGroup:
         self._group.allgather([parts], [padded]).wait()
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
+    def broadcast(self, x: Tensor) -> None:
+        self._group.broadcast([x], c10d.BroadcastOptions()).wait()  # from rank 0
+
     def minimum(self, number: int) -> int:
         numbers = [torch.empty(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
         self._group.allgather([numbers], [torch.tensor([number], device=self._device)]).wait()

@@ -39,13 +39,13 @@ def main(steps: Connection, variants: Connection) -> None:
     share = BoundShare()
     threading.Thread(target=_answer, args=(variants, share), daemon=True).start()
     try:
-        runner = _load(assignment)
+        runner, group = _load(assignment)
     except RootgraftError as error:
         send(steps, error)
         return
     share.model = runner.model
     send(steps, Ready())
-    _compute(steps, runner, share)
+    _compute(steps, runner, group, share)
 
 
 class BoundShare:
@@ -65,7 +65,7 @@ class BoundShare:
             self.bound.pop(number, None)
 
 
-def _load(assignment: Assignment) -> ModelRunner:
+def _load(assignment: Assignment) -> tuple[ModelRunner, ProcessGroup]:
     device = torch.device(assignment.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -77,11 +77,11 @@ def _load(assignment: Assignment) -> ModelRunner:
     )
     runner = ModelRunner(assignment.plan, assignment.config, device=assignment.device, group=group)
     group.wait_at_most(STEP_TIMEOUT_S)
-    return runner
+    return runner, group
 
 
 @torch.inference_mode()
-def _compute(steps: Connection, runner: ModelRunner, share: BoundShare) -> None:
+def _compute(steps: Connection, runner: ModelRunner, group: ProcessGroup, share: BoundShare) -> None:
     """Until rank 0 is gone. A step's calls are those that rank 0 makes, in the same order."""
     while True:
         try:
@@ -91,6 +91,8 @@ def _compute(steps: Connection, runner: ModelRunner, share: BoundShare) -> None:
         bound = {number: share.bound[key] for number, key in step.variants.items()}
         share.drop(step.dropped)
         runner.steps.move_blocks(step.batch.blocks)
+        if step.batch.pending:  # tokens that only rank 0 has drawn
+            group.broadcast(runner.steps.drawn)
         hidden = runner.steps.forward(step.batch, bound)
         for rows in step.batch.prompt_rows:
             runner.steps.prompt_logits(rows, hidden, bound)

@@ -3,10 +3,11 @@
     y = e ∘ ((d ∘ x) Wᵀ) + Σ u ∘ ((v ∘ x) Sᵀ) + (x Aᵀ) Bᵀ + x Zᵀ + c
 
     W by outputs    rows of e, u, S, B, Z and c; all of d, v, A
-    W by inputs     columns of d, v, S, A, Z; all of e, u, B; c on rank 0 only, because the ranks' y are added up
+    W by inputs     columns of d, v, S, A, Z; all of e, u, B; c on rank 0 and 0 on others, because their y are added up
 
 An embedding is divided by its rows. Rows beyond the base's are given to one rank: those of an embedding to the last,
-those of the output head to rank 0, which makes their logits by itself.
+those of the output head to rank 0, which makes their logits by itself. All ranks have terms of the same kinds: what
+they compute with, graphs or not, depends on these.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _linear(terms: LinearTerms, division: Division | None, share: Share) -> Line
             a=_cut(terms.a, 1, division, share),
             input_scale=_cut(terms.input_scale, 0, division, share),
             dense=_cut(terms.dense, 1, division, share),
-            bias=terms.bias if first else None,
+            bias=terms.bias if first or terms.bias is None else torch.zeros_like(terms.bias),
             signs=tuple(_plane_columns(plane, division, share) for plane in terms.signs),
             sparse=None if terms.sparse is None else _sparse_columns(terms.sparse, division, share),
             extra_rows=extra_rows,

@@ -56,8 +56,11 @@ def test_terms_divided_by_inputs(name: str) -> None:
         mine, bias = merge_linear(cut(weight, 1, COLUMNS, share), None, _divided(terms, COLUMNS, rank))
         torch.testing.assert_close(mine, cut(whole, 1, COLUMNS, share))
         biases.append(bias)
-    assert biases[1] is None  # ranks' outputs are added up: it must be in one of them only
-    assert (biases[0] is None) == (whole_bias is None)
+    if whole_bias is not None:  # ranks' outputs are added up: it must be in one of them only
+        assert biases[0] is not None
+        assert torch.equal(biases[0], whole_bias)
+        assert biases[1] is not None
+        assert not biases[1].any()
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
