@@ -41,7 +41,7 @@ class _Launch:
             for each sequence of a decode step.
         tile_queries: most rows of a tile.
         partial_out: [num_splits, num_tiles * tile_queries, H, Dv] float32, and partial_log without Dv: results of
-            splits; None where there is one.
+            splits; empty where there is one.
     """
 
     shape: TileShape
@@ -49,8 +49,8 @@ class _Launch:
     num_tiles: int
     tile_queries: int
     num_splits: int
-    partial_out: Tensor | None
-    partial_log: Tensor | None
+    partial_out: Tensor
+    partial_log: Tensor
 
 
 def paged_attention(
@@ -141,7 +141,7 @@ def _run(
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )
-    if launch.partial_out is None:
+    if launch.num_splits == 1:
         return
     merge_kernel[(num_heads, launch.num_tiles * launch.tile_queries)](
         launch.partial_out,
@@ -188,11 +188,9 @@ def _make_plan(
 
     def launch(shape: TileShape, tiles: Tensor | None, num_tiles: int, tile_queries: int) -> _Launch:
         num_splits = _num_splits(num_tiles * num_kv_heads, visible + tile_queries - 1, shape, gpu)
-        partial_out = partial_log = None
-        if num_splits > 1:
-            lead = (num_splits, num_tiles * tile_queries, num_heads)
-            partial_out = torch.empty(*lead, value_dim, dtype=torch.float32, device=query.device)
-            partial_log = torch.empty(lead, dtype=torch.float32, device=query.device)
+        lead = (num_splits if num_splits > 1 else 0, num_tiles * tile_queries, num_heads)
+        partial_out = torch.empty(*lead, value_dim, dtype=torch.float32, device=query.device)
+        partial_log = torch.empty(lead, dtype=torch.float32, device=query.device)
         return _Launch(shape, tiles, num_tiles, tile_queries, num_splits, partial_out, partial_log)
 
     if metadata.is_decode:

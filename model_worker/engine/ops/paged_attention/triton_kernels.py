@@ -185,7 +185,7 @@ def attend_kernel(
     query [T, H, KEY_DIM] with rows `query_stride` apart, out [T, H, VALUE_DIM] contiguous; caches, block_tables and
     seq_lens as in functional.py; tiles [num_tiles, 4] int32, see `_tile`, or None in a decode step; sinks and slopes
     [H] or None; partial_out [num_splits, num_tiles * tile_queries, H, VALUE_DIM] and partial_log, without VALUE_DIM,
-    float32, or None where there is one split. What a single active split computes goes to `out` at once.
+    float32. What a single active split computes goes to `out` at once.
     """
     num_heads = NUM_KV_HEADS * NUM_SHARED
     kv_head, index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -263,13 +263,12 @@ def attend_kernel(
         targets = out + out_rows[:, None] * VALUE_DIM + value_dims[None, :]
         if split_keys >= num_keys:
             tl.store(targets, result.to(out.dtype.element_ty), mask=mask)
-        if partial_out is not None:  # noqa: SIM102
-            if split_keys < num_keys:
-                partial_row = (split * tl.num_programs(1) + index) * tile_queries + queries
-                partial_rows = partial_row.to(tl.int64) * num_heads + heads
-                partial_targets = partial_out + partial_rows[:, None] * VALUE_DIM + value_dims[None, :]
-                tl.store(partial_targets, result, mask=mask)
-                tl.store(partial_log + partial_rows, peak + tl.log2(total), mask=has_row)
+        else:
+            partial_row = (split * tl.num_programs(1) + index) * tile_queries + queries
+            partial_rows = partial_row.to(tl.int64) * num_heads + heads
+            partial_targets = partial_out + partial_rows[:, None] * VALUE_DIM + value_dims[None, :]
+            tl.store(partial_targets, result, mask=mask)
+            tl.store(partial_log + partial_rows, peak + tl.log2(total), mask=has_row)
 
 
 @triton.jit(do_not_specialize=["num_splits", "tile_queries", "num_partial_rows"])

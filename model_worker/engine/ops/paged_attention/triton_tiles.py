@@ -42,8 +42,10 @@ class TileShape:
         return not self.whole or query_len <= self.tile_queries
 
 
-def tile_shapes(num_shared: int, head_dim: int, dtype: torch.dtype, *, has_227_kib: bool) -> tuple[TileShape, ...]:
-    """The shapes, that of decoding first; each sequence takes the first that fits.
+def tile_shapes(
+    num_shared: int, head_dim: int, dtype: torch.dtype, *, has_227_kib: bool
+) -> tuple[TileShape, TileShape]:
+    """That of sequences with few rows, such as in decoding, and that of the others.
 
     Args:
         num_shared: query heads that share a KV head.
@@ -53,12 +55,11 @@ def tile_shapes(num_shared: int, head_dim: int, dtype: torch.dtype, *, has_227_k
     """
     num_bytes = dtype.itemsize * (1 << (head_dim - 1).bit_length())  # of a key
     few = max(_FEW_ROWS, 1 << (num_shared - 1).bit_length())
-    some, many = (max(few, 64), max(few, 128)) if dtype.itemsize == 2 else (max(few, 32), max(few, 32))
+    many = max(few, 128 if dtype.itemsize == 2 else 32)
     keys = 64 if num_bytes <= 256 else 32
     # Block tables, and keys and values behind them, are read ahead: with 5 stages two tiles of keys, with 3 one.
     stages = (5 if has_227_kib else 3) if dtype.itemsize == 2 else 2
     return (
         TileShape(few, few // num_shared, keys, 4, stages, True, 12, keys),
-        TileShape(some, some // num_shared, keys, 4, stages, True, 4, 4 * keys),
         TileShape(many, many // num_shared, keys, 8 if many == 128 else 4, stages, False, 1, 8 * keys),
     )

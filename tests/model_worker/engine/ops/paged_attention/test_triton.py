@@ -13,6 +13,7 @@ import torch
 
 from model_worker.engine.ops.paged_attention import AttentionMetadata, AttentionParams
 from model_worker.engine.ops.paged_attention.reference import write_kv_reference
+from model_worker.engine.ops.paged_attention.triton_tiles import tile_shapes
 from tests.model_worker.engine.ops.compile_for_gpu import assert_they_compile
 from tests.model_worker.engine.ops.paged_attention.attention_batches import Case, batch, compare
 
@@ -167,13 +168,14 @@ _POINTERS = {
 }
 _MODULE = "model_worker.engine.ops.paged_attention.triton_kernels"
 _DECODE = {**_PLAIN, "tiles": None, "TILE_ROWS": 16, "num_warps": 4, "num_stages": 5}
-_PROMPT = {**_PLAIN, "seq_lens": None, "partial_out": None, "partial_log": None, "TILE_ROWS": 128, "num_warps": 8}
+_PROMPT = {**_PLAIN, "seq_lens": None, "TILE_ROWS": 128, "num_warps": 8}
 _NOT_PLAIN = {"sinks", "slopes", "softcap", "alibi_multiplier"}
 
 
 def test_they_compile_for_gpus() -> None:
     written = {"KEY_WIDTH": 1024, "VALUE_WIDTH": 1024, "BLOCK": 1024}
     merged = {**_LIMITS, "tiles": None, "NUM_HEADS": 32, "VALUE_DIM": 128, "BLOCK_VALUE_DIM": 128, "BLOCK_SPLITS": 64}
+    assert {shape.tile_rows for shape in tile_shapes(4, 128, torch.bfloat16, has_227_kib=True)} == {16, 128}
     every = {key: value for key, value in _DECODE.items() if key not in _NOT_PLAIN}
     assert_they_compile(
         (_MODULE, "attend_kernel", _POINTERS, _DECODE),
