@@ -60,7 +60,8 @@ def delta_table(config: DeltaConfig) -> str:
         of_base = "unknown" if quality.base_kl_mean is None else f"{quality.base_kl_mean:.5f}"
         lines.append(
             f"KL {quality.kl_mean:.5f} nats a token (base {of_base}), top-1 {quality.top1:.1%} over "
-            f"{quality.num_tokens} tokens of {quality.num_prompts} prompts ({quality.prompts})"
+            f"{quality.num_tokens} tokens of {quality.num_prompts} prompts ({quality.prompts}); of the fine-tune's own "
+            f"answers {quality.answers:.1%} of {quality.num_answer_tokens} tokens"
         )
     if config.probe is not None:
         lines.append(f"probe of {len(config.probe.cases)} prompts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def encode_tensor(
     *,
     base_name: str | None,
     target_digest: str,
+    inputs: Sequence[Tensor] = (),
     scratch: Scratch | None = None,
 ) -> tuple[tuple[Term, ...], DeltaTensor]:
     """The terms of a tensor that differs from the base's, and their description.
@@ -41,9 +43,10 @@ def encode_tensor(
         before: the base's; None: it has none. Two dimensions may have another number of rows.
         base_name: the name of `before`.
         target_digest: of `after`, in hex.
+        inputs: as of `encode_matrix`.
         scratch: for a float32 of each number; None: memory of its own.
     """
-    terms, result, error = _encode(before, after, policy, Scratch() if scratch is None else scratch)
+    terms, result, error = _encode(before, after, policy, inputs, Scratch() if scratch is None else scratch)
     digest = target_digest if result is after else tensor_digest(result)
     return terms, describe_tensor(terms, result, base_name=base_name, digest=digest, error=error)
 
@@ -63,10 +66,10 @@ def describe_tensor(
 
 
 def _encode(
-    before: Tensor | None, after: Tensor, policy: CodecPolicy, scratch: Scratch
+    before: Tensor | None, after: Tensor, policy: CodecPolicy, inputs: Sequence[Tensor], scratch: Scratch
 ) -> tuple[tuple[Term, ...], Tensor, float]:
     """The terms of a tensor, what they give back, and the relative error of that; `after` itself where it is exact."""
-    terms = None if before is None else _matrix_terms(before, after, policy, scratch)
+    terms = None if before is None else _matrix_terms(before, after, policy, inputs, scratch)
     if terms is not None and any(term.codec in WHOLE_CODECS for term in terms):
         return terms, after, 0.0
     if before is not None and terms is not None:
@@ -80,7 +83,9 @@ def _encode(
     return _whole(before, after, policy), after, 0.0
 
 
-def _matrix_terms(before: Tensor, after: Tensor, policy: CodecPolicy, scratch: Scratch) -> tuple[Term, ...] | None:
+def _matrix_terms(
+    before: Tensor, after: Tensor, policy: CodecPolicy, inputs: Sequence[Tensor], scratch: Scratch
+) -> tuple[Term, ...] | None:
     """The terms of what both have and of further rows; None: no codec of matrices can do anything with them."""
     if after.ndim < 2 or not (before.is_floating_point() and after.is_floating_point()):
         return None
@@ -91,7 +96,7 @@ def _matrix_terms(before: Tensor, after: Tensor, policy: CodecPolicy, scratch: S
     terms: tuple[Term, ...] = ()
     if not same_bits(of_base, kept):
         matrix = kept.reshape(-1, kept.shape[-1])
-        terms = encode_matrix(of_base.reshape(matrix.shape), matrix, policy, scratch)
+        terms = encode_matrix(of_base.reshape(matrix.shape), matrix, policy, inputs=inputs, scratch=scratch)
     if any(term.codec == REPLACE.name for term in terms):
         return None
     return terms if num_rows == len(after) else (*terms, Term(ROWS, {ROWS: after[num_rows:]}))

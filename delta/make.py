@@ -23,6 +23,7 @@ from delta.delta_config import (
     Lineage,
 )
 from delta.encode_tensor import encode_tensor
+from delta.input_samples import InputSamples
 from delta.make_journal import JournalEntry, MakeJournal
 from delta.model_pair import ModelPair, pair_tensors
 from delta.output_path import check_apart
@@ -53,6 +54,18 @@ class Labels:
     parents: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What the linear layers of the fine-tune get as inputs.
+
+    Attributes:
+        name: of what they were computed of; the same for the same inputs.
+    """
+
+    name: str
+    inputs: InputSamples
+
+
 def make_delta(
     base: Path,
     target: Path,
@@ -61,6 +74,7 @@ def make_delta(
     *,
     labels: Labels,
     force: bool = False,
+    calibration: Calibration | None = None,
     judge: Judge | None = None,
     report: Callable[[str], None],
     progress: Progress | None = None,
@@ -72,6 +86,7 @@ def make_delta(
 
     Args:
         force: replace a delta that is there; it stays until the new one is complete.
+        calibration: low-rank terms are made for these inputs; None: for any.
         judge: called with the complete delta's directory; what it finds is recorded, and no delta appears if it raises.
         progress: called with the bytes of the fine-tune that are done, and all.
 
@@ -87,20 +102,22 @@ def make_delta(
         open_checkpoint(target) as theirs,
         resumable_directory(out, replaces=(CONFIG_FILE,) if force else ()) as directory,
     ):
-        inputs = {
+        made_from = {
             "made_with": [FORMAT_VERSION, made_with()],
             "base": ours.states(),
             "target": theirs.states(),
             "policy": asdict(policy),
+            "calibration": None if calibration is None else calibration.name,
         }
-        with MakeJournal(directory.scratch, inputs) as journal:
+        with MakeJournal(directory.scratch, made_from) as journal:
             if journal.entries:
                 report(f"going on after {len(journal.entries)} tensors")
             pair = pair_tensors(ours, theirs)
-            _encode_all(ours, theirs, pair, policy, journal, progress)
+            inputs: InputSamples = {} if calibration is None else calibration.inputs
+            _encode_all(ours, theirs, pair, policy, inputs, journal, progress)
             files = store_files(companion_files(base), companion_files(target), directory.result)
             config = _describe(ours, theirs, pair, journal, files, labels)
-            if (ours.states(), theirs.states()) != (inputs["base"], inputs["target"]):
+            if (ours.states(), theirs.states()) != (made_from["base"], made_from["target"]):
                 raise CheckpointError("a model was written to while it was read; make the delta again")
             if not config.tensors and not config.tied and not (directory.result / EXTRA_FILES).exists():
                 raise InvalidRequestError(f"{target} does not differ from {base}; there is nothing to store")
@@ -118,6 +135,7 @@ def _encode_all(
     target: CheckpointTensors,
     pair: ModelPair,
     policy: CodecPolicy,
+    inputs: InputSamples,
     journal: MakeJournal,
     progress: Progress | None,
 ) -> None:
@@ -133,7 +151,13 @@ def _encode_all(
             terms: tuple[Term, ...] = ()
             if base_digest != target_digest or name != base_name:
                 terms, tensor = encode_tensor(
-                    before, after, policy, base_name=base_name, target_digest=target_digest, scratch=of_encoding
+                    before,
+                    after,
+                    policy if name in inputs or not inputs else policy.of_tables(),
+                    base_name=base_name,
+                    target_digest=target_digest,
+                    inputs=inputs.get(name, ()),
+                    scratch=of_encoding,
                 )
             digest_of_name = base_digest if name == base_name else None
             journal.add(JournalEntry(name, digest_of_name, target_digest, tensor), terms)

@@ -10,10 +10,10 @@ from delta.artifact import open_delta
 from delta.checkpoint_tensors import open_checkpoint
 from delta.codecs.policy import CodecPolicy
 from delta.delta_config import DeltaConfig
-from delta.make import Labels, make_delta
+from delta.make import Calibration, Labels, make_delta
 from delta.quality import QualityMeter
 from delta.quality_gate import QualityGate, QualityTooLowError
-from delta.quality_prompts import QualityPrompts
+from delta.quality_prompts import QualityPrompts, default_prompts
 from delta.quality_record import Probe, Quality
 from registry.digest import Progress
 
@@ -33,6 +33,9 @@ def make_measured_delta(
 ) -> DeltaConfig:
     """`make_delta`, and what its quality is; with the codec "auto" finer and finer, until the gate admits it.
 
+    Every second prompt of those given and of the default ones is not measured: low-rank terms are made for the inputs
+    that the fine-tune's layers get from them.
+
     Args:
         gate: None: admits everything.
 
@@ -41,7 +44,11 @@ def make_measured_delta(
         And all that `make_delta` and `QualityMeter` raise.
     """
     report("computing the fine-tune and the base")
-    meter = QualityMeter(base, target, prompts)
+    measured, others = prompts.halves()
+    _, of_default = default_prompts().halves()
+    calibrating = (others,) if others == of_default else (others, of_default)
+    meter = QualityMeter(base, target, measured, calibration=calibrating)
+    calibration = Calibration(prompts.name, meter.inputs)
 
     def judge(directory: Path) -> tuple[Quality, Probe]:
         report("comparing the delta with the fine-tune")
@@ -50,14 +57,24 @@ def make_measured_delta(
         if gate is not None and not gate.admits(quality):
             raise QualityTooLowError(
                 f"the delta's KL divergence from the fine-tune is {quality.kl_mean:.4f} nats a token (the base's: "
-                f"{quality.base_kl_mean or 0:.4f}); take a finer codec, or --max-kl if that is good enough"
+                f"{quality.base_kl_mean or 0:.4f}), and of the fine-tune's answers {quality.answers:.1%} are the same; "
+                "take a finer codec, or --max-kl and --min-answers if that is good enough"
             )
         return quality, probe
 
     while True:
         try:
             return make_delta(
-                base, target, out, policy, labels=labels, force=force, judge=judge, report=report, progress=progress
+                base,
+                target,
+                out,
+                policy,
+                labels=labels,
+                force=force,
+                calibration=calibration,
+                judge=judge,
+                report=report,
+                progress=progress,
             )
         except QualityTooLowError as error:
             finer = policy.finer() if policy.codec == "auto" else None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
+from delta.input_samples import InputSamples, sample_inputs
 from delta.quality_prompts import QualityPrompts, TokenizedPrompt, tokenize_prompts
 from delta.quality_record import Probe, ProbeCase, Quality
 from registry.errors import CheckpointError, UnsupportedModelError
@@ -19,6 +22,9 @@ _MAX_PROBE_CASES = 8
 _NUM_PROBED_TOKENS = 5
 _MIN_TOLERANCE = 0.1
 _ROUNDING_ALLOWANCE = 4
+_MAX_ANSWER_TOKENS = 32
+_UNDECIDED = 1.5
+"""A token is undecided if the most likely one is less than so many times as likely as the next."""
 
 
 class QualityMeter:
@@ -28,8 +34,13 @@ class QualityMeter:
     model in `dtype` and, while `measure` builds it, its weights as they were given; and 4 bytes for each prompted token
     and token of the vocabulary, 200 MB for the default prompts and a vocabulary of 49 thousand.
 
+    Attributes:
+        inputs: what the fine-tune's linear layers get as inputs when it reads `calibration`.
+
     Args:
         base, target: directories of the base and the fine-tune.
+        prompts: what models are compared over, with answers where there are some, and followed by the fine-tune's own.
+        calibration: for `inputs`; apart from `prompts`, or those would say too much good about what is made with them.
         dtype: below float32 the rounding is of the size of what is to be measured.
 
     Raises:
@@ -38,7 +49,13 @@ class QualityMeter:
     """
 
     def __init__(
-        self, base: Path, target: Path, prompts: QualityPrompts, *, dtype: torch.dtype = torch.float32
+        self,
+        base: Path,
+        target: Path,
+        prompts: QualityPrompts,
+        *,
+        calibration: Sequence[QualityPrompts] = (),
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._target = target
         self._dtype = dtype
@@ -49,7 +66,10 @@ class QualityMeter:
         if not self._prompts:
             raise CheckpointError("none of the prompts has two tokens or more; there is nothing to compare")
         model = _load_model(target, dtype)
+        texts = [prompt.whole for each in calibration for prompt in tokenize_prompts(each, tokenizer)]
+        self.inputs: InputSamples = sample_inputs(model, texts)
         self._expected = self._logprobs(model)  # of each prompt [num_tokens, vocabulary]
+        self._answers = [_Answer.of(model, prompt.question) for prompt in self._prompts]
         self._empty = model.to("meta")  # its class and configuration
         self._base_kl_mean = self._compare_with_base(base)
 
@@ -61,6 +81,7 @@ class QualityMeter:
             divergences.append(_divergences(expected, logprobs))
             agreements.append(expected.argmax(-1) == logprobs.argmax(-1))
         divergence = torch.cat(divergences)
+        same = torch.cat([answer.agreement(model) for answer in self._answers])
         quality = Quality(
             prompts=self._prompts_name,
             num_prompts=len(self._prompts),
@@ -69,6 +90,8 @@ class QualityMeter:
             kl_max=float(divergence.max()),
             base_kl_mean=self._base_kl_mean,
             top1=float(torch.cat(agreements).double().mean()),
+            num_answer_tokens=len(same),
+            answers=float(same.double().mean()) if len(same) else 1.0,
         )
         return quality, _probe(model, self._prompts[:_MAX_PROBE_CASES])
 
@@ -87,6 +110,46 @@ class QualityMeter:
 
     def _logprobs(self, model: nn.Module) -> list[Tensor]:
         return [next_logprobs(model, prompt.whole[:-1]) for prompt in self._prompts]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Answer:
+    """What a fine-tune says to one prompt, the most likely token each time.
+
+    Attributes:
+        whole: the prompt's tokens and those of the answer.
+        num_tokens: of the answer, with the one that ends it.
+        decided: [num_tokens]; where the next likely token was far behind.
+    """
+
+    whole: tuple[int, ...]
+    num_tokens: int
+    decided: Tensor
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: Any, question: Sequence[int]) -> _Answer:
+        ends = _end_token_ids(model)
+        whole, seen = list(question), DynamicCache()
+        decided: list[bool] = []
+        read = whole
+        while len(decided) < _MAX_ANSWER_TOKENS and not (decided and whole[-1] in ends):
+            logits = model(torch.tensor([read]), past_key_values=seen, use_cache=True).logits[0, -1].float()
+            first, second = logits.topk(2).values.tolist()
+            decided.append(first - second >= math.log(_UNDECIDED))
+            read = [int(logits.argmax())]
+            whole += read
+        return cls(tuple(whole), len(decided), torch.tensor(decided))
+
+    def agreement(self, model: nn.Module) -> Tensor:
+        """Whether the model's most likely token is the same, at each that was decided."""
+        found = next_logprobs(model, self.whole[:-1])[-self.num_tokens :].argmax(-1)
+        return (found == torch.tensor(self.whole[-self.num_tokens :]))[self.decided]
+
+
+def _end_token_ids(model: Any) -> frozenset[int]:
+    found = model.generation_config.eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
 
 
 @torch.inference_mode()

@@ -31,6 +31,16 @@ class QualityPrompts:
     name: str
     conversations: tuple[Conversation, ...]
 
+    def halves(self) -> tuple[QualityPrompts, QualityPrompts]:
+        """Every second prompt from the first, over which deltas are measured, and the others, for which they are made.
+
+        What a delta was made for says too much good about it.
+        """
+        return (
+            QualityPrompts(self.name, self.conversations[::2]),
+            QualityPrompts(self.name, self.conversations[1::2]),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
@@ -46,7 +56,7 @@ class TokenizedPrompt:
 
 
 def default_prompts() -> QualityPrompts:
-    """Questions and answers of our own, about a thousand tokens."""
+    """Questions and answers of our own, about two thousand tokens."""
     content = resources.files("delta").joinpath("data/quality_prompts.json").read_text(encoding="utf-8")
     return QualityPrompts("default", _conversations(json.loads(content)))
 

@@ -10,13 +10,16 @@ class Quality:
     """The fine-tune compared with what the delta gives back, over every predicted token of some prompts.
 
     Attributes:
-        prompts: "default", or "sha256:…" of the file of prompts.
+        prompts: "default", or "sha256:…" of the file of prompts, of which every second one was measured.
         num_prompts, num_tokens: how much was compared.
         kl_mean: KL(fine-tune ‖ given back), the mean over the tokens, in nats.
         kl_max: the largest of one token.
         base_kl_mean: KL(fine-tune ‖ base), for comparison, over the tokens that both have; None: the base does not have
             those of any prompt.
         top1: share of the tokens whose most likely successor is the same, 0 to 1.
+        num_answer_tokens: of the fine-tune's own answers to the same prompts, the most likely token each time.
+        answers: share of those that are the most likely ones of what is given back, too, 0 to 1; tokens at which the
+            fine-tune is undecided do not count.
     """
 
     prompts: str
@@ -26,6 +29,8 @@ class Quality:
     kl_max: float
     base_kl_mean: float | None
     top1: float
+    num_answer_tokens: int
+    answers: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,9 @@ from torch import Tensor
 from delta.codecs.codec import Term
 from delta.codecs.dense import encode_dense
 from delta.codecs.lossless import LOSSLESS
-from delta.codecs.lowrank import encode_low_rank, low_rank_term
+from delta.codecs.lowrank import encode_low_rank, input_root, low_rank_term
 from delta.codecs.packed_bits import row_blocks
-from delta.codecs.policy import CodecPolicy, Residual
+from delta.codecs.policy import CodecPolicy
 from delta.codecs.registry import DIFFERENCE_CODECS
 from delta.codecs.replace import REPLACE
 from delta.codecs.sign import encode_sign
@@ -46,7 +46,12 @@ _SEED = 0x5EED
 
 
 def encode_matrix(
-    base: Tensor, target: Tensor, policy: CodecPolicy, scratch: Scratch | None = None
+    base: Tensor,
+    target: Tensor,
+    policy: CodecPolicy,
+    *,
+    inputs: Sequence[Tensor] = (),
+    scratch: Scratch | None = None,
 ) -> tuple[Term, ...]:
     """The terms of W' [N, K] given W [N, K], which differ in some bit, both in the dtypes of their checkpoints.
 
@@ -54,6 +59,7 @@ def encode_matrix(
     but for the dtype and the sign of zeros.
 
     Args:
+        inputs: pieces [n, K] of what the matrix is multiplied with: low-rank terms are made for these. None: for any.
         scratch: for D, which is not needed any more when this returns; None: memory of its own.
     """
     if policy.codec == "lossless":
@@ -64,17 +70,19 @@ def encode_matrix(
     if difference is None:
         return (_exact(base, target, encode_dense),)
     if policy.codec == "auto":
-        terms = _chosen(base, target, difference, policy)
+        terms = _chosen(base, target, difference, policy, inputs)
     elif policy.codec == "lowrank":
-        terms = (encode_low_rank(difference, policy.rank),)
+        terms = (encode_low_rank(difference, policy.rank, input_root(inputs) if inputs else None),)
     else:
-        terms = _with_residuals(difference, encode_sign if policy.codec == "sign" else encode_ternary, policy)
+        terms = _with_residuals(difference, encode_sign if policy.codec == "sign" else encode_ternary, policy, inputs)
     if sum(part.nbytes for term in terms for part in term.parts.values()) < target.nbytes:
         return terms
     return (_exact(base, target, encode_dense),)
 
 
-def _chosen(base: Tensor, target: Tensor, difference: Tensor, policy: CodecPolicy) -> tuple[Term, ...]:
+def _chosen(
+    base: Tensor, target: Tensor, difference: Tensor, policy: CodecPolicy, inputs: Sequence[Tensor]
+) -> tuple[Term, ...]:
     changed = changed_share(difference)
     if changed == 0:
         return ()
@@ -84,7 +92,7 @@ def _chosen(base: Tensor, target: Tensor, difference: Tensor, policy: CodecPolic
         term = low_rank_term(components.a, components.b)
         if 8 * sum(part.nbytes for part in term.parts.values()) <= _MAX_LOW_RANK_BITS * difference.numel():
             return (term,)
-    return _with_residuals(difference, encode_ternary if changed <= _MAX_TERNARY else encode_sign, policy)
+    return _with_residuals(difference, encode_ternary if changed <= _MAX_TERNARY else encode_sign, policy, inputs)
 
 
 def changed_share(difference: Tensor) -> float:
@@ -120,25 +128,28 @@ def _sampled_energy(difference: Tensor) -> float:
     return float(found[-_LOW_RANK:].sum()) / num_rows
 
 
-def _with_residuals(difference: Tensor, first: Callable[[Tensor], Term], policy: CodecPolicy) -> tuple[Term, ...]:
+def _with_residuals(
+    difference: Tensor, first: Callable[[Tensor], Term], policy: CodecPolicy, inputs: Sequence[Tensor]
+) -> tuple[Term, ...]:
     """Each term is of what those before it left, but signs before a low-rank term leave its components alone.
 
     What training changed lies in few components, and rounding to 16 bits in all: signs of the whole difference would
     blur those components, and no later term of the same rank could mend it. So the components are taken out before the
     signs are fitted, and fitted again at their place. (A ternary term keeps its zeros, and needs none of that.)
     """
+    root = input_root(inputs) if inputs and "lowrank" in policy.residuals else None
+
+    def encode_product(left: Tensor) -> Term:
+        return encode_low_rank(left, policy.rank, root)
+
     terms: list[Term] = []
-    encoders = [first, *(_encoder(residual, policy.rank) for residual in policy.residuals)]
+    encoders = [first, *(encode_sign if residual == "sign" else encode_product for residual in policy.residuals)]
     for index, encode in enumerate(encoders):
         left = _left_by(difference, terms)
         if first is encode_sign and encode is encode_sign and "lowrank" in policy.residuals[index:]:
-            left = _left_by(left, [encode_low_rank(left, policy.rank)])
+            left = _left_by(left, [encode_product(left)])
         terms.append(encode(left))
     return tuple(terms)
-
-
-def _encoder(residual: Residual, rank: int) -> Callable[[Tensor], Term]:
-    return encode_sign if residual == "sign" else lambda left: encode_low_rank(left, rank)
 
 
 def _left_by(difference: Tensor, terms: Sequence[Term]) -> Tensor:

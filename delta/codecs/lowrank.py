@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from delta.codecs.packed_bits import row_blocks
 from delta.codecs.part_checks import check_finite, check_names, check_part
 from delta.codecs.singular_components import singular_components
 from delta.variant_terms import LinearTerms
+
+_DAMPING = 0.01
 
 
 class LowRank:
@@ -41,10 +45,35 @@ class LowRank:
 LOW_RANK = LowRank()
 
 
-def encode_low_rank(difference: Tensor, rank: int) -> Term:
-    """The first `rank` components of D, at most min(N, K) of them. difference [N, K] float32"""
-    components = singular_components(difference, rank)
-    return low_rank_term(components.a, components.b)
+def encode_low_rank(difference: Tensor, rank: int, root: Tensor | None = None) -> Term:
+    """B A of `rank`, at most min(N, K), that minimises ‖(D - B A) L‖, or without a root L ‖D - B A‖.
+
+    difference [N, K] float32, root [K, K] as `input_root` makes it
+    """
+    if root is None:
+        components = singular_components(difference, rank)
+        return low_rank_term(components.a, components.b)
+    components = singular_components(difference @ root, rank)
+    return low_rank_term(torch.linalg.solve_triangular(root, components.a, upper=False, left=False), components.b)
+
+
+def input_root(inputs: Sequence[Tensor]) -> Tensor:
+    """L, lower triangular, with L Lᵀ = Σ x xᵀ / T + λ I over the T inputs x: ‖E L‖² is about what E adds to outputs.
+
+    λ, a hundredth of the mean square of an input, stands for the inputs that are not among these.
+
+    inputs: pieces [n, K] of any floating-point dtype. -> [K, K] float32
+
+    Source: the whitening of SVD-LLM, arXiv 2403.07378, section 3.2, with λ.
+    """
+    num_columns = inputs[0].shape[1]
+    moment = torch.zeros(num_columns, num_columns)
+    for piece in inputs:
+        moment.addmm_(piece.float().T, piece.float())
+    moment /= sum(map(len, inputs))
+    moment.diagonal().add_(_DAMPING * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    root: Tensor = torch.linalg.cholesky(moment.double())
+    return root.float()
 
 
 def low_rank_term(a: Tensor, b: Tensor) -> Term:

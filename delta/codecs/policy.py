@@ -12,11 +12,11 @@ EXACT_CODECS: frozenset[CodecChoice] = frozenset({"lossless", "sparse", "dense"}
 _LADDER: tuple[tuple[tuple[Residual, ...], int], ...] = (
     ((), 0),
     (("lowrank",), 16),
-    (("lowrank",), 64),
-    (("sign", "lowrank"), 64),
-    (("sign", "sign", "sign"), 64),
+    (("sign", "lowrank"), 16),
+    (("sign", "sign", "lowrank"), 32),
+    (("sign", "sign", "sign", "lowrank"), 64),
 )
-"""Residuals and rank: about 1, 1 and a low-rank term, 2 and a low-rank term, and 4 bits a weight.
+"""Residuals and rank: one to four bits a weight, all but the first with a low-rank term.
 
 Low rank comes first: of the change of a fine-tune in bfloat16, most is rounding, and what was trained has a low rank.
 """
@@ -36,6 +36,14 @@ class CodecPolicy:
     codec: CodecChoice = "auto"
     residuals: tuple[Residual, ...] = ()
     rank: int = 16
+
+    def of_tables(self) -> CodecPolicy:
+        """For what is no linear layer's weight: "auto" gives embeddings no low-rank residual.
+
+        Of the small model, signs of the embedding change predictions a hundredth as much as those of the linear layers.
+        """
+        kept = tuple(residual for residual in self.residuals if residual != "lowrank")
+        return replace(self, residuals=kept) if self.codec == "auto" else self
 
     def finer(self) -> CodecPolicy | None:
         """The next of the ladder, for a delta that is not close enough to its fine-tune; None: it is exact already."""

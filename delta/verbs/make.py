@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import typing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,14 @@ def add_parser(verbs: Any) -> None:
         type=float,
         metavar="NATS",
         help="mean KL divergence from the fine-tune above which auto stores more, and other codecs fail (default: with "
-        f"auto {QualityGate().max_kl}, or {QualityGate().max_kl_share:.0%} of the base's)".replace("%", "%%"),
+        f"auto {QualityGate().max_kl})",
+    )
+    verb.add_argument(
+        "--min-answers",
+        type=float,
+        metavar="SHARE",
+        help="share of the tokens of the fine-tune's own answers to the prompts, 0 to 1, that have to be the same, or "
+        f"auto stores more, and other codecs fail (default: with auto {QualityGate().min_answers})",
     )
     verb.add_argument("--base-name", metavar="NAME", help="name of the base (default: the directory's)")
     verb.add_argument("--base-revision", metavar="REVISION", help="revision of the base")
@@ -98,6 +107,12 @@ def _make_differences(args: argparse.Namespace) -> None:
 
 
 def _gate(args: argparse.Namespace) -> QualityGate | None:
+    asked = args.max_kl is not None or args.min_answers is not None
+    if not asked and args.codec != "auto":
+        return None
+    gate = QualityGate() if args.codec == "auto" else QualityGate(max_kl=math.inf, min_answers=0)
     if args.max_kl is not None:
-        return QualityGate(max_kl=args.max_kl, max_kl_share=0)
-    return QualityGate() if args.codec == "auto" else None
+        gate = replace(gate, max_kl=args.max_kl)
+    if args.min_answers is not None:
+        gate = replace(gate, min_answers=args.min_answers)
+    return gate

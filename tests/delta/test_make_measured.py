@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from delta.__main__ import main
 from delta.codecs.policy import CodecPolicy
 from delta.delta_config import DeltaConfig, read_delta_config
-from delta.make import Labels
+from delta.make import Labels, make_delta
 from delta.make_measured import make_measured_delta
 from delta.quality_gate import QualityGate, QualityTooLowError
 from delta.quality_prompts import QualityPrompts
@@ -52,18 +51,19 @@ def test_quality_and_probe_are_recorded(base: Path, target: Path) -> None:
     assert config.quality.base_kl_mean is not None
     assert 0 < config.quality.kl_mean < config.quality.base_kl_mean
     assert config.probe is not None
-    assert len(config.probe.cases) == 2
+    assert len(config.probe.cases) == 1  # every second prompt is for the making
+    assert config.quality.num_prompts == 1
 
 
 def test_auto_stores_as_much_as_the_gate_asks_for(base: Path, target: Path) -> None:
     loose: list[str] = []
-    first = _make(base, target, CodecPolicy(), QualityGate(max_kl=10), loose)
+    first = _make(base, target, CodecPolicy(), QualityGate(max_kl=10, min_answers=0), loose)
     assert {tensor.codec for tensor in first.tensors.values()} == {"sign"}
     assert not any("again" in line for line in loose)
     (base.parent / "delta").rename(base.parent / "first")
     assert first.quality is not None
     strict: list[str] = []
-    gate = QualityGate(max_kl=first.quality.kl_mean / 3, max_kl_share=0)
+    gate = QualityGate(max_kl=first.quality.kl_mean / 3, min_answers=0)
     second = _make(base, target, CodecPolicy(), gate, strict)
     assert second.quality is not None
     assert second.quality.kl_mean <= gate.max_kl
@@ -72,7 +72,7 @@ def test_auto_stores_as_much_as_the_gate_asks_for(base: Path, target: Path) -> N
 
 
 def test_nothing_but_all_bits_is_good_enough(base: Path, target: Path) -> None:
-    config = _make(base, target, CodecPolicy(), QualityGate(max_kl=1e-9, max_kl_share=0), [])
+    config = _make(base, target, CodecPolicy(), QualityGate(max_kl=1e-9), [])
     assert config.quality is not None
     assert config.quality.kl_mean <= 1e-9
     assert config.is_exact
@@ -80,16 +80,26 @@ def test_nothing_but_all_bits_is_good_enough(base: Path, target: Path) -> None:
 
 def test_a_named_codec_that_is_too_coarse_fails_and_leaves_nothing(base: Path, target: Path) -> None:
     with pytest.raises(QualityTooLowError, match="finer codec"):
-        _make(base, target, CodecPolicy("sign"), QualityGate(max_kl=1e-9, max_kl_share=0), [])
+        _make(base, target, CodecPolicy("sign"), QualityGate(max_kl=1e-9), [])
     assert sorted(path.name for path in base.parent.iterdir()) == ["base", "target"]
 
 
 def test_the_gate() -> None:
-    quality = Quality("default", 1, 1, kl_mean=0.02, kl_max=1, base_kl_mean=0.3, top1=1)
-    assert QualityGate(max_kl=0.02, max_kl_share=0).admits(quality)
-    assert not QualityGate(max_kl=0.01, max_kl_share=0).admits(quality)
-    assert QualityGate(max_kl=0.01, max_kl_share=0.1).admits(quality)
-    assert not QualityGate(max_kl=0.01, max_kl_share=0.1).admits(replace(quality, base_kl_mean=None))
+    quality = Quality(
+        "default", 1, 1, kl_mean=0.02, kl_max=1, base_kl_mean=0.3, top1=1, num_answer_tokens=100, answers=0.99
+    )
+    assert QualityGate(max_kl=0.02, min_answers=0.99).admits(quality)
+    assert not QualityGate(max_kl=0.01, min_answers=0.99).admits(quality)
+    assert not QualityGate(max_kl=0.02, min_answers=0.995).admits(quality)
+
+
+def test_low_rank_terms_are_made_for_the_inputs_of_the_fine_tune(base: Path, target: Path) -> None:
+    policy = CodecPolicy("sign", ("lowrank",), 2)
+    measured = _make(base, target, policy, None, [])
+    plain = make_delta(base, target, base.parent / "plain", policy, labels=Labels(), report=[].append)
+    changed = [name for name in plain.tensors if plain.tensors[name] != measured.tensors[name]]
+    assert changed
+    assert all(name.endswith(("proj.weight", "lm_head.weight")) for name in changed)
 
 
 def test_command_line(base: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,5 +110,6 @@ def test_command_line(base: Path, target: Path, capsys: pytest.CaptureFixture[st
     assert "top-1" in capsys.readouterr().out
     assert main([*flags, "--out", str(base.parent / "e"), "--no-quality"]) == 0
     assert "top-1" not in capsys.readouterr().out
-    assert main([*flags, "--out", str(base.parent / "f"), "--prompts", str(prompts), "--max-kl", "1e-9"]) == 1
-    assert "finer codec" in capsys.readouterr().err
+    for bound in (("--max-kl", "1e-9"), ("--min-answers", "1.1")):
+        assert main([*flags, "--out", str(base.parent / "f"), "--prompts", str(prompts), *bound]) == 1
+        assert "finer codec" in capsys.readouterr().err

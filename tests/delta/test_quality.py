@@ -99,7 +99,7 @@ def test_models_that_cannot_be_computed(tmp_path: Path, base: Path, target: Path
 
 def test_the_default_prompts_are_whole() -> None:
     found = list(tokenize_prompts(default_prompts(), byte_tokenizer()))
-    assert len(found) == 16
+    assert len(found) == 32
     for prompt in found:
         assert prompt.whole[: len(prompt.question) - 3] == prompt.question[:-3]  # but for "[a]"
         assert len(prompt.whole) > len(prompt.question)
@@ -133,3 +133,26 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
             read_prompts(file)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_prompts(tmp_path / "absent.json")
+
+
+def test_every_second_prompt_is_for_the_making() -> None:
+    measured, others = QualityPrompts("default", ("a", "b", "c")).halves()
+    assert (measured.conversations, others.conversations) == (("a", "c"), ("b",))
+
+
+def test_answers_are_the_fine_tunes_own(base: Path, target: Path) -> None:
+    meter = QualityMeter(base, target, PROMPTS)
+    same, _ = meter.measure(_weights(target))
+    assert same.answers == 1
+    assert 0 < same.num_answer_tokens <= 2 * 32
+    other, _ = meter.measure(_weights(base))
+    assert other.answers < 1
+    assert other.num_answer_tokens == same.num_answer_tokens
+
+
+def test_inputs_are_those_of_the_calibrating_prompts(base: Path, target: Path) -> None:
+    meter = QualityMeter(base, target, PROMPTS, calibration=(QualityPrompts("x", ("Some text.", "More.")),))
+    names = {name for name in _weights(target) if name.endswith("proj.weight")}
+    assert names <= meter.inputs.keys()
+    assert all(sum(map(len, meter.inputs[name])) == len("Some text.More.") for name in names)
+    assert QualityMeter(base, target, PROMPTS).inputs == {}
