@@ -20,7 +20,7 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import AliasPath, BaseModel, Field
 
 from controller.admin_variants import VariantOnWorker, on_worker_info
 from controller.auth import actor_of
@@ -28,7 +28,7 @@ from controller.openai.body import RequestModel, openapi_body, read_request
 from controller.openai.schemas import ModelName
 from controller.publishing.operations import ReleaseOperations
 from registry import names
-from registry.catalog import Alias, Canary, Release, VersionRecord, VersionState
+from registry.catalog import Alias, AuditEntry, Canary, Release, VersionRecord, VersionState
 from registry.published_files import MAX_FILES, VariantKind
 
 Number = Annotated[int, Field(ge=1, lt=10**9)]
@@ -51,6 +51,8 @@ class SetCanary(RequestModel):
 
 
 class VersionInfo(BaseModel):
+    """Of a VersionRecord."""
+
     name: str
     release: str
     number: int
@@ -71,20 +73,19 @@ class VersionOnWorkers(BaseModel):
     workers: list[VariantOnWorker]
 
 
-class CanaryInfo(BaseModel):
-    version: int
-    weight: float
-
-
 class AliasInfo(BaseModel):
+    """Of an Alias."""
+
     alias: str
-    version: int | None
-    canary: CanaryInfo | None
+    version: int | None = Field(validation_alias=AliasPath("target", "version"))
+    canary: Canary | None
     shadow: int | None
     updated_at: datetime
 
 
 class ReleaseInfo(BaseModel):
+    """Of a Release."""
+
     name: str
     created_at: datetime
     versions: list[VersionInfo]
@@ -96,6 +97,8 @@ class ReleaseList(BaseModel):
 
 
 class Move(BaseModel):
+    """Of an AuditEntry."""
+
     at: datetime
     actor: str
     action: str
@@ -111,10 +114,10 @@ def create_release_router(releases: ReleaseOperations) -> APIRouter:
     # Names hold slashes, so what follows them is matched from the end.
     version_path, alias_path = "/{name:path}/versions/{number}", "/{name:path}/aliases/{alias}"
 
-    @router.post("/{name:path}/versions", openapi_extra=openapi_body(AddVersion))
-    async def add_version(name: str, request: Request) -> VersionInfo:
+    @router.post("/{name:path}/versions", response_model=VersionInfo, openapi_extra=openapi_body(AddVersion))
+    async def add_version(name: str, request: Request) -> VersionRecord:
         body = await read_request(request, AddVersion)
-        version = await releases.add_version(
+        return await releases.add_version(
             name,
             parent=body.parent,
             base_digest=body.base_digest,
@@ -122,85 +125,60 @@ def create_release_router(releases: ReleaseOperations) -> APIRouter:
             quality=body.quality,
             actor=actor_of(request.scope),
         )
-        return _version(version)
 
-    @router.get("")
-    async def list_releases() -> ReleaseList:
-        return ReleaseList(releases=[_release(release) for release in await releases.list_releases()])
+    @router.get("", response_model=ReleaseList)
+    async def list_releases() -> dict[str, list[Release]]:
+        return {"releases": await releases.list_releases()}
 
-    @router.get(version_path)
-    async def get_version(name: str, number: int) -> VersionOnWorkers:
+    @router.get(version_path, response_model=VersionOnWorkers)
+    async def get_version(name: str, number: int) -> dict[str, Any]:
         version, on_workers = await releases.get_version(names.ModelName(name, version=number))
-        return VersionOnWorkers(version=_version(version), workers=[on_worker_info(on) for on in on_workers])
+        return {"version": version, "workers": [on_worker_info(on) for on in on_workers]}
 
-    @router.delete(version_path)
-    async def remove_version(name: str, number: int, request: Request) -> VersionInfo:
+    @router.delete(version_path, response_model=VersionInfo)
+    async def remove_version(name: str, number: int, request: Request) -> VersionRecord:
         subject = names.ModelName(name, version=number)
-        return _version(await releases.remove_version(subject, actor=actor_of(request.scope)))
+        return await releases.remove_version(subject, actor=actor_of(request.scope))
 
-    @router.get(alias_path + "/history")
-    async def alias_history(name: str, alias: str) -> History:
-        moves = await releases.alias_history(name, alias)
-        return History(moves=[Move.model_validate(move, from_attributes=True) for move in moves])
+    @router.get(alias_path + "/history", response_model=History)
+    async def alias_history(name: str, alias: str) -> dict[str, list[AuditEntry]]:
+        return {"moves": await releases.alias_history(name, alias)}
 
-    @router.post(alias_path + "/rollback")
-    async def rollback_alias(name: str, alias: str, request: Request) -> AliasInfo:
-        return _alias(await releases.rollback_alias(name, alias, actor=actor_of(request.scope)))
+    @router.post(alias_path + "/rollback", response_model=AliasInfo)
+    async def rollback_alias(name: str, alias: str, request: Request) -> Alias:
+        return await releases.rollback_alias(name, alias, actor=actor_of(request.scope))
 
-    @router.put(alias_path + "/canary", openapi_extra=openapi_body(SetCanary))
-    async def set_canary(name: str, alias: str, request: Request) -> AliasInfo:
+    @router.put(alias_path + "/canary", response_model=AliasInfo, openapi_extra=openapi_body(SetCanary))
+    async def set_canary(name: str, alias: str, request: Request) -> Alias:
         body = await read_request(request, SetCanary)
         canary = Canary(body.version, body.weight)
-        return _alias(await releases.set_canary(name, alias, canary, actor=actor_of(request.scope)))
+        return await releases.set_canary(name, alias, canary, actor=actor_of(request.scope))
 
-    @router.delete(alias_path + "/canary")
-    async def remove_canary(name: str, alias: str, request: Request) -> AliasInfo:
-        return _alias(await releases.set_canary(name, alias, None, actor=actor_of(request.scope)))
+    @router.delete(alias_path + "/canary", response_model=AliasInfo)
+    async def remove_canary(name: str, alias: str, request: Request) -> Alias:
+        return await releases.set_canary(name, alias, None, actor=actor_of(request.scope))
 
-    @router.put(alias_path + "/shadow", openapi_extra=openapi_body(SetVersion))
-    async def set_shadow(name: str, alias: str, request: Request) -> AliasInfo:
+    @router.put(alias_path + "/shadow", response_model=AliasInfo, openapi_extra=openapi_body(SetVersion))
+    async def set_shadow(name: str, alias: str, request: Request) -> Alias:
         body = await read_request(request, SetVersion)
-        return _alias(await releases.set_shadow(name, alias, body.version, actor=actor_of(request.scope)))
+        return await releases.set_shadow(name, alias, body.version, actor=actor_of(request.scope))
 
-    @router.delete(alias_path + "/shadow")
-    async def remove_shadow(name: str, alias: str, request: Request) -> AliasInfo:
-        return _alias(await releases.set_shadow(name, alias, None, actor=actor_of(request.scope)))
+    @router.delete(alias_path + "/shadow", response_model=AliasInfo)
+    async def remove_shadow(name: str, alias: str, request: Request) -> Alias:
+        return await releases.set_shadow(name, alias, None, actor=actor_of(request.scope))
 
-    @router.put(alias_path, openapi_extra=openapi_body(SetVersion))
-    async def set_alias(name: str, alias: str, request: Request) -> AliasInfo:
+    @router.put(alias_path, response_model=AliasInfo, openapi_extra=openapi_body(SetVersion))
+    async def set_alias(name: str, alias: str, request: Request) -> Alias:
         body = await read_request(request, SetVersion)
-        return _alias(await releases.set_alias(name, alias, body.version, actor=actor_of(request.scope)))
+        return await releases.set_alias(name, alias, body.version, actor=actor_of(request.scope))
 
     @router.delete(alias_path, status_code=204)
     async def remove_alias(name: str, alias: str, request: Request) -> Response:
         await releases.remove_alias(name, alias, actor=actor_of(request.scope))
         return Response(status_code=204)
 
-    @router.get("/{name:path}")
-    async def get_release(name: str) -> ReleaseInfo:
-        return _release(await releases.get_release(name))
+    @router.get("/{name:path}", response_model=ReleaseInfo)
+    async def get_release(name: str) -> Release:
+        return await releases.get_release(name)
 
     return router
-
-
-def _version(version: VersionRecord) -> VersionInfo:
-    return VersionInfo.model_validate(version, from_attributes=True)
-
-
-def _alias(alias: Alias) -> AliasInfo:
-    return AliasInfo(
-        alias=alias.alias,
-        version=alias.target.version,
-        canary=None if alias.canary is None else CanaryInfo(version=alias.canary.version, weight=alias.canary.weight),
-        shadow=alias.shadow,
-        updated_at=alias.updated_at,
-    )
-
-
-def _release(release: Release) -> ReleaseInfo:
-    return ReleaseInfo(
-        name=release.name,
-        created_at=release.created_at,
-        versions=[_version(version) for version in release.versions],
-        aliases=[_alias(alias) for alias in release.aliases],
-    )
