@@ -6,6 +6,8 @@ from torch import Tensor
 
 from model_worker.engine.layers.linear import Linear
 from model_worker.engine.ops.quantized_matmul.functional import QuantizedWeight, quantized_matmul
+from model_worker.engine.ops.quantized_matmul.tiles import tiles_for
+from model_worker.engine.ops.tuning.tuned_table import table_of
 
 
 class QuantizedMethod:
@@ -20,11 +22,12 @@ class QuantizedMethod:
         assert (weight.num_outputs, weight.num_inputs) == (layer.out_features, layer.in_features)
         assert layer.weight is not None
         self.quantized = weight
+        self._tiles = tiles_for(weight, table_of(layer.weight.device))
         self._dtype = layer.weight.dtype
         layer.weight = None
 
     def apply(self, layer: Linear, x: Tensor, bias: Tensor | None) -> Tensor:
-        y = quantized_matmul(x.reshape(-1, x.shape[-1]), self.quantized, bias)
+        y = quantized_matmul(x.reshape(-1, x.shape[-1]), self.quantized, bias, self._tiles)
         return y.view(*x.shape[:-1], layer.out_features)
 
     def weight(self, layer: Linear) -> Tensor:

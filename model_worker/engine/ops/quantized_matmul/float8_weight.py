@@ -9,7 +9,7 @@ from torch import Tensor
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = 448.0
-_SMALLEST_SCALE = 2.0**-100  # of rows of zeros
+SMALLEST_SCALE = 2.0**-100  # of rows of zeros
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,5 +44,5 @@ class Float8Weight:
 def quantize_float8(matrix: Tensor) -> Float8Weight:
     """[N, K] finite -> each row as the nearest numbers times max|row| / 448."""
     wide = matrix.float()
-    scales = wide.abs().amax(dim=1, keepdim=True).div_(_LARGEST).clamp_(min=_SMALLEST_SCALE)
+    scales = wide.abs().amax(dim=1, keepdim=True).div_(_LARGEST).clamp_(min=SMALLEST_SCALE)
     return Float8Weight((wide / scales).clamp_(-_LARGEST, _LARGEST).to(FLOAT8), scales)

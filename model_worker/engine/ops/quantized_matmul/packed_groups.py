@@ -1,11 +1,11 @@
 """Weights whose scales belong to groups of 32 inputs, in the order in which GPUs read them.
 
-    words    [N, W] int32       word i of span s of a row holds, in its bits [j B, (j + 1) B), the number of input
-                                s * 32 P + j * 32 + i        B = 4 or 8 bits, P = 32 / B planes, 32 words a span
+    words    [N, K / 32, B] int32      bits [j B, (j + 1) B) of word i of group g of a row hold the number of input
+                                       g * 32 + j * B + i        of B = 4 or 8 bits; j < 32 / B
 
-A span is thus P groups: group j is what bits [j B, (j + 1) B) of its words hold, so that one shift and one mask give a
-whole group in the order of its inputs, and a row's words, which lie one after the other, are read whole. Numbers of
-8 bits are stored plus 128. Rows are filled up to a whole span with groups whose scale and minimum are 0.
+A group of 4 bits is thus four words, which one thread reads at once, beside the threads that read the groups before
+and after it. One shift and one mask of four words give four numbers whose inputs lie side by side, and which have one
+scale. Numbers of 8 bits are stored plus 128.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compression.grouped_weight import GROUP, GroupedWeight
 
@@ -27,16 +26,21 @@ class PackedGroups:
     """A weight [N, K].
 
     Attributes:
-        words: [N, W] int32, as the module's docstring says.
-        grids: float16; of 8 bits the scales [N, G], of 4 bits the scales and minimums [N, G, 2]; G is W / 32 * P.
-        num_inputs: K.
-        bits: B.
+        words: [N, K / 32, B] int32, as the module's docstring says.
+        grids: float16; of 8 bits the scales [N, K / 32], of 4 bits the scales and minimums [N, K / 32, 2].
     """
 
     words: Tensor
     grids: Tensor
-    num_inputs: int
-    bits: int
+
+    @property
+    def bits(self) -> int:
+        """B"""
+        return self.words.shape[2]
+
+    @property
+    def num_inputs(self) -> int:
+        return self.words.shape[1] * GROUP
 
     @property
     def num_outputs(self) -> int:
@@ -56,25 +60,20 @@ def pack_groups(weight: GroupedWeight, device: torch.device | None = None) -> Pa
     device = weight.values.device if device is None else device
     bits = 8 if weight.minimums is None else 4
     num_outputs, num_inputs = weight.shape
-    planes = _WORD_BITS // bits
-    missing = -(num_inputs // GROUP) % planes
     numbers = weight.values.to(device).int() + (_ZERO if weight.minimums is None else 0)
-    spans = F.pad(numbers, (0, missing * GROUP)).view(num_outputs, -1, planes, GROUP)
-    words = torch.zeros(num_outputs, spans.shape[1], GROUP, dtype=torch.int32, device=device)
-    for plane in range(planes):
-        words |= spans[:, :, plane] << plane * bits
+    fields = numbers.view(num_outputs, num_inputs // GROUP, -1, bits)  # [N, groups, 32 / B, B]
+    words = torch.zeros_like(fields[:, :, 0])
+    for place in range(fields.shape[2]):
+        words |= fields[:, :, place] << place * bits
     grids = weight.scales if weight.minimums is None else torch.stack((weight.scales, weight.minimums), dim=2)
-    padding = (0, missing) if weight.minimums is None else (0, 0, 0, missing)
-    return PackedGroups(words.flatten(1), F.pad(grids.to(device), padding).contiguous(), num_inputs, bits)
+    return PackedGroups(words, grids.to(device).contiguous())
 
 
 def unpack_groups(packed: PackedGroups) -> GroupedWeight:
     """What it was packed from."""
-    planes = _WORD_BITS // packed.bits
-    words = packed.words.view(packed.num_outputs, -1, 1, GROUP)
-    shifts = torch.arange(planes, dtype=torch.int32, device=words.device)[:, None] * packed.bits
-    numbers = ((words >> shifts) & ((1 << packed.bits) - 1)).view(packed.num_outputs, -1)[:, : packed.num_inputs]
-    grids = packed.grids[:, : packed.num_inputs // GROUP]
-    if packed.bits == 8:
-        return GroupedWeight((numbers - _ZERO).to(torch.int8), grids.contiguous())
-    return GroupedWeight(numbers.to(torch.int8), grids[..., 0].contiguous(), grids[..., 1].contiguous())
+    bits, device = packed.bits, packed.words.device
+    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32, device=device)[:, None]
+    numbers = ((packed.words[:, :, None] >> shifts) & ((1 << bits) - 1)).view(packed.num_outputs, -1)
+    if bits == 8:
+        return GroupedWeight((numbers - _ZERO).to(torch.int8), packed.grids)
+    return GroupedWeight(numbers.to(torch.int8), packed.grids[..., 0].contiguous(), packed.grids[..., 1].contiguous())

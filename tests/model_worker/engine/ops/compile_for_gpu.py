@@ -18,7 +18,8 @@ Kernel = tuple[str, str, dict[str, str], dict[str, Any]]
 """Module, name, types of the arguments that are no int32, and the constants. Types as constants: "tl.bfloat16"."""
 
 CAPABILITIES = (90, 80)
-_DIVISIBLE = 16  # what launches find of most pointers and strides
+_DIVISIBLE = 16  # what launches find of most pointers, strides and sizes
+_DIVISIBLE_SIZES = frozenset({"num_inputs", "num_outputs", "size", "width", "vocab_size"})
 
 
 def assert_they_compile(*kernels: Kernel, capabilities: tuple[int, ...] = CAPABILITIES) -> None:
@@ -63,7 +64,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
     attributes = {
         (place,): [["tt.divisibility", _DIVISIBLE]]
         for place, argument in enumerate(function.arg_names)
-        if signature[argument].startswith("*") or argument.endswith("stride")
+        if signature[argument].startswith("*") or argument.endswith("stride") or argument in _DIVISIBLE_SIZES
     }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -47,16 +47,13 @@ def test_every_number_there_is(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_each_number_is_where_the_docstring_says(bits: int) -> None:
-    planes = 32 // bits
-    num_inputs = 3 * planes * GROUP - 2 * GROUP
-    values = torch.zeros(2, num_inputs, dtype=torch.int8)
-    span, plane, place = 1, planes - 1, 5
-    values[1, span * 32 * planes + plane * 32 + place] = 7
-    ones = torch.ones(2, num_inputs // GROUP).half()
+    values = torch.zeros(2, 3 * GROUP, dtype=torch.int8)
+    group, place, word = 1, 32 // bits - 1, 3
+    values[1, group * 32 + place * bits + word] = 7
+    ones = torch.ones(2, 3).half()
     packed = pack_groups(GroupedWeight(values, ones, None if bits == 8 else ones))
-    assert packed.words.shape == (2, 3 * 32)
-    fields = (packed.words[1, span * 32 + place].item() >> plane * bits) & (2**bits - 1)
-    assert fields == (7 if bits == 4 else 135)
-    assert packed.grids.shape == ((2, 3 * planes) if bits == 8 else (2, 3 * planes, 2))
-    assert not packed.grids[:, -2:].any()
-    assert packed.num_bytes == packed.words.nbytes + packed.grids.nbytes
+    assert packed.words.shape == (2, 3, bits)
+    field = (int(packed.words[1, group, word].item()) >> place * bits) & (2**bits - 1)
+    assert field == (7 if bits == 4 else 135)
+    assert packed.grids.shape == ((2, 3) if bits == 8 else (2, 3, 2))
+    assert packed.num_bytes == 2 * 3 * GROUP * bits // 8 + packed.grids.nbytes

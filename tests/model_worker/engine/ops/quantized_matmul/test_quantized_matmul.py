@@ -1,0 +1,147 @@
+"""The kernels for GPUs, run by Triton's interpreter, equal products with the weights that the packed ones stand for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from compression.int4 import quantize_int4
+from compression.int8 import quantize_int8
+from model_worker.engine.ops.quantized_matmul.functional import (
+    PackedGroups,
+    pack_groups,
+    quantize_float8,
+    quantized_matmul,
+)
+from model_worker.engine.ops.quantized_matmul.tiles import Tile, default_tile
+from tests.model_worker.engine.ops.compile_for_gpu import Kernel, assert_they_compile
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+_RTOL = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
+        pytest.importorskip("triton")
+        yield importlib.import_module("model_worker.engine.ops.quantized_matmul.triton")
+
+
+def _packed(num_outputs: int, num_inputs: int, bits: int) -> PackedGroups:
+    matrix = torch.randn(num_outputs, num_inputs) / num_inputs**0.5
+    return pack_groups((quantize_int4 if bits == 4 else quantize_int8)(matrix))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(1, 32), (20, 96), (18, 1056)])
+def test_one_row_of_groups(
+    kernels: ModuleType, num_outputs: int, num_inputs: int, bits: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight, x = _packed(num_outputs, num_inputs, bits), torch.randn(1, num_inputs).to(dtype)
+    for bias in (None, torch.randn(num_outputs).to(dtype)):
+        for tile in (default_tile(1, grouped=True), Tile(1, 8, 512)):
+            found = kernels.grouped_matmul(x, weight, bias, tile)
+            expected = quantized_matmul(x, weight, bias)
+            torch.testing.assert_close(found, expected, rtol=_RTOL[dtype], atol=_RTOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("num_rows", "num_outputs", "num_inputs"), [(2, 20, 32), (16, 33, 576), (70, 130, 256)])
+def test_rows_of_groups(
+    kernels: ModuleType, num_rows: int, num_outputs: int, num_inputs: int, bits: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    weight, wide = _packed(num_outputs, num_inputs, bits), torch.randn(num_rows, num_inputs + 7).to(dtype)
+    x, bias = wide[:, :num_inputs], torch.randn(num_outputs).to(dtype)
+    found = kernels.grouped_matmul(x, weight, bias, default_tile(num_rows, grouped=True))
+    torch.testing.assert_close(found, quantized_matmul(x, weight, bias), rtol=_RTOL[dtype], atol=_RTOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_rows", "num_outputs", "num_inputs"), [(1, 20, 50), (1, 9, 1500), (3, 33, 576), (40, 70, 130)]
+)
+def test_float8(kernels: ModuleType, num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    weight = quantize_float8(torch.randn(num_outputs, num_inputs) / num_inputs**0.5)
+    x, bias = torch.randn(num_rows, num_inputs).to(dtype), torch.randn(num_outputs).to(dtype)
+    tile = default_tile(num_rows, grouped=False)
+    found = kernels.float8_matmul(x, weight, bias, tile, exact_inputs=True)
+    torch.testing.assert_close(found, quantized_matmul(x, weight, bias), rtol=_RTOL[dtype], atol=_RTOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_with_rows_of_float8(kernels: ModuleType, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    weight, x = quantize_float8(torch.randn(40, 96) / 10), torch.randn(65, 96).to(dtype)
+    rows = quantize_float8(x)
+    found = kernels.float8_product(rows.values, rows.scales, weight, None, default_tile(65, grouped=False), dtype)
+    torch.testing.assert_close(found, quantized_matmul(x, weight), rtol=_RTOL[dtype], atol=_RTOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_quantized(kernels: ModuleType, dtype: torch.dtype) -> None:
+    """The interpreter adds a carry to the last bit of float8 without passing it on; the other numbers are compared."""
+    torch.manual_seed(4)
+    x = (torch.randn(3, 5000) * 10).to(dtype)
+    x[1] = 0
+    values, scales = kernels.quantize_rows(x)
+    expected = quantize_float8(x)
+    torch.testing.assert_close(scales, expected.scales)
+    close = torch.isclose(values.float(), expected.values.float(), rtol=0.13, atol=1e-2)
+    assert close.float().mean() > 0.97
+    assert not values[1].float().any()
+
+
+def test_no_rows(kernels: ModuleType) -> None:
+    weight = _packed(8, 32, 4)
+    tile = default_tile(0, grouped=True)
+    assert kernels.grouped_matmul(torch.empty(0, 32), weight, None, tile).shape == (0, 8)
+
+
+def _kernels_in(dtype: str) -> list[Kernel]:
+    module = "model_worker.engine.ops.quantized_matmul.triton_kernels"
+    product = {"*bf16": "tl.bfloat16", "*fp16": "tl.float16"}[dtype]
+    wanted: list[Kernel] = []
+    for bits in (4, 8):
+        types = {"x": dtype, "out": dtype, "bias": dtype, "words": "*i32", "grids": "*i32" if bits == 4 else "*fp16"}
+        row_blocks = {"BITS": bits, "BLOCK_OUTPUTS": 16, "BLOCK_QUADS": 1024 * bits // 128}
+        wanted.append((module, "grouped_row_kernel", types, row_blocks))
+        for rows, outputs, num_warps in ((16, 32, 4), (128, 128, 8)):
+            blocks = {"BLOCK_ROWS": rows, "BLOCK_OUTPUTS": outputs, "BLOCK_GROUPS": 4, "num_warps": num_warps}
+            constants = {"bias": None, "PRODUCT_DTYPE": product, "PRECISION": "tf32", "num_stages": 3}
+            wanted.append((module, "grouped_rows_kernel", types, {"BITS": bits, **blocks, **constants}))
+    return wanted
+
+
+def test_groups_compile_for_gpus() -> None:
+    assert_they_compile(*_kernels_in("*bf16"))
+
+
+def test_float8_compiles_for_gpus() -> None:
+    module = "model_worker.engine.ops.quantized_matmul.triton_kernels"
+    types = {"x": "*bf16", "values": "*fp8e4nv", "scales": "*fp32", "row_scales": "*fp32", "bias": "*bf16"}
+    types |= {"out": "*bf16", "smallest": "fp32"}
+    product = {"PRODUCT_DTYPE": "tl.bfloat16", "PRECISION": "tf32", "row_scales": None, "bias": None}
+    blocks = {"BLOCK_ROWS": 16, "BLOCK_OUTPUTS": 32, "BLOCK_INPUTS": 128}
+    large = {"BLOCK_ROWS": 128, "BLOCK_OUTPUTS": 128, "BLOCK_INPUTS": 128, "num_warps": 8}
+    assert_they_compile(
+        (module, "float8_row_kernel", types, {"BLOCK_OUTPUTS": 8, "BLOCK_INPUTS": 1024}),
+        (module, "float8_rows_kernel", types, {**blocks, **product}),
+        (
+            module,
+            "float8_rows_kernel",
+            {**types, "x": "*fp8e4nv"},
+            {**large, "PRODUCT_DTYPE": None, "PRECISION": "tf32"},
+        ),
+        (module, "quantize_rows_kernel", types, {"BLOCK": 4096}),
+        capabilities=(90, 89),
+    )
