@@ -201,8 +201,14 @@ class PublicApi:
 async def _expire_workers(state: ControllerState) -> None:
     """Forget workers whose heartbeats stopped, and end their streams, within half an interval of the deadline."""
     config = state.config.workers
+    pause_s = config.heartbeat_interval_s / 2
+    loop = asyncio.get_running_loop()
     while True:
-        await asyncio.sleep(config.heartbeat_interval_s / 2)
+        began = loop.time()
+        await asyncio.sleep(pause_s)
+        late_s = loop.time() - began - pause_s
+        if late_s > pause_s:  # the machine, or this process, stood still
+            state.workers.excuse(late_s)
         for worker in state.workers.expire():
             logger.warning("worker %s is gone: %d heartbeats missing", worker.worker_id, config.missed_heartbeats)
             state.gateway.worker_gone(worker, f"is gone ({config.missed_heartbeats} heartbeats missing)")

@@ -193,6 +193,11 @@ class WorkerTable:
             del self._workers[worker.worker_id]
         return gone
 
+    def excuse(self, absence_s: float) -> None:
+        """This controller was stopped for so long: heartbeats from that time may still be waiting to be read."""
+        for worker in self._workers.values():
+            worker.last_heartbeat += absence_s
+
     def stop_expiry(self) -> None:
         """Let nobody expire from now on: this controller stops listening, so silence says nothing about a worker."""
         self._expiry_s = math.inf

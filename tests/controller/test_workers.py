@@ -220,3 +220,12 @@ def test_load_is_exact_when_the_reports_are(steps: list[str]) -> None:
         elif step == "heartbeat":
             table.heartbeat("w1", WorkerStats(num_running=len(held)), report())
         assert worker.num_requests == worker.num_in_flight == len(held)
+
+
+def test_a_controller_that_stood_still_blames_no_worker(table: WorkerTable, clock: Clock) -> None:
+    worker, _ = table.register(request())
+    clock.now += 60.0
+    table.excuse(60.0)
+    assert table.expire() == []
+    clock.now += 60.0
+    assert table.expire() == [worker]
