@@ -25,8 +25,9 @@ class TokenEmbedding(nn.Embedding):
     """x = multiplier * weight[token]; the multiplier and the product are rounded to the weight's dtype."""
 
     def __init__(self, vocab_size: int, hidden_size: int, multiplier: float, *, dtype: torch.dtype) -> None:
-        super().__init__(vocab_size, hidden_size, dtype=dtype, device="meta")
-        self.weight.requires_grad_(False)
+        # A weight that is given is not drawn, for which torch would import its compiler: seconds.
+        weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device="meta")
+        super().__init__(vocab_size, hidden_size, _weight=weight, _freeze=True)
         self.multiplier = float(torch.tensor(multiplier, dtype=dtype))
 
     def forward(self, input_ids: Tensor, terms: EmbeddingTerms | None = None) -> Tensor:
