@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from compression.safetensors_writer import SAFETENSORS_DTYPES
-from delta.codecs.choice import encode_matrix
+from delta.codecs.choice import EncodedMatrix, encode_matrix
 from delta.codecs.codec import Term
 from delta.codecs.lossless import LOSSLESS
 from delta.codecs.packed_bits import row_blocks
@@ -69,23 +70,24 @@ def _encode(
     before: Tensor | None, after: Tensor, policy: CodecPolicy, inputs: Sequence[Tensor], scratch: Scratch
 ) -> tuple[tuple[Term, ...], Tensor, float]:
     """The terms of a tensor, what they give back, and the relative error of that; `after` itself where it is exact."""
-    terms = None if before is None else _matrix_terms(before, after, policy, inputs, scratch)
-    if terms is not None and any(term.codec in WHOLE_CODECS for term in terms):
-        return terms, after, 0.0
-    if before is not None and terms is not None:
-        sums = reconstruct(before, terms, torch.float32, tuple(after.shape), scratch)
-        if _rounds_to(sums, after):
-            return terms, after, 0.0
-        error = _relative_error(before, after, sums)
-        if error is not None:
-            # Not rounded: that would blur what is near the fine-tune, and it is not done where it is served unapplied.
-            return terms, sums, error
-    return _whole(before, after, policy), after, 0.0
+    encoded = None if before is None else _encode_matrix(before, after, policy, inputs, scratch)
+    if before is None or encoded is None:
+        return _whole(before, after, policy), after, 0.0
+    if any(term.codec in WHOLE_CODECS for term in encoded.terms):
+        return encoded.terms, after, 0.0
+    sums = reconstruct(before, encoded.terms, torch.float32, tuple(after.shape), scratch)
+    if _rounds_to(sums, after):
+        return encoded.terms, after, 0.0
+    missed = _missed(after, sums)
+    if not math.isfinite(missed):
+        return _whole(before, after, policy), after, 0.0
+    # Not rounded: that would blur what is near the fine-tune, and it is not done where it is served unapplied.
+    return encoded.terms, sums, missed / encoded.size_of_change if encoded.size_of_change else 0.0
 
 
-def _matrix_terms(
+def _encode_matrix(
     before: Tensor, after: Tensor, policy: CodecPolicy, inputs: Sequence[Tensor], scratch: Scratch
-) -> tuple[Term, ...] | None:
+) -> EncodedMatrix | None:
     """The terms of what both have and of further rows; None: no codec of matrices can do anything with them."""
     if after.ndim < 2 or not (before.is_floating_point() and after.is_floating_point()):
         return None
@@ -93,13 +95,15 @@ def _matrix_terms(
     of_base, kept = before[:num_rows], after[:num_rows]
     if not kept.numel():
         return None
-    terms: tuple[Term, ...] = ()
+    encoded = EncodedMatrix((), None)
     if not same_bits(of_base, kept):
         matrix = kept.reshape(-1, kept.shape[-1])
-        terms = encode_matrix(of_base.reshape(matrix.shape), matrix, policy, inputs=inputs, scratch=scratch)
-    if any(term.codec == REPLACE.name for term in terms):
+        encoded = encode_matrix(of_base.reshape(matrix.shape), matrix, policy, inputs=inputs, scratch=scratch)
+    if any(term.codec == REPLACE.name for term in encoded.terms):
         return None
-    return terms if num_rows == len(after) else (*terms, Term(ROWS, {ROWS: after[num_rows:]}))
+    if num_rows == len(after):
+        return encoded
+    return replace(encoded, terms=(*encoded.terms, Term(ROWS, {ROWS: after[num_rows:]})))
 
 
 def _whole(before: Tensor | None, after: Tensor, policy: CodecPolicy) -> tuple[Term, ...]:
@@ -114,18 +118,15 @@ def _rounds_to(sums: Tensor, target: Tensor) -> bool:
     return all(same_bits(sums[rows].to(target.dtype), target[rows]) for rows in row_blocks(sums.shape))
 
 
-def _relative_error(before: Tensor, after: Tensor, sums: Tensor) -> float | None:
-    """|W' - sums| / |W' - W| over the rows that both have; None: sums beyond the dtype of W', as float16 has them."""
-    num_rows = min(len(before), len(after))
-    before, after, sums = (tensor[:num_rows].reshape(-1, tensor.shape[-1]) for tensor in (before, after, sums))
-    missed, changed = [], []
+def _missed(target: Tensor, sums: Tensor) -> float:
+    """|W' - sums|; not finite: sums that are not, or are not in the dtype of W', as beyond float16."""
+    sums, target = (tensor.view(-1, tensor.shape[-1]) for tensor in (sums, target))
+    missed = []
     for rows in row_blocks(sums.shape):
-        wanted, found = after[rows].float(), sums[rows]
-        changed.append(torch.linalg.vector_norm(wanted - before[rows]).item())
-        missed.append(torch.linalg.vector_norm(wanted.sub_(found)).item())
-        if not torch.stack(torch.aminmax(found)).to(after.dtype).isfinite().all():
-            return None
-    return math.hypot(*missed) / math.hypot(*changed) if any(changed) else 0.0
+        if target.dtype == torch.float16 and not sums[rows].to(target.dtype).isfinite().all():
+            return math.inf
+        missed.append(torch.linalg.vector_norm(target[rows].float().sub_(sums[rows])).item())
+    return math.hypot(*missed)
 
 
 def _part(part: Tensor) -> StoredPart:

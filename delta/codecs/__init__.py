@@ -2,7 +2,7 @@
 
     codec.py      what a codec is: `Term`, `DifferenceCodec`, `WholeCodec`
     policy.py     what was asked for: `CodecPolicy`
-    choice.py     which terms a matrix gets: `encode_matrix(base, target, policy) -> tuple[Term, ...]`
+    choice.py     which terms a matrix gets: `encode_matrix(base, target, policy) -> EncodedMatrix`
     registry.py   the codecs by name: `DIFFERENCE_CODECS`, `WHOLE_CODECS`
     dense.py, sign.py, ternary.py, lowrank.py, sparse.py, replace.py, lossless.py
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,6 +46,18 @@ _MAX_LOW_RANK_BITS = 4
 _SEED = 0x5EED
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedMatrix:
+    """Attributes:
+    terms: of differences in the order in which they are added, or one of a whole codec. None at all: W' is W, but for
+        the dtype and the sign of zeros.
+    size_of_change: ‖D‖; None: not known, because the terms are exact.
+    """
+
+    terms: tuple[Term, ...]
+    size_of_change: float | None
+
+
 def encode_matrix(
     base: Tensor,
     target: Tensor,
@@ -52,23 +65,21 @@ def encode_matrix(
     *,
     inputs: Sequence[Tensor] = (),
     scratch: Scratch | None = None,
-) -> tuple[Term, ...]:
+) -> EncodedMatrix:
     """The terms of W' [N, K] given W [N, K], which differ in some bit, both in the dtypes of their checkpoints.
-
-    Terms of differences are added in the order given; a term of a whole codec is the only one. None at all: W' is W,
-    but for the dtype and the sign of zeros.
 
     Args:
         inputs: pieces [n, K] of what the matrix is multiplied with: low-rank terms are made for these. None: for any.
         scratch: for D, which is not needed any more when this returns; None: memory of its own.
     """
     if policy.codec == "lossless":
-        return (Term(LOSSLESS.name, LOSSLESS.encode(base, target)),)
+        return EncodedMatrix((Term(LOSSLESS.name, LOSSLESS.encode(base, target)),), None)
     if policy.codec in ("dense", "sparse") or not (base.is_floating_point() and target.is_floating_point()):
-        return (_exact(base, target, encode_sparse if policy.codec == "sparse" else encode_dense),)
-    difference = _difference(base, target, Scratch() if scratch is None else scratch)
-    if difference is None:
-        return (_exact(base, target, encode_dense),)
+        return EncodedMatrix((_exact(base, target, encode_sparse if policy.codec == "sparse" else encode_dense),), None)
+    difference = (Scratch() if scratch is None else scratch).empty(base.shape, torch.float32)
+    size = _subtract(base, target, difference)
+    if not math.isfinite(size):
+        return EncodedMatrix((_exact(base, target, encode_dense),), None)
     if policy.codec == "auto":
         terms = _chosen(base, target, difference, policy, inputs)
     elif policy.codec == "lowrank":
@@ -76,8 +87,8 @@ def encode_matrix(
     else:
         terms = _with_residuals(difference, encode_sign if policy.codec == "sign" else encode_ternary, policy, inputs)
     if sum(part.nbytes for term in terms for part in term.parts.values()) < target.nbytes:
-        return terms
-    return (_exact(base, target, encode_dense),)
+        return EncodedMatrix(terms, size)
+    return EncodedMatrix((_exact(base, target, encode_dense),), None)
 
 
 def _chosen(
@@ -167,11 +178,10 @@ def _exact(base: Tensor, target: Tensor, encode: Callable[[Tensor, Tensor], Term
     return Term(REPLACE.name, REPLACE.encode(base, target)) if term is None else term
 
 
-def _difference(base: Tensor, target: Tensor, scratch: Scratch) -> Tensor | None:
-    """D = fp32(W') - fp32(W), [N, K]; None: numbers that are not finite, or so large that their squares are not."""
-    difference = scratch.empty(base.shape, torch.float32)
+def _subtract(base: Tensor, target: Tensor, difference: Tensor) -> float:
+    """Make `difference` D = fp32(W') - fp32(W). -> ‖D‖, which is not finite where W' or W is not."""
     squares = 0.0
     for rows in row_blocks(base.shape):
         block = difference[rows].copy_(target[rows]).sub_(base[rows]).view(-1)
         squares += float(block @ block)
-    return difference if math.isfinite(squares) else None
+    return math.sqrt(squares)

@@ -25,7 +25,7 @@ def _base() -> Tensor:
 
 
 def _codecs(base: Tensor, target: Tensor, policy: CodecPolicy | None = None) -> list[str]:
-    return [term.codec for term in encode_matrix(base, target, policy or CodecPolicy())]
+    return [term.codec for term in encode_matrix(base, target, policy or CodecPolicy()).terms]
 
 
 def _error(base: Tensor, target: Tensor, terms: tuple[Term, ...]) -> float:
@@ -57,7 +57,7 @@ def test_few_changes_are_kept_exactly() -> None:
 def test_a_merged_lora_gets_its_rank(rank: int) -> None:
     base = torch.randn(SHAPE)
     target = base + torch.randn(SHAPE[0], rank) @ torch.randn(rank, SHAPE[1]) * 1e-3
-    (term,) = encode_matrix(base, target, CodecPolicy())
+    (term,) = encode_matrix(base, target, CodecPolicy()).terms
     assert term.codec == "lowrank"
     assert len(term.parts["a"]) <= rank
     assert _error(base, target, (term,)) < 0.05
@@ -98,7 +98,7 @@ def test_residuals_follow() -> None:
     for residuals in ((), ("lowrank",), ("sign",), ("sign", "lowrank"), ("sign", "sign", "sign")):
         policy = CodecPolicy(residuals=residuals)
         assert _codecs(base, target, policy) == ["sign", *residuals]
-        errors.append(_error(base, target, encode_matrix(base, target, policy)))
+        errors.append(_error(base, target, encode_matrix(base, target, policy).terms))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] == pytest.approx((1 - 2 / torch.pi) ** 0.5, abs=0.01)
     assert errors[-1] < 0.2
@@ -108,7 +108,7 @@ def test_components_are_taken_out_before_signs_are_fitted() -> None:
     low_rank = torch.randn(SHAPE[0], 8) @ torch.randn(8, SHAPE[1]) * 1e-3
     base = torch.zeros(SHAPE)
     target = low_rank + 2e-3 * torch.randn(SHAPE)
-    terms = encode_matrix(base, target, CodecPolicy("sign", residuals=("lowrank",), rank=8))
+    terms = encode_matrix(base, target, CodecPolicy("sign", residuals=("lowrank",), rank=8)).terms
     product = torch.zeros(SHAPE)
     DIFFERENCE_CODECS["lowrank"].add_to(product, terms[1].parts)
     assert float((product - low_rank).norm() / low_rank.norm()) < 0.35
@@ -133,7 +133,7 @@ def test_what_no_difference_gives_back_is_replaced() -> None:
 def test_what_would_be_no_smaller_is_exact() -> None:
     base = torch.randn(2, 3).bfloat16()
     target = torch.randn(2, 3).bfloat16()
-    (term,) = encode_matrix(base, target, CodecPolicy())
+    (term,) = encode_matrix(base, target, CodecPolicy()).terms
     assert term.codec in ("dense", "replace")
 
 
@@ -155,7 +155,7 @@ def test_share_of_changes() -> None:
 def test_exact_choices_are_exact() -> None:
     base = _base()
     target = torch.where(torch.rand(SHAPE) < 0.01, torch.randn(SHAPE).bfloat16(), base)
-    (term,) = encode_matrix(base, target, CodecPolicy())
+    (term,) = encode_matrix(base, target, CodecPolicy()).terms
     weight = base.float()
     DIFFERENCE_CODECS[term.codec].add_to(weight, term.parts)
     assert same_bits(weight.bfloat16(), target)
