@@ -123,7 +123,9 @@ def test_adapters(name: str, impl: str, adapters: tuple[str, ...], tmp_path: Pat
     _check(tmp_path / "base", impl, {adapter: tmp_path / adapter for adapter in adapters})
 
 
-@pytest.mark.parametrize(("name", "impl"), [("llama", "transformers"), ("llama", "native"), ("llama-tied", "native")])
+@pytest.mark.parametrize(
+    ("name", "impl"), [("llama", "transformers"), ("llama", "native"), ("llama-tied", "native"), ("mixtral", "auto")]
+)
 def test_deltas(name: str, impl: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     build_tiny_model(name).save_pretrained(base)
