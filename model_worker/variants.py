@@ -316,6 +316,7 @@ class Variants:
             yield
         finally:
             self._found[path] -= 1
+            self._found += Counter()  # forgets those that are 0
 
     def _release(self, in_use: Collection[str]) -> None:
         """Give up the directories of published versions that are in use no more, and remove them in the background."""

@@ -60,7 +60,10 @@ def make_probe(generate: FakeGenerate) -> DeltaProbe:
 
 
 async def test_a_variant_that_answers_as_it_should(generate: FakeGenerate, tmp_path: Path) -> None:
-    await make_probe(generate)("bot@v1", tmp_path)
+    passed = await make_probe(generate)("bot@v1", tmp_path)
+    assert passed is not None
+    assert passed.num_cases == 1
+    assert 0.0 <= passed.max_difference <= passed.tolerance
     assert generate.asked == [([1, 2], (LoraWeight("bot@v1", 1.0),))]  # the other one is too long for this worker
 
 
@@ -89,10 +92,11 @@ async def test_nobody_counts_on_a_variant_before_it_has_answered(generate: FakeG
     adding = asyncio.create_task(variants.add(addition))
     await until(lambda: generate.asked)
     variants._used = True  # an earlier variant was there
-    assert [status.state for status in await variants.statuses()] == ["registered"]
+    assert [(status.state, status.probe) for status in await variants.statuses()] == [("registered", None)]
     generate.gate.set()
-    assert (await adding).state == "in_host_memory"
-    assert [status.state for status in await variants.statuses()] == ["in_host_memory"]
+    added = await adding
+    assert (added.state, added.probe and added.probe.num_cases) == ("in_host_memory", 1)
+    assert await variants.statuses() == [added]
     await variants.add(addition)
     assert len(generate.asked) == 1  # proven already
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from controller.protocol import VersionsReply
+from controller.protocol import AddVariantRequest, VersionsReply
+from model_worker.adapter_root import AdapterRoot
 from model_worker.published_variants import PublishedVariants
+from model_worker.variants import Variants
 from registry.errors import ModelNotFoundError, UpstreamError
 from registry.published_files import PublishedFiles
 from registry.store import Store
+from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.fake_loras import FakeLoras
+from tests.fakes.load_plans import make_plan
 
 CONFIG, WEIGHTS = b'{"r": 8}', bytes(range(256)) * 300
 
@@ -193,3 +199,25 @@ def test_cleaning_does_not_disturb_those_who_fetch(server: BlobServer, files: Pu
     assert [digest for digest, _ in server.asked].count(files.digests["adapter_config.json"]) == 1, "it was kept"
     PublishedVariants(tmp_path, "http://127.0.0.1:9", None).clean()  # nobody to ask: nothing is removed
     assert names_in(tmp_path / "variants") == [published.path(files).name]
+
+
+async def test_files_of_a_version_go_when_it_was_removed_and_its_requests_have_ended(
+    server: BlobServer, files: PublishedFiles, tmp_path: Path
+) -> None:
+    engine = FakeLoras()
+    variants = Variants(
+        engine, make_plan(), ByteTokenizer(), parent="base", root=AdapterRoot(None), with_templates=True,
+        published=PublishedVariants(tmp_path, server.url, None),
+    )  # fmt: skip
+    path = files.manifest_digest
+    await variants.add(AddVariantRequest(name="bot@v1", parent="base", path=path, files=dict(files.digests)))
+    (used,) = await engine.list()
+    await variants.remove("bot@v1")
+    engine._statuses["bot@v1"] = dataclasses.replace(used, state="draining")
+    await variants.statuses()
+    assert variants._cleaning is None, "a request still uses it"
+    engine._statuses.clear()
+    assert await variants.statuses() == []
+    assert variants._cleaning is not None
+    await variants._cleaning
+    assert names_in(tmp_path / "variants") == []
