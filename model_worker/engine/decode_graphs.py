@@ -2,9 +2,10 @@
 
     batch of S sequences ──► the next larger bucket B ──► static inputs, filled up to B ──► replay ──► hidden [:S]
 
-There are two graphs for each bucket, one for the base alone, and one that reads whose rows are where from tables that
-are filled before the replay, and so serves any mix of variants. A graph reads only memory that stays where it is: the
-inputs (`DeviceInputs`), what was drawn last, the variants' tables, weights and KV cache.
+There are several graphs for each bucket: one for the base alone, and others that read whose rows are where from tables
+that are filled before the replay, and so serve any mix of variants; they differ in the kinds of terms that they
+compute, and the first that has all that the rows need is replayed. A graph reads only memory that stays where it is:
+the inputs (`DeviceInputs`), what was drawn last, the variants' tables, weights and KV cache.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class GraphedModel(Protocol):
         """See CausalModel."""
         ...
 
-    def graph_terms(self, num_rows: int) -> Any:
-        """GraphTerms for graphs of so many rows."""
+    def graph_terms(self, num_rows: int) -> Sequence[Any]:
+        """GraphTerms for graphs of so many rows, from those that compute least to those that serve the most."""
         ...
 
 
@@ -132,12 +133,13 @@ class DecodeGraphs:
         self._max_blocks = max_blocks
         self._capture = capture
         self._hidden: Tensor | None = None  # [max_num_seqs, hidden]
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, int], _Graph] = {}  # by size and kind: 0, the base's, or 1 + that of the terms
+        self._num_kinds = 1 + len(model.graph_terms(1))
 
     @property
     def num_graphs(self) -> int:
         """How many there are when all are captured."""
-        return 2 * len(self._sizes)
+        return self._num_kinds * len(self._sizes)
 
     def capture(self, progress: CountProgress | None = None, *, most: int | None = None) -> None:
         """Capture the graphs that are not there yet, the largest first: the others fit into its memory.
@@ -146,9 +148,9 @@ class DecodeGraphs:
             most: so many buckets of each kind only.
         """
         for size in reversed(self._sizes[-most:] if most else self._sizes):
-            for with_variants in (False, True):
-                if (size, with_variants) not in self._graphs:
-                    self._graphs[size, with_variants] = self._captured(size, with_variants)
+            for kind in range(self._num_kinds):
+                if (size, kind) not in self._graphs:
+                    self._graphs[size, kind] = self._captured(size, kind)
                 if progress is not None:
                     progress(len(self._graphs), self.num_graphs)
 
@@ -161,12 +163,12 @@ class DecodeGraphs:
         """There is a graph for this batch."""
         if batch.num_tokens != batch.num_sequences or batch.block_tables.shape[2] > self._max_blocks:
             return False
-        graph = self._graphs.get((self._bucket(batch.num_tokens), bool(segments)))
-        return graph is not None and (graph.terms is None or graph.terms.serves(segments))
+        return self._find(batch, segments) is not None
 
     def replay(self, batch: StepBatch, segments: VariantSegments) -> Tensor:
         """Compute a batch that fits. -> [T, hidden], until the next call"""
-        graph = self._graphs[self._bucket(batch.num_tokens), bool(segments)]
+        graph = self._find(batch, segments)
+        assert graph is not None
         self._inputs.fill(batch, graph.shape)
         if graph.terms is not None:
             graph.terms.fill(segments)
@@ -174,16 +176,23 @@ class DecodeGraphs:
         assert self._hidden is not None
         return self._hidden[: batch.num_tokens]
 
-    def _bucket(self, num_rows: int) -> int:
-        return next((size for size in self._sizes if size >= num_rows), 0)
+    def _find(self, batch: StepBatch, segments: VariantSegments) -> _Graph | None:
+        size = next((size for size in self._sizes if size >= batch.num_tokens), 0)
+        if not segments:
+            return self._graphs.get((size, 0))
+        for kind in range(1, self._num_kinds):
+            graph = self._graphs.get((size, kind))
+            if graph is not None and graph.terms is not None and graph.terms.serves(segments):
+                return graph
+        return None
 
-    def _captured(self, size: int, with_variants: bool) -> _Graph:
+    def _captured(self, size: int, kind: int) -> _Graph:
         shape = BatchShape(self._num_groups, size, size, self._max_blocks, 0)
         tensors = self._inputs.tensors(shape)
         metadata = tuple(decode_metadata(tensors, group) for group in range(self._num_groups))
         terms: GraphTerms | None = None
-        if with_variants:
-            terms = self._model.graph_terms(size)
+        if kind > 0:
+            terms = self._model.graph_terms(size)[kind - 1]
             terms.fill(())
         assert tensors.seq_lens is not None
         tensors.seq_lens.zero_()

@@ -85,8 +85,8 @@ class DeviceModel(VariantHost):
         offsets = _offsets(variants, len(hidden))
         return (hidden + offsets[:, None]) @ self.head.T
 
-    def graph_terms(self, num_rows: int) -> OffsetTerms:
-        return OffsetTerms(num_rows)
+    def graph_terms(self, num_rows: int) -> tuple[OffsetTerms, ...]:
+        return (OffsetTerms(num_rows),)
 
     def _offsets(self, num_rows: int) -> Tensor:
         terms: object = self.context.terms

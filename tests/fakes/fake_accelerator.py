@@ -126,4 +126,4 @@ def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(rotary_attention, "paged_attention", attention)
-    monkeypatch.setattr(GpuDecoder, "graph_terms", lambda self, num_rows: BaseTerms(num_rows))
+    monkeypatch.setattr(GpuDecoder, "graph_terms", lambda self, num_rows: (BaseTerms(num_rows),))

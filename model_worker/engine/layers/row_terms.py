@@ -5,9 +5,10 @@
     embedding   replaced rows, low-rank terms, planes of signs
 
 Terms are those of `delta.variant_terms`, for a fused layer put together when they are bound; so the base's product is
-the same whether rows have variants or not. On GPUs low-rank terms, signs and norms are found by their addresses, which
-lie in tables of the device under the number of the variant: nothing of a step but the numbers of its rows' variants
-has to be sent there, and a captured graph serves any mix. The other kinds are computed segment by segment.
+the same whether rows have variants or not. On GPUs terms are found by their addresses, which lie in tables of the
+device under the number of the variant: nothing of a step but the numbers of its rows' variants has to be sent there,
+and a captured graph serves any mix. Matrices Z are the exception: outside graphs, where there may be many rows, torch
+multiplies with them segment by segment.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from delta.merge_terms import signs_to_dense
 from delta.variant_terms import EmbeddingTerms, SignPlane, SparseMatrix
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.sparse import sparse_product
+from model_worker.engine.ops.embedding_terms.functional import EmbeddingTable, embed_rows
 from model_worker.engine.ops.low_rank import Factors, LowRankFactors, SegmentPlan, add_low_rank
+from model_worker.engine.ops.matrix_terms.functional import add_matrices
 from model_worker.engine.ops.rms_norm.functional import RowWeights
+from model_worker.engine.ops.row_scales.functional import scale_rows
 from model_worker.engine.ops.sign_matmul import SignMatrix, add_signs
 
 
@@ -43,8 +47,7 @@ class TermKind(Flag):
 
 
 NO_TERMS = TermKind(0)
-TABLE_KINDS = TermKind.LOW_RANK | TermKind.SIGNS | TermKind.NORMS
-"""Those that kernels find in tables, and so the ones that a captured graph can have."""
+_MATRICES = TermKind.DENSE | TermKind.SPARSE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,18 +125,27 @@ class StepTables:
     """The tables of the device, as the rows of one step or graph use them.
 
     Attributes:
-        low_rank: by the key of a fused layer, [parts, variants, columns] of `table_rows`.
-        signs: by the key of a fused layer, [parts, variants, planes, columns] of `planes_table`.
+        low_rank: by the key of a fused layer, [parts, variants, columns] of `ops/low_rank`.
+        signs: by the key of a fused layer, [parts, variants, planes, columns] of `ops/sign_matmul`.
+        matrices: by the key of a fused layer, [parts, variants, columns] of `ops/matrix_terms`.
+        output_scales, input_scales: by the key of a fused layer, [variants, columns] of `ops/row_scales`.
         norms: [norms, 1 + variants] int64, addresses of weights; 0: the norm's own, as for the base, number 0.
         norm_places: rows of `norms` by the key of the norm.
-        numbers: [T] int64, 1 + number of the variant of each row; 0: the base.
+        embedding: with the numbers: [T] int64, 1 + number of the variant of each row; 0: the base.
     """
 
     low_rank: Mapping[str, Tensor]
     signs: Mapping[str, Tensor]
+    matrices: Mapping[str, Tensor]
+    output_scales: Mapping[str, Tensor]
+    input_scales: Mapping[str, Tensor]
     norms: Tensor
     norm_places: Mapping[str, int]
-    numbers: Tensor
+    embedding: EmbeddingTable
+
+    @property
+    def numbers(self) -> Tensor:
+        return self.embedding.numbers
 
 
 class RowTerms:
@@ -142,17 +154,25 @@ class RowTerms:
     Args:
         plan: of the step; with tiles where there are tables.
         kinds: that any of the rows has.
-        bound: terms of each segment of the plan; not looked at for `TABLE_KINDS` where there are tables.
+        bound: terms of each segment of the plan.
         tables: None on CPUs.
+        in_graph: everything is found in tables; there are no segments.
     """
 
     def __init__(
-        self, plan: SegmentPlan, kinds: TermKind, bound: Sequence[BoundTerms], tables: StepTables | None
+        self,
+        plan: SegmentPlan,
+        kinds: TermKind,
+        bound: Sequence[BoundTerms],
+        tables: StepTables | None,
+        *,
+        in_graph: bool = False,
     ) -> None:
         self.plan = plan
         self.kinds = kinds
         self._bound = bound
         self._tables = tables
+        self._in_graph = in_graph
         self._addresses: Tensor | None = None  # of norms' weights [norms, T]
 
     def begin(self) -> None:
@@ -176,14 +196,23 @@ class RowTerms:
 
     def embed(self, input_ids: Tensor, x: Tensor, weight: Tensor) -> None:
         """See `EmbeddingTerms.embed` of the embedding."""
-        for (start, end), terms in zip(self.plan.bounds, self._bound, strict=False):
+        if TermKind.EMBEDDING not in self.kinds:
+            return
+        if self._tables is not None:
+            embed_rows(input_ids, x, self._tables.embedding)
+            return
+        for (start, end), terms in zip(self.plan.bounds, self._bound, strict=True):
             if terms.embedding is not None:
                 x[start:end] = _embedded(input_ids[start:end], weight, terms.embedding)
 
     def scaled_input(self, layer: FusedLinear, x: Tensor) -> Tensor:
         """See `LinearTerms.scaled_input`."""
-        if TermKind.INPUT_SCALES not in self.kinds:
+        if TermKind.INPUT_SCALES not in self.kinds or len(layer.widths) > 1:
             return x
+        if self._tables is not None:
+            scaled = torch.empty_like(x)
+            scale_rows(x, scaled, self._tables.input_scales[layer.key], self._tables.numbers)
+            return scaled
         scaled = x
         for rows, terms in self._segments(layer):
             if terms.input_scale is not None:
@@ -193,9 +222,10 @@ class RowTerms:
 
     def add(self, layer: FusedLinear, x: Tensor, y: Tensor) -> None:
         """See `LinearTerms.add`."""
-        if self.kinds & ~TABLE_KINDS:
-            for rows, terms in self._segments(layer):
-                _add_by_segment(layer, x[rows], y[rows], terms)
+        if TermKind.OUTPUT_SCALES in self.kinds:
+            self._scale(layer, y)
+        if self.kinds & _MATRICES:
+            self._add_matrices(layer, x, y)
         if TermKind.LOW_RANK in self.kinds:
             add_low_rank(x, y, self._factors(layer), self.plan)
         if TermKind.SIGNS in self.kinds:
@@ -208,6 +238,28 @@ class RowTerms:
                         for terms in self._bound
                     ]
                     add_signs(x, y[:, columns], planes, self.plan)
+
+    def _scale(self, layer: FusedLinear, y: Tensor) -> None:
+        if self._tables is not None:
+            scale_rows(y, y, self._tables.output_scales[layer.key], self._tables.numbers)
+            return
+        for rows, terms in self._segments(layer):
+            if terms.scale is not None:
+                y[rows] *= terms.scale
+            if terms.shift is not None:
+                y[rows] += terms.shift
+
+    def _add_matrices(self, layer: FusedLinear, x: Tensor, y: Tensor) -> None:
+        if self._in_graph:
+            assert self._tables is not None
+            add_matrices(x, y, self._tables.matrices[layer.key], layer.widths, self.plan)
+            return
+        for rows, terms in self._segments(layer):
+            for part, columns in enumerate(_columns(layer)):
+                if (dense := terms.dense[part]) is not None:
+                    y[rows, columns] += F.linear(x[rows], dense)
+                if (sparse := terms.sparse[part]) is not None:
+                    y[rows, columns] += sparse_product(x[rows], sparse)
 
     def _factors(self, layer: FusedLinear) -> LowRankFactors:
         if self._tables is not None:
@@ -228,19 +280,6 @@ class RowTerms:
         for (start, end), terms in zip(self.plan.bounds, self._bound, strict=True):
             if layer.key in terms.linears:
                 yield slice(start, end), terms.linears[layer.key]
-
-
-def _add_by_segment(layer: FusedLinear, x: Tensor, y: Tensor, terms: FusedTerms) -> None:
-    """What has no table. x [n, K], y [n, N], changed in place"""
-    if terms.scale is not None:
-        y *= terms.scale
-    if terms.shift is not None:
-        y += terms.shift
-    for part, columns in enumerate(_columns(layer)):
-        if (dense := terms.dense[part]) is not None:
-            y[:, columns] += F.linear(x, dense)
-        if (sparse := terms.sparse[part]) is not None:
-            y[:, columns] += sparse_product(x, sparse)
 
 
 def _columns(layer: FusedLinear) -> Iterator[slice]:

@@ -22,7 +22,6 @@ from model_worker.engine.layers.attention import ForwardContext
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import RMSNorm
 from model_worker.engine.layers.rotary_attention import RotaryAttention, RotaryTable
-from model_worker.engine.layers.row_terms import TABLE_KINDS, TermKind
 from model_worker.engine.layers.token_embedding import TokenEmbedding
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegments
 from model_worker.engine.models.decoder_fusions import decoder_fusions
@@ -111,7 +110,13 @@ class GpuDecoder(nn.Module):
         head = WeightPlace(self.lm_head, "weight", 0, 0, self.lm_head.out_features)
         tied_head = {} if HEAD in places else {HEAD: head}
         self._variants = GpuVariants(
-            linears, norms, {**places, **tied_head}, device, dtype=dtype, has_tables=has_tables
+            linears,
+            norms,
+            {**places, **tied_head},
+            device,
+            dtype=dtype,
+            num_tokens=len(self.embed_tokens.weight),
+            has_tables=has_tables,
         )
 
     @property
@@ -196,13 +201,12 @@ class GpuDecoder(nn.Module):
         assert variant.extra_head is not None
         return self._scaled(variant.extra_head(hidden))
 
-    def graph_terms(self, num_rows: int, kinds: TermKind = TABLE_KINDS) -> GraphTerms:
-        """What stands for the variants of a captured graph's steps of so many rows: `context.terms`, for `logits` too.
+    def graph_terms(self, num_rows: int) -> tuple[GraphTerms, ...]:
+        """What stands for the variants of captured graphs' steps of so many rows: `context.terms`, for `logits` too.
 
-        Args:
-            kinds: that the graph computes; steps with others (`GraphTerms.serves`) are not replayed.
+        From the one that computes least to the one that serves the most (`GraphTerms.serves`).
         """
-        return self._variants.graph_terms(num_rows, kinds)
+        return self._variants.graph_terms(num_rows)
 
     # ------------------------------------------------------------------------------------------ weights
 

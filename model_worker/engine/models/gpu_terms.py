@@ -159,11 +159,15 @@ class TermBinder:
                 SignPlane(
                     self._take(plane.bits, torch.uint8),
                     self._take(plane.row_scale, torch.float32),
-                    self._take(plane.column_scale, torch.float32),
+                    self._take(self._column_scale(plane, embedding.embedding_dim), torch.float32),
                 )
                 for plane in terms.signs
             ),
         )
+
+    def _column_scale(self, plane: SignPlane, size: int) -> Tensor | None:
+        """Kernels want one."""
+        return torch.ones(size) if plane.column_scale is None and self._has_bits else plane.column_scale
 
     def _extra_head(self, layer: FusedLinear, rows: Tensor) -> ExtraHead:
         if layer.key != "head":

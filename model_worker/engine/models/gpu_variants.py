@@ -20,19 +20,22 @@ from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import RMSNorm
-from model_worker.engine.layers.row_terms import NO_TERMS, TABLE_KINDS, BoundTerms, RowTerms, StepTables, TermKind
+from model_worker.engine.layers.row_terms import NO_TERMS, BoundTerms, RowTerms, StepTables, TermKind
 from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.models.gpu_terms import TermBinder
 from model_worker.engine.models.gpu_weights import WeightPlace
-from model_worker.engine.ops.low_rank import SegmentPlan, table_rows, tile_table, to_device
-from model_worker.engine.ops.low_rank.factors import TABLE_COLUMNS as LOW_RANK_COLUMNS
-from model_worker.engine.ops.sign_matmul import planes_table
-from model_worker.engine.ops.sign_matmul.sign_matrix import TABLE_COLUMNS as SIGN_COLUMNS
-from registry.errors import InsufficientMemoryError, UnsupportedModelError
+from model_worker.engine.models.variant_tables import VariantTables
+from model_worker.engine.ops.low_rank import SegmentPlan, tile_table, to_device
+from registry.errors import InsufficientMemoryError
 
-_MAX_PLANES = 8  # of a part of a layer
 _GRAPH_MAX_RANK = 128  # of the variants of steps that a captured graph can compute
 _MAX_VARIANTS = 256  # that are bound at once
+_GRAPH_KINDS = (
+    TermKind.LOW_RANK,
+    TermKind.LOW_RANK | TermKind.SIGNS | TermKind.NORMS | TermKind.EMBEDDING,
+    ~NO_TERMS,
+)
+"""Of the graphs of a bucket: for adapters, for compressed fine-tunes, for everything."""
 
 
 class GpuVariant:
@@ -79,6 +82,7 @@ class GpuVariants:
 
     Args:
         linears, norms: all of the decoder.
+        num_tokens: of its embedding.
         places: of the checkpoint's parameters.
         modules: places by the name of a module whose weight is that of another one, a tied head.
         device: of the decoder.
@@ -94,20 +98,19 @@ class GpuVariants:
         device: torch.device,
         *,
         dtype: torch.dtype,
+        num_tokens: int,
         has_tables: bool | None = None,
     ) -> None:
-        self._linears = linears
-        self._norms = norms
         self._places = places
         self._device = device
         self._dtype = dtype
-        self._has_tables = device.type != "cpu" if has_tables is None else has_tables
         self._free = list(range(_MAX_VARIANTS))[::-1]
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        if self._has_tables:
-            self._make_tables()
+        self._tables: VariantTables | None = None
+        if device.type != "cpu" if has_tables is None else has_tables:
+            self._tables = VariantTables(linears, norms, _MAX_VARIANTS, num_tokens, device)
 
     # ------------------------------------------------------------------------------------------ binding
 
@@ -131,64 +134,12 @@ class GpuVariants:
         return variant
 
     def _bind(self, number: int, terms: VariantTerms) -> GpuVariant:
-        binder = TermBinder(
-            self._places, self._device, dtype=self._dtype, has_bits=self._has_tables, stream=self._stream
-        )
+        has_tables = self._tables is not None
+        binder = TermBinder(self._places, self._device, dtype=self._dtype, has_bits=has_tables, stream=self._stream)
         bound = binder.bind(terms)
-        if self._has_tables:
-            self._enter(number, bound, binder)
+        if self._tables is not None:
+            self._tables.enter(number, bound, binder.copy)
         return GpuVariant(number, bound, binder.extra_head, binder.num_bytes, binder.finish())
-
-    # ------------------------------------------------------------------------------------------ tables
-
-    def _make_tables(self) -> None:
-        self._parts: dict[str, slice] = {}  # of a layer, in the tables of all layers
-        num_parts = 0
-        for layer in self._linears:
-            self._parts[layer.key] = slice(num_parts, num_parts + len(layer.widths))
-            num_parts += len(layer.widths)
-        self._low_rank = self._zeros(num_parts, _MAX_VARIANTS, LOW_RANK_COLUMNS)
-        self._signs = self._zeros(num_parts, _MAX_VARIANTS, _MAX_PLANES, SIGN_COLUMNS)
-        self._norm_addresses = self._zeros(len(self._norms), 1 + _MAX_VARIANTS)
-        self._norm_places = {norm.key: place for place, norm in enumerate(self._norms)}
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64, device=self._device)
-
-    def _enter(self, number: int, bound: BoundTerms, binder: TermBinder) -> None:
-        """Write what kernels have to know of a variant to the rows of its number."""
-        low_rank = torch.zeros(len(self._low_rank), LOW_RANK_COLUMNS, dtype=torch.int64)
-        signs = torch.zeros(len(self._signs), _MAX_PLANES, SIGN_COLUMNS, dtype=torch.int64)
-        for layer in self._linears:
-            terms = bound.linears.get(layer.key)
-            if terms is None:
-                continue
-            first_column = 0
-            for part, width in enumerate(layer.widths):
-                row = self._parts[layer.key].start + part
-                low_rank[row] = table_rows([terms.factors[part]], first_column)[0]
-                if len(terms.planes[part]) > _MAX_PLANES:
-                    raise UnsupportedModelError(
-                        f"{layer.key} has {len(terms.planes[part])} planes of signs in a fine-tune, the decoder knows "
-                        f"up to {_MAX_PLANES}; serve the model with --model-impl transformers."
-                    )
-                signs[row] = planes_table(terms.planes[part], _MAX_PLANES)
-                first_column += width
-        norms = torch.zeros(len(self._norms), dtype=torch.int64)
-        for key, weight in bound.norms.items():
-            norms[self._norm_places[key]] = weight.data_ptr()
-        binder.copy(low_rank, self._low_rank[:, number])
-        binder.copy(signs, self._signs[:, number])
-        binder.copy(norms, self._norm_addresses[:, 1 + number])
-
-    def _tables(self, numbers: Tensor) -> StepTables:
-        return StepTables(
-            {key: self._low_rank[parts] for key, parts in self._parts.items()},
-            {key: self._signs[parts] for key, parts in self._parts.items()},
-            self._norm_addresses,
-            self._norm_places,
-            numbers,
-        )
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -201,18 +152,21 @@ class GpuVariants:
         kinds = _kinds(variants)
         plan = SegmentPlan(num_rows, bounds, max(1, *(variant.max_rank for variant in variants)))
         tables = None
-        if self._has_tables:
+        if self._tables is not None:
             plan = plan.tiled(self._device, entries=[variant.number for variant in variants])
             numbers = torch.zeros(num_rows, dtype=torch.int64)
             for (start, end), variant in zip(bounds, variants, strict=True):
                 numbers[start:end] = 1 + variant.number
-            tables = self._tables(to_device(numbers, self._device))
+            tables = self._tables.of_rows(to_device(numbers, self._device))
         return RowTerms(plan, kinds, [variant.terms for variant in variants], tables)
 
-    def graph_terms(self, num_rows: int, kinds: TermKind = TABLE_KINDS) -> GraphTerms:
-        """For a graph of steps of up to so many rows, whose variants have no other kinds of terms."""
-        assert self._has_tables
-        return GraphTerms(num_rows, kinds, self._tables(self._zeros(num_rows)), self._device)
+    def graph_terms(self, num_rows: int) -> tuple[GraphTerms, ...]:
+        """For graphs of steps of so many rows: from the one that computes least to the one that serves the most."""
+        assert self._tables is not None
+        numbers = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
+        tables = self._tables.of_rows(numbers)
+        tiles = torch.zeros(num_rows, 3, dtype=torch.int32, device=self._device)
+        return tuple(GraphTerms(kinds, tables, tiles) for kinds in _GRAPH_KINDS)
 
     def _ready(self, segments: VariantSegments) -> list[GpuVariant]:
         variants = [cast(GpuVariant, segment.variant) for segment in segments]
@@ -225,17 +179,15 @@ class GraphTerms(RowTerms):
     """What layers ask in steps of a captured graph: static tables, which are filled before each replay.
 
     Args:
-        num_rows: of the graph.
-        kinds: that it computes.
-        tables: with numbers that are its own.
-        device: of the decoder.
+        kinds: that the graph computes.
+        tables: with numbers of as many rows as the graph has; written to.
+        tiles: [rows, 3] int32, written to.
     """
 
-    def __init__(self, num_rows: int, kinds: TermKind, tables: StepTables, device: torch.device) -> None:
-        self._tiles = torch.zeros(num_rows, 3, dtype=torch.int32, device=device)
-        super().__init__(SegmentPlan(num_rows, (), _GRAPH_MAX_RANK, self._tiles), kinds, (), tables)
+    def __init__(self, kinds: TermKind, tables: StepTables, tiles: Tensor) -> None:
+        super().__init__(SegmentPlan(len(tiles), (), _GRAPH_MAX_RANK, tiles), kinds, (), tables, in_graph=True)
+        self._tiles = tiles
         self._numbers = tables.numbers
-        self._device = device
 
     def serves(self, segments: VariantSegments) -> bool:
         """Whether a replay computes these rows."""
@@ -256,7 +208,7 @@ class GraphTerms(RowTerms):
             staging[: len(tiles), :3] = torch.tensor(tiles, dtype=torch.int32)
         for (start, end, _), variant in zip(segments, variants, strict=True):
             staging[start:end, 3] = 1 + variant.number
-        sent = to_device(staging, self._device)
+        sent = to_device(staging, self._tiles.device)
         self._tiles.copy_(sent[:, :3])
         self._numbers.copy_(sent[:, 3])
 

@@ -13,9 +13,10 @@ and parts without a term, stay as they are.
 
 Sums are float32 whatever the dtype. `SegmentPlan` is made once for a step and serves all of its layers.
 
-`reference.py` is the definition and serves CPUs. `triton.py` serves plans with tiles, those of GPUs: it reads A and B where they are, by their
-addresses (`LowRankFactors.table`), computes each segment at its own rank, does all parts in one launch, never waits for
-the device, and can be captured in a CUDA graph. How a row is summed up depends on K and r only, not on other rows.
+`reference.py` is the definition and serves CPUs. `triton.py` serves plans with tiles, those of GPUs: it reads A and B
+where they are, by their addresses (`LowRankFactors.table`), computes each segment at its own rank, does all parts in
+one launch, never waits for the device, and can be captured in a CUDA graph. How a row is summed up depends on K and r
+only, not on other rows.
 
 Source: Hu et al., arXiv 2106.09685; segments of a batch: Punica, arXiv 2310.18547, S-LoRA, arXiv 2311.03285.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from delta.variant_terms import LinearTerms, VariantTerms
 from model_worker.engine.layers import rms_norm as rms_norm_layers, rotary_attention as attention_layers
-from model_worker.engine.lora.bound_variant import VariantSegment
+from model_worker.engine.lora.bound_variant import VariantSegment, VariantSegments
 from model_worker.engine.models import gpu_layer
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.ops.linear import Activation
@@ -111,34 +111,38 @@ def _run(decoder: GpuDecoder, terms: Sequence[VariantTerms | None]) -> list[Tens
 def test_what_a_graph_captures_serves_any_mix() -> None:
     """The same terms, filled for one mix after another, and a step for each without a graph."""
     decoder, weights = _decoder("llama-tied", has_tables=True)
-    first, second = (decoder.bind(_in_tables(weights, seed)) for seed in range(2))
-    others = decoder.bind(random_variant(weights, seed=3))
+    adapter, delta = (decoder.bind(_of_kinds(weights, seed, with_signs=bool(seed))) for seed in range(2))
+    first, second = (decoder.bind(random_variant(weights, seed=seed)) for seed in (2, 3))
     sequences = Sequences(decoder, [None] * 4)
-    graph_terms = decoder.graph_terms(4)
-    mixes = [
-        (),
-        (VariantSegment(0, 3, first),),
-        (VariantSegment(0, 1, second), VariantSegment(1, 2, first), VariantSegment(3, 4, second)),
+    mixes: list[tuple[VariantSegments, int]] = [  # and the first of the terms that serve them
+        ((VariantSegment(1, 3, adapter),), 0),
+        ((), 0),
+        ((VariantSegment(0, 1, delta), VariantSegment(1, 2, adapter), VariantSegment(3, 4, delta)), 1),
+        ((VariantSegment(0, 2, first), VariantSegment(2, 3, adapter), VariantSegment(3, 4, second)), 2),
     ]
+    all_terms = decoder.graph_terms(4)
     ids = torch.tensor([3, 40, 7, 99])
     with torch.inference_mode():
         sequences.step([[int(token)] for token in ids])  # leaves a step's context
         context = decoder.context
         assert context.metadata is not None
-        for mix in mixes:
-            assert graph_terms.serves(mix)
+        for mix, place in mixes:
+            assert [terms.serves(mix) for terms in all_terms] == [kind >= place for kind in range(len(all_terms))]
             context.variants, context.terms = mix, None
             hidden = decoder(ids, context.metadata.positions)
             expected = decoder.logits(hidden, mix)
-            graph_terms.fill(mix)
-            context.variants, context.terms = (), graph_terms
-            found = decoder.logits(decoder(ids, context.metadata.positions), graph_terms=graph_terms)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert not graph_terms.serves((VariantSegment(0, 1, others),))
+            terms = all_terms[place]
+            terms.fill(mix)
+            context.variants, context.terms = (), terms
+            found = decoder.logits(decoder(ids, context.metadata.positions), graph_terms=terms)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def _in_tables(weights: dict[str, Tensor], seed: int) -> VariantTerms:
-    """Low-rank terms, signs and norms only."""
+def _of_kinds(weights: dict[str, Tensor], seed: int, *, with_signs: bool) -> VariantTerms:
+    """Low-rank terms, or these, signs, norms and the embedding."""
     terms = random_variant(weights, seed=seed)
-    linears = {name: LinearTerms(a=each.a, b=each.b, signs=each.signs) for name, each in terms.linears.items()}
-    return replace(terms, linears=linears, embeddings={})
+    if with_signs:
+        linears = {name: LinearTerms(a=each.a, b=each.b, signs=each.signs) for name, each in terms.linears.items()}
+        return replace(terms, linears=linears)
+    linears = {name: LinearTerms(a=each.a, b=each.b) for name, each in terms.linears.items()}
+    return replace(terms, linears=linears, embeddings={}, vectors={})

@@ -1,0 +1,1 @@
+"""Products with matrices of variants, dense and sparse: functional.py is the contract."""
