@@ -246,8 +246,8 @@ class ModelRunner:
 
     @property
     def runs_ahead(self) -> bool:
-        """See `Executor`. With other ranks it does not: they do not know what this one draws."""
-        return self._accelerator is not None and self._group.size == 1
+        """See `Executor`. What it draws, other ranks get before the next step."""
+        return self._accelerator is not None
 
     @property
     def num_blocks(self) -> int:

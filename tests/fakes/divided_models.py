@@ -18,9 +18,11 @@ from tests.fakes.rank_launcher import fork_rank
 
 
 @contextmanager
-def divided_runner(plan: LoadPlan, config: EngineConfig) -> Iterator[ModelRunner]:
+def divided_runner(
+    plan: LoadPlan, config: EngineConfig, *, launch: Callable[[], RunningRank] = fork_rank
+) -> Iterator[ModelRunner]:
     """Of `config.tensor_parallel_size` ranks, which end with the context."""
-    runner, ranks = start_ranks(plan, config, launch=fork_rank)
+    runner, ranks = start_ranks(plan, config, launch=launch)
     try:
         yield runner
     finally:

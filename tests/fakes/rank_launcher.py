@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import subprocess
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 
 from model_worker.engine.parallel.rank_process import main
@@ -36,11 +38,11 @@ class _Process:
         self._process.kill()
 
 
-def fork_rank() -> RunningRank:
-    """For `start_ranks`."""
+def fork_rank(target: Callable[[Connection, Connection], None] = main) -> RunningRank:
+    """For `start_ranks`; `target` is what a rank's process does."""
     steps, their_steps = _CONTEXT.Pipe()
     variants, their_variants = _CONTEXT.Pipe()
     with their_steps, their_variants:
-        process = _CONTEXT.Process(target=main, args=(their_steps, their_variants), daemon=True)
+        process = _CONTEXT.Process(target=target, args=(their_steps, their_variants), daemon=True)
         process.start()
     return RunningRank(_Process(process), steps, variants)

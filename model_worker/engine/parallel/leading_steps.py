@@ -65,7 +65,7 @@ class LeadingSteps(StepRunner):
         try:
             return call()
         except Exception as error:
-            raise self._ranks.lost() from error
+            raise self._ranks.lost(error) from error
 
 
 def _split(variants: BoundVariants) -> tuple[dict[int, BoundVariant], dict[int, int]]:

@@ -174,10 +174,14 @@ class Ranks:
             answers = self._ask([Weight(module, kind)] * len(self._ranks))
         return [answer if isinstance(answer, Tensor) else None for answer in answers]
 
-    def lost(self) -> ExecutorLostError:
-        """What to say of a step that did not succeed: why, if a rank has ended."""
+    def lost(self, cause: Exception | None = None) -> ExecutorLostError:
+        """What to say of a step that did not succeed.
+
+        Args:
+            cause: that it had on rank 0, which may be that another rank has ended.
+        """
         self._fate.known.wait(_REASON_S)
-        why = self._fate.lost or "The ranks of this model do not compute together any more; see the log."
+        why = self._fate.lost or f"A step failed on rank 0 ({type(cause).__name__}), and the others wait for it."
         return ExecutorLostError(f"{why} Start the worker again.")
 
     def close(self) -> None:
