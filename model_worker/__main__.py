@@ -23,9 +23,8 @@ from model_worker.applied_model import applied_model
 from model_worker.config import WorkerConfig, parse_config
 from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.llm_engine import LLMEngine
-from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
+from model_worker.engine.machine import find_machine
 from model_worker.engine.ops.cpu.build import start_background_build
-from model_worker.engine.ops.cpu.kernels import find_kernels
 from model_worker.engine.ops.cpu.machine_level import machine_levels
 from model_worker.engine.step_profiler import make_profiler
 from model_worker.identity import weights_digest
@@ -70,9 +69,7 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
             check_signature(delta)
     has_deltas = bool(config.deltas)
     source = find_model(config.model, name=config.model_name, cache_dir=cache_dir, report=_say, has_deltas=has_deltas)
-    must_be_native = config.quantization in ("int8", "int4") or config.engine.model_impl == "native"
-    kernels = find_kernels(cache_dir, required=must_be_native)
-    native = kernels is not None and config.engine.model_impl != "transformers"
+    machine = find_machine(config.engine, cache_dir, quantization=config.quantization)
     plan = plan_load(
         applied_model(source.path, config.deltas, cache_dir),
         dtype=config.dtype,
@@ -81,7 +78,9 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
         max_model_len=config.max_model_len,
         deltas=config.deltas,
         max_num_batched_tokens=config.engine.scheduler.max_num_batched_tokens,
-        native_model_types=NATIVE_MODEL_TYPES if native else (),
+        memory_bytes=machine.memory_bytes,
+        native_bf16=machine.native_bf16,
+        native_model_types=machine.native_model_types,
     )
     _say(f"Loading {source.name}:")
     for row, text in plan_rows(plan):
@@ -89,13 +88,16 @@ def _serve(config: WorkerConfig, sock: socket.socket, environ: Mapping[str, str]
     engine_died = asyncio.Event()
     digest = weights_digest(plan, cache_dir)
     profiler = make_profiler(config.profile, title=f"model_worker {source.name}")
-    inner = LLMEngine.from_plan(plan, config.engine, variant_digest=digest, kernels=kernels, profiler=profiler)
+    inner = LLMEngine.from_plan(
+        plan, config.engine, machine=machine, variant_digest=digest, profiler=profiler, report=_say
+    )
     gc.collect()
     gc.freeze()  # else a full collection walks through all that loading made, and every stream stops for 0.1 s
     engine = AsyncLLMEngine(inner, on_failure=engine_died.set)
     resident = psutil.Process().memory_info().rss
     _say(f"Loaded: {inner.cache_summary()}; {torch.get_num_threads()} threads, {resident / 2**30:.2f} GiB of memory.")
-    if kernels is None and config.engine.model_impl != "transformers":
+    could_use_kernels = machine.device.type == "cpu" and config.engine.tensor_parallel_size == 1
+    if could_use_kernels and machine.kernels is None and config.engine.model_impl != "transformers":
         start_background_build(machine_levels()[0], cache_dir)
     worker = Worker(
         engine,

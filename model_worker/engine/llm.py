@@ -12,8 +12,7 @@ from adapters import plan_load
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.lora_weight import LoraWeight
-from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
-from model_worker.engine.ops.cpu.kernels import find_kernels
+from model_worker.engine.machine import find_machine
 from model_worker.engine.outputs import FinishReason, RequestOutput, TokenLogprobs
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import InvalidRequestError
@@ -71,10 +70,8 @@ class LLM:
         cache_dir: Path | None = None,
     ) -> None:
         config = config or EngineConfig()
-        kernels = find_kernels(
-            default_cache_dir(os.environ) if cache_dir is None else cache_dir,
-            required=quantization in ("int8", "int4") or config.model_impl == "native",
-        )
+        cache_dir = default_cache_dir(os.environ) if cache_dir is None else cache_dir
+        machine = find_machine(config, cache_dir, quantization=quantization)
         self.plan = plan_load(
             Path(model),
             dtype=dtype,
@@ -82,9 +79,11 @@ class LLM:
             chat_template=chat_template,
             max_model_len=max_model_len,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            native_model_types=NATIVE_MODEL_TYPES if kernels and config.model_impl != "transformers" else (),
+            memory_bytes=machine.memory_bytes,
+            native_bf16=machine.native_bf16,
+            native_model_types=machine.native_model_types,
         )
-        self.engine = LLMEngine.from_plan(self.plan, config, kernels=kernels)
+        self.engine = LLMEngine.from_plan(self.plan, config, machine=machine)
         self._num_requests = 0
 
     def add_lora(self, name: str, path: str | Path) -> None:

@@ -16,9 +16,9 @@ from model_worker.engine.executor import Executor, ExecutorLostError
 from model_worker.engine.lora.adapters_of_model import make_lora_manager
 from model_worker.engine.lora.lora_manager import LoraManager
 from model_worker.engine.lora.lora_weight import LoraWeight
+from model_worker.engine.machine import Machine
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.open_requests import OpenRequests
-from model_worker.engine.ops.cpu.program import KernelLibrary
 from model_worker.engine.outputs import EngineStats, RequestOutput
 from model_worker.engine.parallel.ranks import Ranks
 from model_worker.engine.parallel.shared_variants import SharedVariants
@@ -31,6 +31,7 @@ from model_worker.engine.step_ahead import StepsAhead
 from model_worker.engine.step_loop import StepLoop, SynchronousSteps
 from model_worker.engine.step_profiler import Profiler
 from registry.errors import ContextLengthError, InvalidRequestError, UnsupportedModelError
+from registry.progress import Report
 
 logger = logging.getLogger(__name__)
 
@@ -107,14 +108,16 @@ class LLMEngine:
         plan: LoadPlan,
         config: EngineConfig,
         *,
+        machine: Machine,
         variant_digest: str = "",
-        kernels: KernelLibrary | None = None,
         profiler: Profiler | None = None,
+        report: Report = logger.info,
     ) -> LLMEngine:
         """Load the model of a plan; blocks until it is ready.
 
         Args:
-            kernels: of this CPU, for the native decoder; None: there are none.
+            machine: what it is computed with.
+            report: called with a line for each thing that takes long.
 
         Raises:
             ClientError: the checkpoint, the memory or the configuration does not allow it.
@@ -122,10 +125,15 @@ class LLMEngine:
         tokenizer = load_tokenizer(plan.tokenizer_path)
         ranks = binder = None
         if config.tensor_parallel_size > 1:
-            runner, ranks = start_ranks(plan, config, profiler=profiler)
+            runner, ranks = start_ranks(plan, config, device=machine.device.type, profiler=profiler)
             binder = SharedVariants(runner.model, ranks)
         else:
-            runner = ModelRunner(plan, config, kernels=kernels, profiler=profiler)
+            runner = ModelRunner(
+                plan, config, device=str(machine.device), kernels=machine.kernels, profiler=profiler, report=report
+            )
+        loras = config.lora
+        if runner.variants_bytes is not None:  # of the GPU; as much is kept of them in host memory
+            loras = replace(loras, lora_memory_gib=2 * runner.variants_bytes / 2**30)
         return cls(
             config,
             runner,
@@ -133,7 +141,7 @@ class LLMEngine:
             stop_token_ids=plan.stop_token_ids,
             max_model_len=plan.max_model_len,
             variant_digest=variant_digest,
-            loras=make_lora_manager(config.lora, runner.model, base_digest=variant_digest, binder=binder),
+            loras=make_lora_manager(loras, runner.model, base_digest=variant_digest, binder=binder),
             ranks=ranks,
             profiler=profiler,
         )
@@ -280,10 +288,10 @@ class LLMEngine:
             accepted_draft_tokens_total=scheduler.num_accepted_drafts,
             prefix_queried_tokens_total=scheduler.num_prefix_queried_tokens,
             prefix_hit_tokens_total=scheduler.num_prefix_hit_tokens,
-            preemptions_total=scheduler.num_preemptions,
-            preemptions_by_swap_total=scheduler.num_preemptions_by_swap,
-            swapped_out_blocks_total=scheduler.num_swapped_out_blocks,
-            swapped_in_blocks_total=scheduler.num_swapped_in_blocks,
+            preemptions_total=scheduler.preemption.num_preemptions,
+            preemptions_by_swap_total=scheduler.preemption.num_by_swap,
+            swapped_out_blocks_total=scheduler.preemption.num_swapped_out_blocks,
+            swapped_in_blocks_total=scheduler.preemption.num_swapped_in_blocks,
             kv_host_blocks_used=self._block_manager.num_used_host_blocks,
             kv_host_blocks_total=self._block_manager.num_host_blocks,
             finished_total=self._requests.num_finished,

@@ -34,20 +34,22 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Iterator
-from itertools import islice, takewhile
+from collections.abc import Callable
+from itertools import islice
 
-from model_worker.engine.block_manager import BlockCopies, BlockManager
+from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import SchedulerConfig
 from model_worker.engine.lora.variant_gate import OpenGate, VariantGate
 from model_worker.engine.outputs import FinishReason
-from model_worker.engine.preemption_cost import PreemptionCost
+from model_worker.engine.preemption import Preemption
 from model_worker.engine.prompt_share import PromptShare
-from model_worker.engine.queue_pace import QueuePace
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
 from model_worker.engine.sequence_queue import SequenceQueue, rank
 from model_worker.engine.speculation.speculator import Speculator
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
+from model_worker.engine.step_drafts import StepDrafts
+from model_worker.engine.step_in_progress import StepInProgress
+from model_worker.engine.waiting_room import WaitingRoom
 from registry.errors import InvalidRequestError, RateLimitError
 
 
@@ -75,21 +77,16 @@ class Scheduler:
         self.config = config
         self.block_manager = block_manager
         self.groups: dict[str, SequenceGroup] = {}
-        self.waiting = SequenceQueue()  # swapped ones too
         self.running = SequenceQueue()
         self._num_used_slots = 0  # of max_num_seqs, by running sequences
         self.left_out = False
         self._prompt_lacks_blocks = False  # one was left out of the last step
-        self._pace = QueuePace(clock)
-        self._speculator = speculator
+        self._drafts = None if speculator is None else StepDrafts(speculator, block_manager, config)
         self._gate: VariantGate = OpenGate() if gate is None else gate
-        self.preemption_cost = PreemptionCost()
+        self.waiting = WaitingRoom(self._gate, clock)
+        self.preemption = Preemption(block_manager)
         self.num_drafts = 0
         self.num_accepted_drafts = 0
-        self.num_preemptions = 0
-        self.num_preemptions_by_swap = 0
-        self.num_swapped_out_blocks = 0
-        self.num_swapped_in_blocks = 0
         self.num_prefix_queried_tokens = 0
         self.num_prefix_hit_tokens = 0
 
@@ -114,10 +111,10 @@ class Scheduler:
         if len(self.waiting) >= self.config.max_num_waiting:
             raise RateLimitError(
                 f"{len(self.waiting)} requests are waiting already, which is this server's limit; try again later.",
-                retry_after_s=self._pace.refuse(),
+                retry_after_s=self.waiting.refuse(),
             )
         self.groups[group.request_id] = group
-        self._wait(group.sequences[0])
+        self.waiting.add(group.sequences[0])
 
     def abort(self, request_id: str) -> SequenceGroup | None:
         """Forget a request and release all that it holds; None when it is not (or no longer) here."""
@@ -154,7 +151,7 @@ class Scheduler:
             ahead: the step before is still being computed, and what it samples is pending. Nobody is preempted then:
                 who lacks blocks is left out (`left_out`), as is who gets its last token there. Nothing is guessed.
         """
-        step = _Step(ahead=ahead)
+        step = StepInProgress(ahead=ahead)
         prompts = self._schedule_decodes(step)
         self._schedule_prompts(prompts, step)
         if not ahead:
@@ -162,9 +159,9 @@ class Scheduler:
                 prompts.remove(self.running.last)
                 self._preempt(self.running.last, step)
                 self._schedule_prompts(prompts, step)
-            assert step.scheduled or next(self._admissible(), None) is None, "requests wait for ever"
-            if self._speculator is not None and not prompts:
-                self._add_drafts(step, self._speculator)
+            assert step.scheduled or next(self.waiting.admissible(), None) is None, "requests wait for ever"
+            if self._drafts is not None and not prompts:
+                self._drafts.add(step, num_running=len(self.running))
         self.left_out = step.left_out
         return step.output()
 
@@ -209,13 +206,7 @@ class Scheduler:
 
     def would_draft(self, output: SchedulerOutput) -> bool:
         """Whether guesses at what follows the tokens of a finished step would pay. No token is pending."""
-        if self._speculator is None or output.num_tokens != len(output.scheduled):
-            return False
-        drafts = self._speculator.draft(
-            [item.sequence for item in output.scheduled if not item.sequence.finished],
-            max_drafts=self.config.max_num_seqs,
-        )
-        return any(drafts)
+        return self._drafts is not None and self._drafts.would_pay(output)
 
     def accept(self, sequence: Sequence, num_drafts: int) -> None:
         """The first drafts of a completed step were right, and have been appended: their KV is that of the tokens.
@@ -228,26 +219,19 @@ class Scheduler:
 
     def observe(self, output: SchedulerOutput, *, seconds: float, swap_s: float) -> None:
         """Take note of how long a step took, `swap_s` of it for swapping."""
-        num_swapped = len(output.swap_out) + len(output.swap_in)
-        if num_swapped:
-            self.preemption_cost.blocks_swapped(num_swapped, swap_s)
-        num_tokens, num_drafts = output.num_tokens, output.num_drafts
-        if num_tokens - num_drafts == len(output.scheduled):
-            if self._speculator is not None:
-                self._speculator.step_time.observe(num_tokens, seconds - swap_s)
-        elif num_tokens >= 2 * len(output.scheduled):  # else it tells more of decoding than of prompts
-            self.preemption_cost.prompts_computed(num_tokens, seconds - swap_s)
+        computing_s = seconds - swap_s
+        self.preemption.observe(output, computing_s=computing_s, swap_s=swap_s)
+        if self._drafts is not None and output.num_tokens - output.num_drafts == len(output.scheduled):
+            self._drafts.step_time.observe(output.num_tokens, computing_s)
 
     def redo_swapped(self, output: SchedulerOutput) -> None:
         """The step failed, and with it perhaps its swapping: who was swapped by it is computed again."""
         for sequence in output.swapped:
-            if sequence.finished:
-                continue
             if sequence.status is SequenceStatus.RUNNING:
-                self._leave_running(sequence)
-                self._wait(sequence)
-            self.block_manager.release(sequence)
-            sequence.status = SequenceStatus.WAITING
+                self._restart(sequence)
+            elif not sequence.finished:
+                self.block_manager.release(sequence)
+                sequence.status = SequenceStatus.WAITING
 
     def redo_without_drafts(self, sequence: Sequence) -> None:
         """A row of a running sequence's drafts was not finite: compute it again, and guess nothing for it any more.
@@ -256,10 +240,7 @@ class Scheduler:
         have spoiled the rows before it, in this step and as long as its keys and values are in the cache.
         """
         self.block_manager.forget(sequence)
-        self._leave_running(sequence)
-        self._wait(sequence)
-        self.block_manager.release(sequence)
-        sequence.status = SequenceStatus.WAITING
+        self._restart(sequence)
         sequence.preempted = True
         sequence.may_have_drafts = False
 
@@ -283,7 +264,7 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------------ internal
 
-    def _schedule_decodes(self, step: _Step) -> list[Sequence]:
+    def _schedule_decodes(self, step: StepInProgress) -> list[Sequence]:
         """Schedule the running sequences that have one token left to compute; returns the others, in order."""
         prompts: list[Sequence] = []
         for sequence in self.running.snapshot():
@@ -309,26 +290,26 @@ class Scheduler:
                 step.scheduled.append(ScheduledSequence(sequence, start, 1, self._sampled(sequence)))
         return prompts
 
-    def _schedule_prompts(self, prompts: list[Sequence], step: _Step) -> None:
+    def _schedule_prompts(self, prompts: list[Sequence], step: StepInProgress) -> None:
         """Share what is left of the step's budget among the prompts under way, in order, and those that wait."""
         num_decodes = len(step.scheduled)
         budget = self.config.max_num_batched_tokens - num_decodes
         if num_decodes:
             num_free_slots = self.config.max_num_seqs - self._num_used_slots
-            num_prompts = len(prompts) + sum(1 for _ in islice(self._admissible(), num_free_slots))
+            num_prompts = len(prompts) + sum(1 for _ in islice(self.waiting.admissible(), num_free_slots))
             most = self.config.max_mixed_prefill_tokens
             budget = min(budget, max(most, most * num_prompts // num_decodes))
         share = PromptShare(budget)
         may_admit = not step.preempted and not (self._prompt_lacks_blocks and prompts)
-        first = next(self._admissible(), None)
+        first = next(self.waiting.admissible(), None)
         if may_admit and first is not None and budget and not (prompts and prompts[0].rank < first.rank):
             may_admit = self._admit(first, prompts, step)
         if prompts:
             share.give(prompts[0], -(-budget // 2))
         while share.budget:
             shortest = min((p for p in prompts if share.num_left(p)), key=share.urgency, default=None)
-            first = next(self._admissible(), None) if may_admit else None
-            newcomer = None if first is None else self._shortest_waiting(first)
+            first = next(self.waiting.admissible(), None) if may_admit else None
+            newcomer = None if first is None else self.waiting.shortest(first, among=self.config.max_num_seqs)
             if (
                 first is not None
                 and newcomer is not None
@@ -350,71 +331,25 @@ class Scheduler:
             sampled = self._sampled(sequence) if start + num_tokens == sequence.num_tokens else ()
             step.scheduled.append(ScheduledSequence(sequence, start, num_tokens, sampled))
 
-    def _add_drafts(self, step: _Step, speculator: Speculator) -> None:
-        """Have guesses computed with the tokens that they follow, as far as tokens and blocks are left over.
-
-        At most `max_num_seqs` in all, because each needs logits: a row of the whole vocabulary.
-        """
-        places = [place for place, item in enumerate(step.scheduled) if len(item.sampled) == 1]
-        drafts = speculator.draft(
-            [step.scheduled[place].sequence for place in places],
-            max_drafts=min(self.config.max_num_seqs, self.config.max_num_batched_tokens - len(step.scheduled)),
-        )
-        for place, guesses in zip(places, drafts, strict=True):
-            sequence, start, _, sampled, _ = step.scheduled[place]
-            if not guesses:
-                continue
-            # As at admission, a block for each running sequence stays free.
-            copies = self.block_manager.grow(sequence, num_drafts=len(guesses), reserve=len(self.running))
-            if copies is not None:
-                assert not copies  # the next position is writable already
-                step.scheduled[place] = ScheduledSequence(sequence, start, 1 + len(guesses), sampled, tuple(guesses))
-
-    def _admissible(self) -> Iterator[Sequence]:
-        """Those that wait, in order, without those whose variant is not active."""
-        return filter(self._gate.admits, self.waiting)
-
-    def _shortest_waiting(self, first: Sequence) -> Sequence:
-        """Of the admissible ones of the first one's priority; the oldest where several are equally short."""
-        best = takewhile(lambda s: s.priority == first.priority, islice(self._admissible(), self.config.max_num_seqs))
-        return min(best, key=lambda s: s.num_tokens - s.num_computed_tokens)
-
-    def _first_in_turn(self) -> Sequence | None:
-        """The first that waits, without those that others may pass; None: there is no such one."""
-        for sequence in self.waiting:
-            if self._gate.admits(sequence):
-                return sequence
-            if self.running and self._gate.holds_up(sequence):
-                return sequence
-        return None
-
-    def _admit(self, sequence: Sequence, prompts: list[Sequence], step: _Step) -> bool:
+    def _admit(self, sequence: Sequence, prompts: list[Sequence], step: StepInProgress) -> bool:
         """Let an admissible sequence run, if there is room for it and for the first one that waits in turn."""
         num_slots = num_slots_wanted = self._num_slots(sequence)
         # A block for each running sequence stays free, so that admission does not cause the next preemption.
         reserve = len(self.running)
-        first = self._first_in_turn()
+        first = self.waiting.first_in_turn(somebody_runs=bool(self.running))
         if first is not None and first is not sequence:
             num_slots_wanted += self._num_slots(first)
             reserve += self.block_manager.num_blocks_for(first.num_tokens) + 1
         if self._num_used_slots + num_slots_wanted > self.config.max_num_seqs:
             return False
         if sequence.status is SequenceStatus.SWAPPED:
-            if step.ahead:  # it could be left out after that, and the step be empty but for the swapping
-                step.left_out = True
+            if not self.preemption.give_back(sequence, step, reserve=reserve):
                 return False
-            copies = self.block_manager.swap_in(sequence, reserve=reserve)
-            if copies is None:
-                return False
-            self.num_swapped_in_blocks += len(copies)
-            step.swap_in += copies
-            step.swapped.append(sequence)
         elif not self._admit_anew(sequence, reserve):
             return False
         self._gate.enter(sequence)
         self._num_used_slots += num_slots
-        self.waiting.remove(sequence)
-        self._pace.one_starts()
+        self.waiting.start(sequence)
         sequence.status = SequenceStatus.RUNNING
         self.running.add(sequence)
         insort(prompts, sequence, key=rank)
@@ -436,21 +371,17 @@ class Scheduler:
         assert group is not None
         return 1 if group.forked else len(group.sequences)
 
-    def _preempt(self, sequence: Sequence, step: _Step) -> None:
-        step.preempted = sequence.preempted = True
-        self.num_preemptions += 1
-        copies = None if step.swap_in else self._swap_out(sequence)
+    def _preempt(self, sequence: Sequence, step: StepInProgress) -> None:
         self._leave_running(sequence)
-        self._wait(sequence)
-        if copies is None:
-            self.block_manager.release(sequence)
-            sequence.status = SequenceStatus.WAITING
-            return
-        sequence.status = SequenceStatus.SWAPPED
-        self.num_preemptions_by_swap += 1
-        self.num_swapped_out_blocks += len(copies)
-        step.swap_out += copies
-        step.swapped.append(sequence)
+        self.preemption.take_blocks(sequence, step)
+        self.waiting.add(sequence)
+
+    def _restart(self, sequence: Sequence) -> None:
+        """Have a running sequence computed again, from its first token."""
+        self._leave_running(sequence)
+        self.block_manager.release(sequence)
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.add(sequence)
 
     def _sampled(self, sequence: Sequence) -> tuple[Sequence, ...]:
         """Who samples when all tokens of a sequence are computed; makes the other choices of a prompt."""
@@ -467,21 +398,6 @@ class Scheduler:
             self.running.add(sibling)
         return tuple(group.sequences)
 
-    def _swap_out(self, sequence: Sequence) -> BlockCopies | None:
-        """None when recomputation is the better way, or the only one."""
-        manager = self.block_manager
-        if manager.num_host_blocks == 0 or sequence.num_computed_tokens == 0:
-            return None
-        if not self.preemption_cost.prefers_swap(manager.preemption_size(sequence)):
-            return None
-        return manager.swap_out(sequence)
-
-    def _wait(self, sequence: Sequence) -> None:
-        if not self.waiting:
-            self._pace.queue_begins()
-        self.waiting.add(sequence)
-        self._gate.wait(sequence)
-
     def _leave_running(self, sequence: Sequence) -> None:
         self._num_used_slots -= self._num_slots(sequence)
         self.running.remove(sequence)
@@ -496,36 +412,3 @@ class Scheduler:
         self._gate.leave(sequence)
         self.block_manager.release(sequence)
         sequence.status = SequenceStatus.FINISHED
-
-
-class _Step:
-    """A step while it is being put together; the fields are those of SchedulerOutput."""
-
-    __slots__ = ("ahead", "block_copies", "left_out", "preempted", "scheduled", "swap_in", "swap_out", "swapped")
-
-    def __init__(self, *, ahead: bool) -> None:
-        self.ahead = ahead
-        self.left_out = False
-        self.scheduled: list[ScheduledSequence] = []
-        self.swap_out: BlockCopies = []
-        self.swap_in: BlockCopies = []
-        self.block_copies: BlockCopies = []
-        self.swapped: list[Sequence] = []
-        self.preempted = False
-
-    def output(self) -> SchedulerOutput:
-        assert self.scheduled or not self.swapped
-        assert not (self.swap_out and self.swap_in)
-        self.scheduled.sort(key=_variant_number)
-        return SchedulerOutput(
-            tuple(self.scheduled),
-            swap_out=tuple(self.swap_out),
-            swap_in=tuple(self.swap_in),
-            block_copies=tuple(self.block_copies),
-            swapped=tuple(self.swapped),
-        )
-
-
-def _variant_number(item: ScheduledSequence) -> int:
-    variant = item.sequence.variant
-    return 0 if variant is None else variant.number

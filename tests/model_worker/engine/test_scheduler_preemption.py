@@ -11,7 +11,7 @@ def test_the_victim_is_the_youngest_of_the_worst_priority() -> None:
     bulk = [harness.add([i] * 6, max_tokens=20, priority=1) for i in range(2)]
     harness.step()
     urgent = [harness.add([9 + i] * 6, max_tokens=20, priority=0) for i in range(2)]
-    while harness.scheduler.num_preemptions == 0:
+    while harness.scheduler.preemption.num_preemptions == 0:
         harness.step()
     assert bulk[1].sequences[0].preempted
     assert not bulk[0].sequences[0].preempted
@@ -25,7 +25,7 @@ def test_the_youngest_is_preempted_and_everybody_finishes_with_the_right_tokens(
     harness = SchedulerHarness(num_blocks=10, caching=False)
     groups = [harness.add([i] * 6, max_tokens=20) for i in range(4)]
     harness.run()
-    assert harness.scheduler.num_preemptions > 0
+    assert harness.scheduler.preemption.num_preemptions > 0
     for i, group in enumerate(groups):
         assert group.sequences[0].output_token_ids == expected_output([i] * 6, 0, 20)
     assert harness.manager.num_used_blocks == 0
@@ -40,8 +40,8 @@ def test_swapped_sequences_go_on_where_they_were() -> None:
         most_host_blocks = max(most_host_blocks, harness.manager.num_used_host_blocks)
         assert not (output.swap_out and output.swap_in)
     scheduler = harness.scheduler
-    assert scheduler.num_preemptions == scheduler.num_preemptions_by_swap > 0
-    assert scheduler.num_swapped_out_blocks == scheduler.num_swapped_in_blocks > 0
+    assert scheduler.preemption.num_preemptions == scheduler.preemption.num_by_swap > 0
+    assert scheduler.preemption.num_swapped_out_blocks == scheduler.preemption.num_swapped_in_blocks > 0
     assert most_host_blocks > 0
     computed = sum(item.num_tokens for output in harness.executor.steps for item in output.scheduled)
     assert computed == 4 * (6 + 20 - 1)  # nothing twice
@@ -54,17 +54,17 @@ def test_a_full_host_pool_leaves_recomputation() -> None:
     for i in range(4):
         harness.add([i] * 6, max_tokens=20)
     harness.run()
-    assert harness.scheduler.num_preemptions > harness.scheduler.num_preemptions_by_swap
+    assert harness.scheduler.preemption.num_preemptions > harness.scheduler.preemption.num_by_swap
 
 
 def test_whichever_is_cheaper_is_chosen() -> None:
     harness = SchedulerHarness(num_blocks=10, num_host_blocks=20, caching=False)
-    harness.scheduler.preemption_cost.blocks_swapped(1, seconds=1e3)
+    harness.scheduler.preemption.cost.blocks_swapped(1, seconds=1e3)
     for i in range(4):
         harness.add([i] * 6, max_tokens=20)
     harness.run()
-    assert harness.scheduler.num_preemptions > 0
-    assert harness.scheduler.num_preemptions_by_swap == 0
+    assert harness.scheduler.preemption.num_preemptions > 0
+    assert harness.scheduler.preemption.num_by_swap == 0
 
 
 def test_a_swapped_request_can_be_cancelled() -> None:
@@ -93,7 +93,7 @@ def test_a_prompt_preempted_half_way_is_counted_once() -> None:
         harness.add([200 + i] * 3, max_tokens=24)
     harness.step()
     long = harness.add(list(range(32)), max_tokens=1)
-    while harness.scheduler.num_preemptions == 0:
+    while harness.scheduler.preemption.num_preemptions == 0:
         harness.step()
     assert long.sequences[0].num_output_tokens == 0
     harness.run()

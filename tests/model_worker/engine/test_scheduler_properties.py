@@ -105,9 +105,9 @@ def test_neither_prompts_nor_streams_starve_under_endless_arrivals(
         if len(harness.scheduler.waiting) < 20:
             harness.add([99] * hot_length, max_tokens=3, priority=hot_priority)
         decoding = [s for s in harness.scheduler.running if s.num_tokens - s.num_computed_tokens == 1]
-        before = harness.scheduler.num_preemptions
+        before = harness.scheduler.preemption.num_preemptions
         scheduled = {item.sequence for item in harness.step().scheduled}
-        if harness.scheduler.num_preemptions == before:
+        if harness.scheduler.preemption.num_preemptions == before:
             assert scheduled >= set(decoding)
         if all(group.finished for group in watched):
             return
