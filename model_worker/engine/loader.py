@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.ops.cpu.program import Team
-from model_worker.engine.parallel.group import OneRank, RankGroup
+from model_worker.engine.parallel.group import RankGroup
 from model_worker.engine.staged_weights import stage_weights
 from registry.errors import CheckpointError, UnsupportedModelError
 from registry.parameter_names import current_name, expert_matrix
@@ -56,17 +56,6 @@ class NativeRoute:
     max_rows: int
 
 
-@dataclass(frozen=True, slots=True)
-class GpuRoute:
-    """What the native decoder for GPUs runs on; it computes on CPUs too, slowly.
-
-    Attributes:
-        group: of the ranks that compute the model together.
-    """
-
-    group: RankGroup = field(default_factory=OneRank)
-
-
 @torch.no_grad()
 def load_model(
     plan: LoadPlan,
@@ -84,8 +73,8 @@ def load_model(
     Args:
         report: takes note of what happens to each tensor.
         model_impl: "native", "transformers", or "auto": native where the model and the machine allow it.
-        native: None: that of the device; for CPUs there is none without kernels.
-        group: the ranks that the model is divided among; None: it is whole.
+        native: of CPUs; None: there is none, or the device is none.
+        group: the ranks that the model is divided among, natively by the decoder for GPUs; None: it is whole.
 
     Raises:
         CheckpointError: tensors are missing, unknown, given twice or of the wrong shape; names them.
@@ -110,30 +99,21 @@ def load_model(
 
 
 def _build(
-    plan: LoadPlan,
-    device: torch.device,
-    model_impl: str,
-    native: NativeRoute | GpuRoute | None,
-    group: RankGroup | None,
+    plan: LoadPlan, device: torch.device, model_impl: str, native: NativeRoute | None, group: RankGroup | None
 ) -> CausalModel:
     dtype = getattr(torch, plan.dtype)
     assert isinstance(dtype, torch.dtype)
-    if native is None and (device.type == "cuda" or group is not None):
-        native = GpuRoute(group or OneRank())
     why = "--model-impl transformers was asked for"
     if model_impl != "transformers":
-        if native is None:
-            why = "there are no kernels for this machine: a C++ compiler is needed once, to build them"
-        else:
-            try:
-                return _build_natively(plan, device, dtype, native)
-            except UnsupportedModelError as error:
-                why = error.message
+        try:
+            return _build_natively(plan, device, dtype, native, group)
+        except UnsupportedModelError as error:
+            why = error.message
         if model_impl == "native":
             raise UnsupportedModelError(f"--model-impl native is not possible: {why}")
     if plan.quantization is not None:
         raise UnsupportedModelError(
-            f"Only the native decoders keep weights in {plan.quantization}, and it cannot be used: {why}. Load the "
+            f"Only the native decoders keep weights in {plan.quantization}, and none can be used: {why}. Load the "
             "model with --quantization none."
         )
     logger.info("The native decoder is not used: %s", why)
@@ -141,17 +121,21 @@ def _build(
 
 
 def _build_natively(
-    plan: LoadPlan, device: torch.device, dtype: torch.dtype, native: NativeRoute | GpuRoute
+    plan: LoadPlan, device: torch.device, dtype: torch.dtype, native: NativeRoute | None, group: RankGroup | None
 ) -> CausalModel:
-    """Raises UnsupportedModelError where neither decoder knows the model."""
-    if isinstance(native, GpuRoute):
+    """Raises UnsupportedModelError where the native decoder of the device does not know the model."""
+    if device.type == "cuda" or group is not None:
         return GpuDecoder(
             plan.config,
             dtype=dtype,
             device=device,
             quantization=plan.quantization,
             max_model_len=plan.max_model_len,
-            group=native.group,
+            group=group,
+        )
+    if native is None:
+        raise UnsupportedModelError(
+            "there are no kernels for this machine: a C++ compiler is needed once, to build them"
         )
     if plan.quantization == "fp8":
         raise UnsupportedModelError("fp8 is for GPUs; on CPUs weights can be int8 or int4")
@@ -171,6 +155,8 @@ def _build_from_transformers(
     # Imported here because transformers' modeling code takes 3 s, which the native decoder need not spend.
     from model_worker.engine.models.transformers_model import TransformersModel
 
+    if group is not None and group.size == 1:
+        group = None
     return TransformersModel(plan.config, dtype=dtype, device=device, max_model_len=plan.max_model_len, group=group)
 
 

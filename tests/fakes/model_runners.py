@@ -10,12 +10,13 @@ import pytest
 from adapters.load_plan import LoadPlan
 from model_worker.engine import model_runner
 from model_worker.engine.config import EngineConfig
-from model_worker.engine.loader import GpuRoute, load_model
+from model_worker.engine.loader import load_model
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.models.decoder_spec import read_spec
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.ops.cpu.program import KernelLibrary
+from model_worker.engine.parallel.group import OneRank
 
 
 def make_runner(impl: str, plan: LoadPlan, config: EngineConfig, kernels: KernelLibrary | None) -> ModelRunner:
@@ -31,4 +32,4 @@ def make_runner(impl: str, plan: LoadPlan, config: EngineConfig, kernels: Kernel
 
 
 def _load(*args: Any, **options: Any) -> CausalModel:
-    return load_model(*args, **{**options, "native": GpuRoute()})
+    return load_model(*args, **{**options, "group": OneRank()})

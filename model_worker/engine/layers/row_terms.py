@@ -222,6 +222,8 @@ class RowTerms:
 
     def add(self, layer: FusedLinear, x: Tensor, y: Tensor) -> None:
         """See `LinearTerms.add`."""
+        if not self._in_graph and not any(layer.key in terms.linears for terms in self._bound):
+            return
         if TermKind.OUTPUT_SCALES in self.kinds:
             self._scale(layer, y)
         if self.kinds & _MATRICES:

@@ -45,7 +45,7 @@ class VariantBinder(Protocol):
         ...
 
     def base_weight(self, module: str) -> Tensor:
-        """The weight of a linear layer or embedding, as the model computes with it. -> [N, K] or [V, H] float32
+        """What the model computes with in a linear layer or embedding, on the host. -> [N, K] or [V, H] float32
 
         Expert 3 of a parameter that holds all experts is PARAMETER.3. -> [N, K] float32
 

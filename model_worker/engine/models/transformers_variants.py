@@ -105,7 +105,7 @@ class TransformersVariants:
         weight = found.method.weight(found) if isinstance(found, Linear) else getattr(found, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
             raise KeyError(module)
-        return weight.detach().float()
+        return weight.detach().float().cpu()
 
     def _expert(self, parameter: str, index: int) -> Tensor | None:
         """[N, K] float32 of a parameter that holds all experts; None: it is none."""
@@ -122,7 +122,7 @@ class TransformersVariants:
         bias = getattr(self._find(module), "bias", None)
         if not isinstance(bias, Tensor):
             raise KeyError(module)
-        return bias.detach().float()
+        return bias.detach().float().cpu()
 
     @torch.no_grad()
     def bind(self, terms: VariantTerms) -> TransformersVariant:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,6 +60,17 @@ class VariantTables:
         self._input_scales = zeros(len(linears), num_variants, row_scales.TABLE_COLUMNS)
         self._norms = zeros(len(norms), 1 + num_variants)
         self._embedding = zeros(num_variants, embedding_terms.TABLE_COLUMNS)
+        places = {layer.key: place for place, layer in enumerate(linears)}
+        self._of_base = StepTables(  # its views are those of all steps
+            low_rank={key: self._low_rank[parts] for key, parts in self._parts.items()},
+            signs={key: self._signs[parts] for key, parts in self._parts.items()},
+            matrices={key: self._matrices[parts] for key, parts in self._parts.items()},
+            output_scales={key: self._output_scales[place] for key, place in places.items()},
+            input_scales={key: self._input_scales[place] for key, place in places.items()},
+            norms=self._norms,
+            norm_places=self._norm_places,
+            embedding=embedding_terms.EmbeddingTable(self._embedding, zeros(0), num_tokens),
+        )
 
     def enter(self, number: int, bound: BoundTerms, copy: Copy) -> None:
         """Write what kernels have to know of a variant to the rows of its number.
@@ -96,17 +108,8 @@ class VariantTables:
 
     def of_rows(self, numbers: Tensor) -> StepTables:
         """For rows [T] int64 whose variants have these numbers, plus 1; 0: the base."""
-        places = {layer.key: place for place, layer in enumerate(self._linears)}
-        return StepTables(
-            low_rank={key: self._low_rank[parts] for key, parts in self._parts.items()},
-            signs={key: self._signs[parts] for key, parts in self._parts.items()},
-            matrices={key: self._matrices[parts] for key, parts in self._parts.items()},
-            output_scales={key: self._output_scales[place] for key, place in places.items()},
-            input_scales={key: self._input_scales[place] for key, place in places.items()},
-            norms=self._norms,
-            norm_places=self._norm_places,
-            embedding=embedding_terms.EmbeddingTable(self._embedding, numbers, self._num_tokens),
-        )
+        embedding = embedding_terms.EmbeddingTable(self._embedding, numbers, self._num_tokens)
+        return replace(self._of_base, embedding=embedding)
 
 
 def _write_parts(layer: FusedLinear, terms: FusedTerms, low_rank_rows: Tensor, signs: Tensor, matrices: Tensor) -> None:
