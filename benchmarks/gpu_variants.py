@@ -37,7 +37,7 @@ from model_worker.engine.model_runner import ModelRunner
 
 CONTEXT, NUM_STEPS = 1024, 48
 LORA_TARGETS = {8: 0.90, 32: 0.82, 128: 0.68}
-MIXED_RANKS, MIXED_TARGET = (8, 16, 32, 64), 1.15
+MIXED_ROWS, MIXED_RANKS, MIXED_TARGET = 32, (8, 16, 32, 64), 1.15
 SIGN_TARGETS = {1: 0.90, 8: 0.60}
 ZIPF_ROWS, ZIPF_EXPONENT, ZIPF_TARGET = 32, 1.5, 0.55
 SEPARATE_TARGETS = {8: 4.0, 32: 7.0}
@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     write_checkpoint(options.checkpoint, LLAMA_8B, "cuda")
     measured = Measurements(make_engine(options.checkpoint), options.json)
-    for num_rows in (8, 32):
+    *fewer, most = LORA_TARGETS
+    for num_rows in fewer:
         measured.lora(num_rows)
     measured.mixed_ranks()
     for num_rows in SIGN_TARGETS:
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     measured.zipf()
     measured.separate()
     measured.prompt()
-    measured.lora(128)
+    measured.lora(most)  # last: these take longest to become active
     print(format_table(measured.figures))
     return 0
 
@@ -159,7 +160,7 @@ class Measurements:
 
     def mixed_ranks(self) -> None:
         """What ranks 8 to 64 add to a step, against as much rank of rank-16 adapters."""
-        num_rows = 32
+        num_rows = MIXED_ROWS
         ranks = [MIXED_RANKS[number % len(MIXED_RANKS)] for number in range(num_rows)]
         mixed = self._step_s([f"r{rank}-{1000 + number:04d}" for number, rank in enumerate(ranks)])
         even = self._step_s([f"r16-{number:04d}" for number in range(num_rows)])
