@@ -128,7 +128,7 @@ def size_and_quality(fine_tune: Path, delta: Path) -> str:
         far = "" if quality.base_kl_mean is None else f" (that of the base: {quality.base_kl_mean:.4f})"
         lines.append(
             f"KL divergence from the fine-tune {quality.kl_mean:.4f} nats a token{far}, "
-            f"same most likely token {quality.top1:.1%}"
+            f"same most likely token {quality.top1:.1%}, of the fine-tune's own answers {quality.answers:.1%}"
         )
     return "\n".join(lines)
 
@@ -161,7 +161,7 @@ def run(options: argparse.Namespace, api_key: str | None) -> None:
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    parser = command_line.parser(__doc__, name="support", steps=40, text=TEXT)
+    parser = command_line.parser(__doc__, name="support", steps=80, text=TEXT)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where the fine-tune is saved, as an ordinary checkpoint"
     )
