@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -102,7 +103,7 @@ class Sequence:
         self.preempted = False  # at least once
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache when it was first scheduled
-        self.block_tables: list[list[int]] = [[]]
+        self.block_tables: list[MutableSequence[int]] = [[]]
         self.num_released_blocks = [0]
         self.host_block_tables: list[list[int]] = []
         self.block_hashes: list[bytes] = []  # hash chain over the leading full blocks of token_ids, made as needed
@@ -117,12 +118,12 @@ class Sequence:
         self.group: SequenceGroup | None = None
 
     @property
-    def block_table(self) -> list[int]:
+    def block_table(self) -> MutableSequence[int]:
         """Of the first layer group, which is the only one of most models."""
         return self.block_tables[0]
 
     @block_table.setter
-    def block_table(self, blocks: list[int]) -> None:
+    def block_table(self, blocks: MutableSequence[int]) -> None:
         self.block_tables[0] = blocks
 
     @property
