@@ -1,7 +1,7 @@
 """How much of a GPU's memory the KV cache gets: what is left of a share of it once the largest step has been measured.
 
-    total   | other processes | weights, context | activations | graphs | variants | KV cache ....... | left free |
-                              | -------------------- gpu_memory_utilization * total ----------------- |
+    total    | other processes | weights, context | activations | graphs | variants | KV cache | left free |
+    budget                     | <------------- gpu_memory_utilization * total -------------> |
 
 Weights and all that stays are what is gone from the free memory after loading. Activations are what the largest step
 takes beside that, with its logits and samples; graphs are measured with the two largest of each kind. Variants may take

@@ -110,9 +110,10 @@ class KVCache:
         for layer in groups.slots:
             allocate = attentions[layer].allocate
             slots.append(allocate(num_blocks, block_size, dtype, device))
-            self._tensors += slots[-1]
+            self._tensors += map(_as_bytes, slots[-1])
             if num_host_blocks:
-                self._host_tensors += allocate(num_host_blocks, block_size, dtype, host, pinned=device.type != "cpu")
+                pool = allocate(num_host_blocks, block_size, dtype, host, pinned=device.type != "cpu")
+                self._host_tensors += map(_as_bytes, pool)
         for group, layers in enumerate(groups.members):
             for slot, layer in enumerate(layers):
                 attentions[layer].group = group
@@ -145,13 +146,24 @@ class KVCache:
             cache.index_copy_(0, destinations, cache.index_select(0, sources))
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
-        """Fill blocks with zeros in all layers.
+        """Fill blocks with zeros in all layers, where that is needed.
 
-        Attention reads whole blocks and gives weight zero to the slots past the end of a sequence, and zero times NaN
-        is NaN. So a block gets a new owner clean: what a failed sequence left there must not spoil the next one.
+        On CPUs attention reads whole blocks and gives weight zero to the slots past the end of a sequence, and zero
+        times NaN is NaN. So a block gets a new owner clean: what a failed sequence left there must not spoil the next
+        one. On GPUs those slots are not read.
         """
-        if not blocks:
+        if not blocks or self._device.type == "cuda":
             return
         index = torch.tensor(blocks, device=self._device)
         for cache in self._tensors:
             cache.index_fill_(0, index, 0)
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Numbers of one byte as such: torch moves and fills no float8."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+
+
+def _movable(tensor: Tensor) -> Tensor:
+    """The same memory in a type of which blocks can be copied: torch cannot index 8-bit floats everywhere."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
