@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import MappingProxyType
@@ -86,15 +86,16 @@ class Weight:
     kind: Literal["weight", "bias"]
 
 
-def send(channel: Connection, message: object) -> None:
-    """`channel.recv` receives it.
+def send(channels: Iterable[Connection], message: object) -> None:
+    """`recv` of their other ends receives it.
 
     Raises:
-        OSError: the other end is gone.
+        OSError: an end is gone.
     """
     buffer = io.BytesIO()
     _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(message)
-    channel.send_bytes(buffer.getbuffer())
+    for channel in channels:
+        channel.send_bytes(buffer.getbuffer())
 
 
 class _Pickler(pickle.Pickler):

@@ -31,20 +31,20 @@ def main(steps: Connection, variants: Connection) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes: rank 0 decides what happens
         signal.signal(number, signal.SIG_IGN)
-    send(steps, Started())
+    send([steps], Started())
     try:
         assignment: Assignment = steps.recv()
     except EOFError:
         return
     share = BoundShare()
-    threading.Thread(target=_answer, args=(variants, share), daemon=True).start()
+    threading.Thread(target=_answer, args=(variants, share, torch.device(assignment.device)), daemon=True).start()
     try:
         runner, group = _load(assignment)
     except RootgraftError as error:
-        send(steps, error)
+        send([steps], error)
         return
     share.model = runner.model
-    send(steps, Ready())
+    send([steps], Ready())
     _compute(steps, runner, group, share)
 
 
@@ -100,7 +100,7 @@ def _compute(steps: Connection, runner: ModelRunner, group: ProcessGroup, share:
             runner.steps.logits(step.batch, hidden, bound)
 
 
-def _answer(variants: Connection, share: BoundShare) -> None:
+def _answer(variants: Connection, share: BoundShare, device: torch.device) -> None:
     """Until rank 0 is gone, with which this process ends, wherever its other thread waits."""
     loader = loader_thread()
     while True:
@@ -108,10 +108,12 @@ def _answer(variants: Connection, share: BoundShare) -> None:
             request: Bind | Weight = variants.recv()
         except (EOFError, OSError):
             os._exit(0)
-        send(variants, loader.submit(_carry_out, request, share).result())
+        send([variants], loader.submit(_carry_out, request, share, device).result())
 
 
-def _carry_out(request: Bind | Weight, share: BoundShare) -> object:
+def _carry_out(request: Bind | Weight, share: BoundShare, device: torch.device) -> object:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a thread has its own
     model = share.model
     assert isinstance(model, VariantHost)
     if isinstance(request, Weight):

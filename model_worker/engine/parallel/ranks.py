@@ -101,18 +101,22 @@ class Ranks:
         self._num_variants = 0
         self._ranks: list[RunningRank] = []
         self._end = weakref.finalize(self, _end, self._ranks, self._fate)
-        for rank in range(1, len(devices)):
-            self._ranks.append((launch or launch_rank)())
-            watch = threading.Thread(target=_watch, args=(rank, self._ranks[-1].process, self._fate), daemon=True)
-            watch.start()
-        for other in self._ranks:
-            self._receive(other.steps)
-        self._store, port = host_store(len(devices))
-        plan = replace(plan, chat_template=None)  # rank 0 talks
-        for rank, other in enumerate(self._ranks, start=1):
-            send(other.steps, Assignment(rank, len(devices), port, devices[rank], plan, config))
-        self.group = ProcessGroup(self._store, rank=0, size=len(devices), device=torch.device(devices[0]))
-        self._fate.group = self.group
+        try:
+            for rank in range(1, len(devices)):
+                self._ranks.append((launch or launch_rank)())
+                watched = (rank, self._ranks[-1].process, self._fate)
+                threading.Thread(target=_watch, args=watched, daemon=True).start()
+            for other in self._ranks:
+                self._receive(other.steps)
+            self._store, port = host_store(len(devices))
+            plan = replace(plan, chat_template=None)  # rank 0 talks
+            for rank, other in enumerate(self._ranks, start=1):
+                send([other.steps], Assignment(rank, len(devices), port, devices[rank], plan, config))
+            self.group = ProcessGroup(self._store, rank=0, size=len(devices), device=torch.device(devices[0]))
+            self._fate.group = self.group
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def on_lost(self) -> Callable[[], None]:
@@ -122,6 +126,8 @@ class Ranks:
     @on_lost.setter
     def on_lost(self, call: Callable[[], None]) -> None:
         self._fate.on_lost = call
+        if self._fate.known.is_set():
+            call()
 
     def wait_until_ready(self) -> None:
         """Until all have loaded their share.
@@ -143,13 +149,12 @@ class Ranks:
         """
         step = Step(batch, variants, self._take_dropped())
         try:
-            for other in self._ranks:
-                send(other.steps, step)
+            send([other.steps for other in self._ranks], step)
         except OSError as error:
             raise self.lost() from error
 
-    def bind(self, terms: Sequence[VariantTerms]) -> tuple[int, int]:
-        """Have each rank but 0 keep its terms of a variant. Returns the variant's number and its bytes there.
+    def bind(self, terms: Sequence[VariantTerms]) -> tuple[int, list[int]]:
+        """Have each rank but 0 keep its terms of a variant. Returns the variant's number and its bytes on each.
 
         Raises:
             RootgraftError: one of them could not, or has ended.
@@ -162,7 +167,7 @@ class Ranks:
         if errors:
             self.drop(number)
             raise errors[0]
-        return number, sum(answer for answer in answers if isinstance(answer, int))
+        return number, [answer for answer in answers if isinstance(answer, int)]
 
     def drop(self, number: int) -> None:
         """Let the ranks forget a variant, by and by. Any thread may call this, at any time."""
@@ -191,7 +196,7 @@ class Ranks:
     def _ask(self, requests: Sequence[Bind | Weight]) -> list[object]:
         try:
             for other, request in zip(self._ranks, requests, strict=True):
-                send(other.variants, request)
+                send([other.variants], request)
         except OSError as error:
             raise self.lost() from error
         return [self._receive(other.variants) for other in self._ranks]

@@ -23,7 +23,7 @@ class SharedVariant:
     Attributes:
         own: rank 0's share.
         number: under which the others keep theirs, until this object is gone.
-        num_bytes: of all shares.
+        num_bytes: of all shares where they are in one memory, else of the largest.
     """
 
     own: BoundVariant
@@ -76,7 +76,8 @@ class SharedVariants:
         )
         own: BoundVariant = self._model.bind(mine)
         number, num_bytes = self._ranks.bind(others)
-        return SharedVariant(own, number, own.num_bytes + num_bytes, self._ranks.drop)
+        total = sum if self.binds_in_host_memory else max
+        return SharedVariant(own, number, total([own.num_bytes, *num_bytes]), self._ranks.drop)
 
     def _division(self, module: str) -> Division | None:
         """Of a module, or of a parameter that holds all experts, also where one of them is asked for."""
