@@ -146,13 +146,12 @@ class KVCache:
             cache.index_copy_(0, destinations, cache.index_select(0, sources))
 
     def clear_blocks(self, blocks: Sequence[int]) -> None:
-        """Fill blocks with zeros in all layers, where that is needed.
+        """Fill blocks with zeros in all layers.
 
-        On CPUs attention reads whole blocks and gives weight zero to the slots past the end of a sequence, and zero
-        times NaN is NaN. So a block gets a new owner clean: what a failed sequence left there must not spoil the next
-        one. On GPUs those slots are not read.
+        Attention reads whole blocks and gives weight zero to the slots past the end of a sequence, and zero times NaN
+        is NaN. So a block gets a new owner clean: what a failed sequence left there must not spoil the next one.
         """
-        if not blocks or self._device.type == "cuda":
+        if not blocks:
             return
         index = torch.tensor(blocks, device=self._device)
         for cache in self._tensors:

@@ -198,3 +198,20 @@ def test_half_precision_stays_close(
     prompt = _prompts()[2]
     difference = _prompt_logprobs(runner, prompt) - _reference_prompt_logprobs(model, prompt)
     assert difference.abs().median() < (0.15 if dtype == "bfloat16" else 0.02)
+
+
+def test_keys_and_values_of_float8_stay_close(best_kernels: KernelLibrary, tmp_path: Path) -> None:
+    """Swapped out and in on the way."""
+    model = build_tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    cache = CacheConfig(block_size=4, num_blocks=20, kv_cache_dtype="float8_e4m3fn", swap_space_gib=0.001)
+    config = EngineConfig(cache, SchedulerConfig(max_num_batched_tokens=512))
+    runner = make_runner("gpu", make_tiny_plan(tmp_path), config, best_kernels)
+    prompt = _prompts()[2]
+    difference = _prompt_logprobs(runner, prompt) - _reference_prompt_logprobs(model, prompt)
+    assert 0 < difference.abs().median() < 0.3
+    prompts = [each[:9] for each in _prompts()]
+    alone = [_run(runner, [each])[0][0] for each in prompts]
+    together, engine = _run(runner, prompts)
+    assert together == alone
+    assert engine.stats().swapped_in_blocks_total > 0
