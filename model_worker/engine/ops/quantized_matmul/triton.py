@@ -21,6 +21,7 @@ from model_worker.engine.ops.quantized_matmul.triton_kernels import (
 _PRODUCT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _QUANTIZED_BLOCK = 4096
 _QUAD_BITS = 128
+_EXPONENT_OF_ONE, _MANTISSA_BITS = 127, 23  # of float32
 _SCALED_MM_MULTIPLE = 16  # of both sizes of the weight
 
 
@@ -40,6 +41,7 @@ def grouped_matmul(x: Tensor, weight: PackedGroups, bias: Tensor | None, tile: T
                 out,
                 num_outputs,
                 weight.num_inputs,
+                (_EXPONENT_OF_ONE + weight.bits) << _MANTISSA_BITS,
                 BITS=weight.bits,
                 BLOCK_OUTPUTS=tile.outputs,
                 BLOCK_QUADS=max(1, tile.depth * weight.bits // _QUAD_BITS),

@@ -26,6 +26,7 @@ def grouped_row_kernel(
     out,
     num_outputs,
     num_inputs,
+    power,
     BITS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_QUADS: tl.constexpr,
@@ -33,10 +34,10 @@ def grouped_row_kernel(
     """Program (outputs): out[outputs] of the one row x [K]; words [N, K / 32, B], grids [N, K / 32], bias [N] or None.
 
     grids: int32, of 4 bits scale and minimum, the scale in the lower half; float16, of 8 bits. A quad is four words.
+    power: the bits of 2^B, no constant, so that it stays in a register: an instruction has room for one constant only.
     """
     quads_of_group: tl.constexpr = BITS // 4
     mask_of_field: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-    power: tl.constexpr = (127 + BITS) << 23  # 2^BITS as float32
     num_groups = num_inputs // 32
     outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     has_output = outputs < num_outputs
