@@ -5,8 +5,8 @@
 For each full fine-tune of the base, over the default prompts that no delta is made for (`delta/quality.py`):
 
     bitdelta    signs and one scale a matrix, the mean of |D|, for the linear layers; all else as in the fine-tune
-    sign        `python -m delta make --codec sign`, for every matrix of the model
-    sign-r16    with `--residual lowrank --rank 16`, made for the inputs of the other default prompts
+    sign-r16    what `python -m delta make --codec sign --residual lowrank --rank 16` makes: every matrix of the model, for
+                the inputs of the other default prompts
     sign-r16-any-inputs    the same with `--no-quality`, which knows no inputs
 
 KL(fine-tune ‖ delta) in nats a token, the share of tokens with the same most likely successor, and of the fine-tune's
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -35,17 +34,15 @@ from torch import Tensor
 from delta.apply import given_back
 from delta.artifact import open_delta
 from delta.checkpoint_tensors import open_checkpoint
+from delta.codecs.policy import CodecPolicy
 from delta.codecs.sign import encode_sign_with_one_scale
+from delta.make import Calibration, Labels, make_delta
 from delta.quality import QualityMeter
 from delta.quality_prompts import default_prompts
 from delta.reconstruct import reconstruct
 
-RESIDUAL = ("--residual", "lowrank", "--rank", "16")
-MADE: Mapping[str, tuple[str, ...]] = {
-    "sign": (),
-    "sign-r16": RESIDUAL,
-    "sign-r16-any-inputs": (*RESIDUAL, "--no-quality"),
-}
+POLICY = CodecPolicy("sign", residuals=("lowrank",), rank=16)
+KINDS = ("bitdelta", "sign-r16", "sign-r16-any-inputs")
 
 
 def scalar_bitdelta(base: Path, target: Path, linears: frozenset[str]) -> tuple[dict[str, Tensor], int]:
@@ -63,29 +60,29 @@ def scalar_bitdelta(base: Path, target: Path, linears: frozenset[str]) -> tuple[
 
 
 def shipped(
-    base: Path, target: Path, flags: Sequence[str], linears: frozenset[str], delta: Path
+    base: Path, target: Path, calibration: Calibration | None, linears: frozenset[str], delta: Path
 ) -> tuple[dict[str, Tensor], int]:
-    """The weights that a delta of `python -m delta make` gives back, and the bytes of its terms."""
-    command = ["-m", "delta", "make", "--base", base, "--target", target, "--out", delta, "--codec", "sign", *flags]
-    subprocess.run([sys.executable, *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    """The weights that a delta of ours gives back, and the bytes of its terms."""
+    made = make_delta(base, target, delta, POLICY, labels=Labels(), calibration=calibration, report=print)
     with open_checkpoint(base) as ours, open_delta(delta) as opened:
-        entries = opened.config.tensors
-        return dict(given_back(ours, opened)), sum(entries[name].num_bytes for name in linears if name in entries)
+        return dict(given_back(ours, opened)), sum(
+            made.tensors[name].num_bytes for name in linears & made.tensors.keys()
+        )
 
 
 def measure(base: Path, target: Path, directory: Path) -> dict[str, Any]:
     """Every kind of delta of one fine-tune."""
-    measured, calibrating = default_prompts().halves()
-    meter = QualityMeter(base, target, measured, calibration=(calibrating,))
+    measured, others = default_prompts().halves()
+    meter = QualityMeter(base, target, measured, calibration=(others,))
     with open_checkpoint(target) as tensors:
         linears = frozenset(tensors.names()) & meter.inputs.keys()
     found: dict[str, Any] = {}
-    for kind in ("bitdelta", *MADE):
-        weights, num_bytes = (
-            scalar_bitdelta(base, target, linears)
-            if kind == "bitdelta"
-            else shipped(base, target, MADE[kind], linears, directory / kind)
-        )
+    for kind in KINDS:
+        if kind == "bitdelta":
+            weights, num_bytes = scalar_bitdelta(base, target, linears)
+        else:
+            calibration = Calibration(measured.name, meter.inputs) if kind == "sign-r16" else None
+            weights, num_bytes = shipped(base, target, calibration, linears, directory / kind)
         quality, _ = meter.measure(weights)
         found[kind] = {"bytes_of_linears": num_bytes, **asdict(quality)}
         print(f"{target.name} {kind}: {found[kind]}", file=sys.stderr, flush=True)
@@ -96,7 +93,7 @@ def measure(base: Path, target: Path, directory: Path) -> dict[str, Any]:
 def table(found: Mapping[str, Any]) -> str:
     rows = ["| fine-tune | delta | bytes of linears | KL | base's KL | same top-1 | same answers |", "|" + "---|" * 7]
     for target, kinds in found.items():
-        for kind in ("bitdelta", *MADE):
+        for kind in KINDS:
             at = kinds[kind]
             rows.append(
                 f"| {target} | {kind} | {at['bytes_of_linears']:,} | {at['kl_mean']:.4f} | {at['base_kl_mean']:.3f} | "

@@ -14,15 +14,19 @@ class QualityGate:
 
     Attributes:
         max_kl: of the mean divergence from the fine-tune, in nats a token.
+        max_kl_share: of that divergence in the base's own; either of both is enough. A fine-tune that says almost the
+            same as its base cannot be told from its delta by shares, nor one that says something else by nats.
         min_answers: share of the tokens of the fine-tune's own answers that are to be the same. What it learned is
             there: one other token may begin another answer, with other facts, while the mean divergence is tiny.
     """
 
     max_kl: float = 0.005
+    max_kl_share: float = 0.01
     min_answers: float = 0.995
 
     def admits(self, quality: Quality) -> bool:
-        return quality.kl_mean <= self.max_kl and quality.answers >= self.min_answers
+        max_kl = max(self.max_kl, self.max_kl_share * (quality.base_kl_mean or 0.0))
+        return quality.kl_mean <= max_kl and quality.answers >= self.min_answers
 
 
 class QualityTooLowError(CheckpointError):

@@ -55,7 +55,7 @@ def add_parser(verbs: Any) -> None:
         type=float,
         metavar="NATS",
         help="mean KL divergence from the fine-tune above which auto stores more, and other codecs fail (default: with "
-        f"auto {QualityGate().max_kl})",
+        f"auto {QualityGate().max_kl}, or {QualityGate().max_kl_share:.0%} of the base's)".replace("%", "%%"),
     )
     verb.add_argument(
         "--min-answers",
@@ -112,7 +112,7 @@ def _gate(args: argparse.Namespace) -> QualityGate | None:
         return None
     gate = QualityGate() if args.codec == "auto" else QualityGate(max_kl=math.inf, min_answers=0)
     if args.max_kl is not None:
-        gate = replace(gate, max_kl=args.max_kl)
+        gate = replace(gate, max_kl=args.max_kl, max_kl_share=0)
     if args.min_answers is not None:
         gate = replace(gate, min_answers=args.min_answers)
     return gate

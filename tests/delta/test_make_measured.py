@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_auto_stores_as_much_as_the_gate_asks_for(base: Path, target: Path) -> N
     (base.parent / "delta").rename(base.parent / "first")
     assert first.quality is not None
     strict: list[str] = []
-    gate = QualityGate(max_kl=first.quality.kl_mean / 3, min_answers=0)
+    gate = QualityGate(max_kl=first.quality.kl_mean / 3, max_kl_share=0, min_answers=0)
     second = _make(base, target, CodecPolicy(), gate, strict)
     assert second.quality is not None
     assert second.quality.kl_mean <= gate.max_kl
@@ -72,7 +73,7 @@ def test_auto_stores_as_much_as_the_gate_asks_for(base: Path, target: Path) -> N
 
 
 def test_nothing_but_all_bits_is_good_enough(base: Path, target: Path) -> None:
-    config = _make(base, target, CodecPolicy(), QualityGate(max_kl=1e-9), [])
+    config = _make(base, target, CodecPolicy(), QualityGate(max_kl=1e-9, max_kl_share=0), [])
     assert config.quality is not None
     assert config.quality.kl_mean <= 1e-9
     assert config.is_exact
@@ -80,7 +81,7 @@ def test_nothing_but_all_bits_is_good_enough(base: Path, target: Path) -> None:
 
 def test_a_named_codec_that_is_too_coarse_fails_and_leaves_nothing(base: Path, target: Path) -> None:
     with pytest.raises(QualityTooLowError, match="finer codec"):
-        _make(base, target, CodecPolicy("sign"), QualityGate(max_kl=1e-9), [])
+        _make(base, target, CodecPolicy("sign"), QualityGate(max_kl=1e-9, max_kl_share=0), [])
     assert sorted(path.name for path in base.parent.iterdir()) == ["base", "target"]
 
 
@@ -88,9 +89,12 @@ def test_the_gate() -> None:
     quality = Quality(
         "default", 1, 1, kl_mean=0.02, kl_max=1, base_kl_mean=0.3, top1=1, num_answer_tokens=100, answers=0.99
     )
-    assert QualityGate(max_kl=0.02, min_answers=0.99).admits(quality)
-    assert not QualityGate(max_kl=0.01, min_answers=0.99).admits(quality)
-    assert not QualityGate(max_kl=0.02, min_answers=0.995).admits(quality)
+    for gate in (QualityGate(max_kl=0.02, max_kl_share=0), QualityGate(max_kl=0.01, max_kl_share=0.1)):
+        assert replace(gate, min_answers=0.99).admits(quality)
+        assert not replace(gate, min_answers=0.995).admits(quality)
+    gate = QualityGate(max_kl=0.01, max_kl_share=0.1, min_answers=0)
+    assert not replace(gate, max_kl_share=0).admits(quality)
+    assert not gate.admits(replace(quality, base_kl_mean=None))
 
 
 def test_low_rank_terms_are_made_for_the_inputs_of_the_fine_tune(base: Path, target: Path) -> None:
