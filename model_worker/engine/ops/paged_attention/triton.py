@@ -20,6 +20,7 @@ from model_worker.engine.ops.paged_attention.triton_kernels import attend_kernel
 from model_worker.engine.ops.paged_attention.triton_tiles import TileShape, tile_shapes
 
 _MAX_SPLITS = 64  # what a program merges at once
+_MANY_SPLIT_KEYS = 1024  # beside which the time of merging is little
 _WRITE_BLOCK = 1024
 _PRODUCT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -40,6 +41,7 @@ class _Launch:
         tiles: [num_tiles, 4] int32: sequence, first row of the batch, number of rows, position of the first; None: one
             for each sequence of a decode step.
         tile_queries: most rows of a tile.
+        num_splits: of each tile's keys, at most; fewer where they would have less than `min_split_keys`.
         partial_out: [num_splits, num_tiles * tile_queries, H, Dv] float32, and partial_log without Dv: results of
             splits; empty where there is one.
     """
@@ -49,6 +51,7 @@ class _Launch:
     num_tiles: int
     tile_queries: int
     num_splits: int
+    min_split_keys: int
     partial_out: Tensor
     partial_log: Tensor
 
@@ -126,6 +129,7 @@ def _run(
         query.stride(0),
         metadata.block_tables.stride(0),
         launch.num_splits,
+        launch.min_split_keys,
         launch.tile_queries,
         NUM_KV_HEADS=num_kv_heads,
         NUM_SHARED=num_heads // num_kv_heads,
@@ -150,6 +154,7 @@ def _run(
         seq_lens,
         launch.tiles,
         launch.num_splits,
+        launch.min_split_keys,
         launch.tile_queries,
         launch.num_tiles * launch.tile_queries,
         NUM_HEADS=num_heads,
@@ -187,11 +192,11 @@ def _make_plan(
     visible = min(limit for limit in (visible, params.sliding_window, params.chunk_size) if limit is not None)
 
     def launch(shape: TileShape, tiles: Tensor | None, num_tiles: int, tile_queries: int) -> _Launch:
-        num_splits = _num_splits(num_tiles * num_kv_heads, visible + tile_queries - 1, shape, gpu)
+        num_splits, min_split_keys = _splits(num_tiles * num_kv_heads, visible + tile_queries - 1, shape, gpu)
         lead = (num_splits if num_splits > 1 else 0, num_tiles * tile_queries, num_heads)
         partial_out = torch.empty(*lead, value_dim, dtype=torch.float32, device=query.device)
         partial_log = torch.empty(lead, dtype=torch.float32, device=query.device)
-        return _Launch(shape, tiles, num_tiles, tile_queries, num_splits, partial_out, partial_log)
+        return _Launch(shape, tiles, num_tiles, tile_queries, num_splits, min_split_keys, partial_out, partial_log)
 
     if metadata.is_decode:
         yield launch(shapes[0], None, metadata.num_sequences, 1)
@@ -216,10 +221,16 @@ def _tiles(metadata: AttentionMetadata, sequence: int, tile_queries: int) -> lis
     ]
 
 
-def _num_splits(num_programs: int, num_keys: int, shape: TileShape, gpu: _Gpu) -> int:
-    """A power of 2: enough that each multiprocessor has several programs, but no splits of less than the least keys."""
+def _splits(num_programs: int, num_keys: int, shape: TileShape, gpu: _Gpu) -> tuple[int, int]:
+    """How many splits of the keys, a power of 2, and the least keys of one.
+
+    Where programs are fewer than multiprocessors every tile of keys may be a split; where they are enough, only long
+    contexts are split, so that none of them keeps one program busy when all others have ended.
+    """
+    min_keys = shape.min_split_keys if num_programs < gpu.num_multiprocessors else _MANY_SPLIT_KEYS
     wanted = -(-gpu.num_multiprocessors * shape.programs_per_multiprocessor // num_programs)
-    return min(_power_of_two(wanted), _power_of_two(-(-num_keys // shape.min_split_keys)), _MAX_SPLITS)
+    most = _power_of_two(-(-num_keys // min_keys))
+    return min(_power_of_two(wanted), most, _MAX_SPLITS), min_keys
 
 
 def _gpu(device: torch.device) -> _Gpu:

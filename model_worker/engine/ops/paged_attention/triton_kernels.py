@@ -43,10 +43,10 @@ def _first_visible(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _split_keys(num_keys, num_splits, TILE_KEYS: tl.constexpr):
+def _split_keys(num_keys, num_splits, min_split_keys, TILE_KEYS: tl.constexpr):
     """Keys of each split but the last active one, a multiple of TILE_KEYS."""
-    share = (num_keys + num_splits - 1) // num_splits
-    return tl.maximum((share + TILE_KEYS - 1) // TILE_KEYS, 1) * TILE_KEYS
+    share = tl.maximum((num_keys + num_splits - 1) // num_splits, min_split_keys)
+    return (share + TILE_KEYS - 1) // TILE_KEYS * TILE_KEYS
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def _load_rows(rows, dims, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     return numbers
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits", "tile_queries"])
+@triton.jit(do_not_specialize=["table_stride", "num_splits", "min_split_keys", "tile_queries"])
 def attend_kernel(
     query,
     key_cache,
@@ -165,6 +165,7 @@ def attend_kernel(
     query_stride,
     table_stride,
     num_splits,
+    min_split_keys,
     tile_queries,
     NUM_KV_HEADS: tl.constexpr,
     NUM_SHARED: tl.constexpr,
@@ -193,7 +194,7 @@ def attend_kernel(
     first_key = _first_visible(first_position, WINDOW, CHUNK)
     end = first_position + num_rows
     num_keys = end - first_key
-    split_keys = _split_keys(num_keys, num_splits, TILE_KEYS)
+    split_keys = _split_keys(num_keys, num_splits, min_split_keys, TILE_KEYS)
     begin = first_key + split * split_keys
     if (begin < end) | (split == 0):
         rows = tl.arange(0, TILE_ROWS)
@@ -271,7 +272,7 @@ def attend_kernel(
             tl.store(partial_log + partial_rows, peak + tl.log2(total), mask=has_row)
 
 
-@triton.jit(do_not_specialize=["num_splits", "tile_queries", "num_partial_rows"])
+@triton.jit(do_not_specialize=["num_splits", "min_split_keys", "tile_queries", "num_partial_rows"])
 def merge_kernel(
     partial_out,
     partial_log,
@@ -279,6 +280,7 @@ def merge_kernel(
     seq_lens,
     tiles,
     num_splits,
+    min_split_keys,
     tile_queries,
     num_partial_rows,
     NUM_HEADS: tl.constexpr,
@@ -294,7 +296,7 @@ def merge_kernel(
     _, first_row, num_rows, first_position = _tile(tiles, seq_lens, partial_row // tile_queries)
     query = partial_row % tile_queries
     num_keys = first_position + num_rows - _first_visible(first_position, WINDOW, CHUNK)
-    split_keys = _split_keys(num_keys, num_splits, TILE_KEYS)
+    split_keys = _split_keys(num_keys, num_splits, min_split_keys, TILE_KEYS)
     if (query < num_rows) & (split_keys < num_keys):
         splits, value_dims = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_VALUE_DIM)
         active = splits * split_keys < num_keys

@@ -25,7 +25,7 @@ class TileShape:
         tile_keys: keys that are multiplied at once.
         whole: only sequences whose whole query is one tile.
         programs_per_multiprocessor: so many are wanted before the context is no longer split.
-        min_split_keys: a split of less is not worth its merging.
+        min_split_keys: a split of less is not worth its merging, even where multiprocessors have nothing to do.
     """
 
     tile_rows: int
@@ -60,6 +60,6 @@ def tile_shapes(
     # Block tables, and keys and values behind them, are read ahead: with 5 stages two tiles of keys, with 3 one.
     stages = (5 if has_227_kib else 3) if dtype.itemsize == 2 else 2
     return (
-        TileShape(few, few // num_shared, keys, 4, stages, True, 12, keys),
+        TileShape(few, few // num_shared, keys, 4, stages, True, 6, keys),
         TileShape(many, many // num_shared, keys, 8 if many == 128 else 4, stages, False, 1, 8 * keys),
     )
