@@ -5,8 +5,8 @@
 For each full fine-tune of the base, over the default prompts that no delta is made for (`delta/quality.py`):
 
     bitdelta    signs and one scale a matrix, the mean of |D|, for the linear layers; all else as in the fine-tune
-    sign-r16    what `python -m delta make --codec sign --residual lowrank --rank 16` makes: every matrix of the model, for
-                the inputs of the other default prompts
+    sign-r16    what `python -m delta make --codec sign --residual lowrank --rank 16` makes: every matrix of the model,
+                for the inputs of the other default prompts
     sign-r16-any-inputs    the same with `--no-quality`, which knows no inputs
 
 KL(fine-tune ‖ delta) in nats a token, the share of tokens with the same most likely successor, and of the fine-tune's
