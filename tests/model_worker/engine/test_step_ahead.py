@@ -134,6 +134,23 @@ def test_it_waits_for_tokens_while_guesses_pay_and_runs_ahead_while_they_do_not(
     assert executor.num_pending >= 8
 
 
+def test_who_lacks_a_block_goes_before_younger_ones_in_the_step_after_that() -> None:
+    executor = AheadExecutor(num_blocks=9, block_size=3)
+    engine = make_engine(executor, caching=False)
+    sampling = SamplingParams(max_tokens=14)
+    prompts = [[0] * 6, [1] * 5, [2] * 4]
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"r{i}", prompt, sampling)
+    news = run(engine)
+    for i, prompt in enumerate(prompts):
+        assert tokens_of(news, f"r{i}") == continuation(prompt, 0, sampling, 256, EVERYTHING)
+    oldest = [any(item.sequence.seq_id == 0 for item in step.scheduled) for step in executor.steps]
+    alive = oldest[: len(oldest) - oldest[::-1].index(True)]
+    assert False in alive
+    assert all(one or other for one, other in zip(alive, alive[1:], strict=False))
+    assert engine.stats().preemptions_total > 0
+
+
 def test_a_step_that_cannot_be_launched_fails_its_requests_after_the_one_before_it() -> None:
     def before_step(output: SchedulerOutput) -> None:
         if len(executor.steps) == 3:
