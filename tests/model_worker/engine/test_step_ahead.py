@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence as SequenceOf
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -147,7 +148,7 @@ def test_who_lacks_a_block_goes_before_younger_ones_in_the_step_after_that() -> 
     oldest = [any(item.sequence.seq_id == 0 for item in step.scheduled) for step in executor.steps]
     alive = oldest[: len(oldest) - oldest[::-1].index(True)]
     assert False in alive
-    assert all(one or other for one, other in zip(alive, alive[1:], strict=False))
+    assert all(one or other for one, other in pairwise(alive))
     assert engine.stats().preemptions_total > 0
 
 
