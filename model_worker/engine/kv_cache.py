@@ -10,6 +10,7 @@ from torch import Tensor
 from model_worker.engine.config import CacheConfig
 from model_worker.engine.layer_groups import LayerGroups
 from model_worker.engine.layers.attention import AttentionLayer
+from model_worker.engine.ops.low_rank import to_device
 from registry.errors import InsufficientMemoryError
 
 _GIB = 2**30
@@ -141,7 +142,7 @@ class KVCache:
         """Copy blocks (source, destination) in all layers; every source is read before any destination is written."""
         if not copies:
             return
-        sources, destinations = torch.tensor(copies, device=self._device).unbind(1)
+        sources, destinations = to_device(torch.tensor(copies), self._device).unbind(1)
         for cache in self._tensors:
             cache.index_copy_(0, destinations, cache.index_select(0, sources))
 

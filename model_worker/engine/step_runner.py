@@ -14,6 +14,7 @@ from model_worker.engine.extra_logits import ExtraLogits
 from model_worker.engine.kv_cache import KVCache
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost, VariantSegment, VariantSegments
 from model_worker.engine.models.causal_model import CausalModel
+from model_worker.engine.ops.low_rank import to_device
 from model_worker.engine.ops.paged_attention import AttentionMetadata
 from model_worker.engine.step_batch import BlockMoves, PromptRows, RowSegment, StepBatch
 from model_worker.engine.step_inputs import HostInputs, StepInputs, StepTensors
@@ -110,7 +111,7 @@ class StepRunner:
     def _extra(self, hidden: Tensor, rows: npt.NDArray[np.int64], variant: BoundVariant) -> Tensor:
         """hidden [T, hidden] of which `rows` [n] are wanted -> [n, E]"""
         assert isinstance(self._model, VariantHost)
-        return self._model.extra_logits(hidden[torch.from_numpy(rows).to(self._device)], variant)
+        return self._model.extra_logits(hidden[to_device(torch.from_numpy(rows), self._device)], variant)
 
     def _head(self, hidden: Tensor, segments: VariantSegments) -> Tensor:
         if not segments:
