@@ -33,6 +33,7 @@ from model_worker.engine.loader import NativeRoute, load_model
 from model_worker.engine.lora.bound_variant import BoundVariant
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
+from model_worker.engine.ops.low_rank import to_device
 from model_worker.engine.outputs import TokenLogprobs
 from model_worker.engine.parallel.group import OneRank, RankGroup
 from model_worker.engine.pending_samples import PendingSamples
@@ -296,7 +297,7 @@ class ModelRunner:
             logits = self.steps.logits(batch, hidden, bound)
             extra = self.steps.extra_logits(batch, hidden, bound)
             if batch.repeats is not None:
-                logits = logits[torch.from_numpy(batch.repeats).to(self.device)]
+                logits = logits[to_device(torch.from_numpy(batch.repeats), self.device)]
         with self.profiler.span("sample", rows=len(sampled)):
             if extra:
                 rows = np.arange(len(sampled)) if batch.repeats is None else batch.repeats
