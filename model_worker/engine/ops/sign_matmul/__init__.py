@@ -5,8 +5,8 @@
         x     [T, K], out [T, N], both of one dtype, changed in place
         S     [N, K] of -1 and +1, one bit each; u [N], v [K] float32
 
-The sums over K are float32 on GPUs; on CPUs they are what torch's product with four-bit weights makes of them, which is
-float32 sums rounded to the dtype of x.
+The sums over K are float32 on GPUs, where v ∘ x is rounded to the dtype of x in segments of more rows than one; on CPUs
+they are what torch's product with four-bit weights makes of them, which is float32 sums rounded to the dtype of x.
 
 Source: Liu et al., arXiv 2402.10193 (BitDelta); scales of rows and columns: arXiv 2512.19720.
 """

@@ -7,17 +7,16 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from delta.merge_terms import unpack_signs
 from delta.variant_terms import SignPlane
+from model_worker.engine.ops.sign_matmul.bit_planes import to_bit_planes
 
 TABLE_COLUMNS = 4
-"""Address of the bits, of u, of v, and how many words of 32 bits a row of S has."""
+"""Address of the bits, of u, of v, and how many blocks of bits a row of S has."""
 
 _INT4_ROWS, _INT4_COLUMNS = 16, 32
 _PLUS, _MINUS = 9, 7  # four bits are numbers minus 8
-_WORD_BYTES = 4
 _ALIGNMENT_BYTES = 16
 
 
@@ -35,7 +34,7 @@ class SignMatrix:
         move: puts a tensor on the device; None: waits for it.
 
     Attributes:
-        bits: [N, words] int32, on GPUs.
+        bits: [N, blocks, 32] int32, on GPUs; see `bit_planes`.
         int4: what `_convert_weight_to_int4pack_for_cpu` makes of it, on CPUs.
         int4_scales: [K / group, N, 2] of 1 and 0, which change nothing.
         matrix: [N, K] of -1 and +1 where there is no such product.
@@ -67,8 +66,7 @@ class SignMatrix:
         self.int4_scales: Tensor | None = None
         self.matrix: Tensor | None = None
         if has_bits:
-            missing = -plane.bits.shape[1] % _WORD_BYTES
-            self.bits = move(functional.pad(plane.bits, (0, missing)).contiguous().view(torch.int32))
+            self.bits = move(to_bit_planes(plane.bits))
         elif self.num_outputs % _INT4_ROWS == 0 and num_inputs % _INT4_COLUMNS == 0:
             numbers = torch.where(unpack_signs(plane.bits, num_inputs), _PLUS, _MINUS).to(torch.int32)
             self.int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)

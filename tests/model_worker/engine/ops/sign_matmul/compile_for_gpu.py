@@ -20,7 +20,8 @@ def compile_kernel(tile_rows: int, block_outputs: int) -> None:
     constants: dict[str, Any] = {
         "NUM_PLANES": 2,
         "TILE_ROWS": tile_rows,
-        "BLOCK_INPUTS": 128,
+        "BLOCKS": 4,
+        "BLOCK_BITS": 4,
         "BLOCK_OUTPUTS": block_outputs,
         "TABLE_COLUMNS": TABLE_COLUMNS,
         "PRODUCT_DTYPE": tl.bfloat16,

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from delta.merge_terms import signs_to_dense
+from delta.merge_terms import signs_to_dense, unpack_signs
 from delta.variant_terms import SignPlane
 from model_worker.engine.ops.low_rank import SegmentPlan
 from model_worker.engine.ops.sign_matmul import SignMatrix, add_signs, planes_table
+from model_worker.engine.ops.sign_matmul.bit_planes import to_bit_planes
 from tests.fakes.random_terms import random_plane
 
 CPU = torch.device("cpu")
@@ -81,11 +81,7 @@ def _check(
 
 def _on_gpu(plane: SignPlane, num_inputs: int, dtype: torch.dtype) -> SignMatrix:
     """The form that GPUs have, in memory where the interpreter finds it."""
-    columns = torch.ones(num_inputs) if plane.column_scale is None else plane.column_scale
-    matrix = SignMatrix(replace(plane, column_scale=columns), num_inputs, dtype=dtype, device=CPU)
-    missing = -plane.bits.shape[1] % 4
-    matrix.bits = torch.nn.functional.pad(plane.bits, (0, missing)).contiguous().view(torch.int32)
-    return matrix
+    return SignMatrix(plane, num_inputs, dtype=dtype, device=CPU, has_bits=True)
 
 
 _BATCHES: dict[str, tuple[Bounds, int]] = {
@@ -112,11 +108,12 @@ def test_triton_on_batches_of_every_kind(kernels: ModuleType, batch: str, dtype:
     _check(bounds, num_rows, kernels=kernels, dtype=dtype)
 
 
-@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(1, 1), (33, 17), (128, 16), (50, 64), (300, 131), (576, 48)])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(1, 1), (33, 17), (128, 16), (50, 64), (300, 131), (1100, 48)])
 def test_every_size(kernels: ModuleType, num_inputs: int, num_outputs: int) -> None:
     torch.manual_seed(2)
     _check([(1, 2), (2, 5)], 6, num_inputs=num_inputs, num_outputs=num_outputs)
     _check([(1, 2), (2, 5)], 6, num_inputs=num_inputs, num_outputs=num_outputs, kernels=kernels)
+    _check([(1, 2), (2, 5)], 6, num_inputs=num_inputs, num_outputs=num_outputs, kernels=kernels, num_planes=(2, 3))
 
 
 def test_four_bits_and_plain_numbers_are_used_where_they_can_be() -> None:
@@ -127,8 +124,20 @@ def test_four_bits_and_plain_numbers_are_used_where_they_can_be() -> None:
     assert odd.matrix is not None
     on_gpu = SignMatrix(random_plane(32, 64), 64, dtype=torch.bfloat16, device=GPU_FORM)
     assert on_gpu.bits is not None
-    assert on_gpu.bits.shape == (32, 2)
-    assert on_gpu.num_bytes == 32 * 64 // 8 + 4 * (32 + 64)
+    assert on_gpu.bits.shape == (32, 1, 32)
+    assert on_gpu.num_bytes == 32 * 1024 // 8 + 4 * (32 + 64)
+
+
+@pytest.mark.parametrize("num_inputs", [1, 40, 1024, 2500])
+def test_bits_are_where_the_docstring_says(num_inputs: int) -> None:
+    torch.manual_seed(3)
+    plane = random_plane(5, num_inputs)
+    words = to_bit_planes(plane.bits)
+    assert words.shape == (5, -(-num_inputs // 1024), 32)
+    bits = (words[:, :, None, :] >> torch.arange(32, dtype=torch.int32)[:, None]) & 1  # [N, blocks, bit, word]
+    found = bits.reshape(5, -1)
+    assert torch.equal(found[:, :num_inputs].bool(), unpack_signs(plane.bits, num_inputs))
+    assert not found[:, num_inputs:].any()
 
 
 def test_they_compile_for_a_gpu(tmp_path: Path) -> None:
