@@ -34,7 +34,7 @@ class LeadingSteps(StepRunner):
         self._owed: list[Callable[[], Tensor]] = []  # calls for the last batch that the others make
 
     def move_blocks(self, moves: BlockMoves) -> None:
-        self._own.move_blocks(moves)
+        self._together(partial(self._own.move_blocks, moves))
 
     def forward(self, batch: StepBatch, variants: BoundVariants) -> Tensor:
         while self._owed:

@@ -46,8 +46,9 @@ class ProcessGroup:
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         widest = max(widths)
         padded = F.pad(x, (0, widest - x.shape[-1])).contiguous()
-        parts = [torch.empty_like(padded) for _ in widths]
-        self._group.allgather([parts], [padded]).wait()
+        gathered = padded.new_empty((self.size * len(padded), *padded.shape[1:]))
+        self._group._allgather_base(gathered, padded).wait()
+        parts = gathered.view(self.size, *padded.shape)
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     def broadcast(self, x: Tensor) -> None:
