@@ -131,7 +131,7 @@ class StepTables:
         output_scales, input_scales: by the key of a fused layer, [variants, columns] of `ops/row_scales`.
         norms: [norms, 1 + variants] int64, addresses of weights; 0: the norm's own, as for the base, number 0.
         norm_places: rows of `norms` by the key of the norm.
-        embedding: with the numbers: [T] int64, 1 + number of the variant of each row; 0: the base.
+        embedding: with the numbers [T] of the rows' variants, plus 1; 0: the base.
     """
 
     low_rank: Mapping[str, Tensor]

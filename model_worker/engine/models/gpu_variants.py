@@ -14,13 +14,12 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import RMSNorm
-from model_worker.engine.layers.row_terms import NO_TERMS, BoundTerms, RowTerms, StepTables, TermKind
+from model_worker.engine.layers.row_terms import NO_TERMS, BoundTerms, RowTerms, TermKind
 from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.models.gpu_terms import TermBinder
 from model_worker.engine.models.gpu_weights import WeightPlace
@@ -28,14 +27,15 @@ from model_worker.engine.models.variant_tables import VariantTables
 from model_worker.engine.ops.low_rank import SegmentPlan, tile_table, to_device
 from registry.errors import InsufficientMemoryError
 
-_GRAPH_MAX_RANK = 128  # of the variants of steps that a captured graph can compute
 _MAX_VARIANTS = 256  # that are bound at once
-_GRAPH_KINDS = (
-    TermKind.LOW_RANK,
-    TermKind.LOW_RANK | TermKind.SIGNS | TermKind.NORMS | TermKind.EMBEDDING,
-    ~NO_TERMS,
+_RANK_STEP = 64  # steps of ranks up to this have the same kernels, those of graphs
+_STATIC_COLUMNS = 4  # of a graph's tables, for each row: three of a tile, and a number
+_GRAPHS = (
+    (TermKind.LOW_RANK, 64),
+    (TermKind.LOW_RANK | TermKind.SIGNS | TermKind.NORMS | TermKind.EMBEDDING, 64),
+    (~NO_TERMS, 256),
 )
-"""Of the graphs of a bucket: for adapters, for compressed fine-tunes, for everything."""
+"""Kinds and highest rank of the graphs of a bucket: for adapters, for compressed fine-tunes, for everything."""
 
 
 class GpuVariant:
@@ -150,11 +150,14 @@ class GpuVariants:
         variants = self._ready(segments)
         bounds = tuple((segment.start, segment.end) for segment in segments)
         kinds = _kinds(variants)
-        plan = SegmentPlan(num_rows, bounds, max(1, *(variant.max_rank for variant in variants)))
+        max_rank = max(1, *(variant.max_rank for variant in variants))
+        if self._tables is not None:
+            max_rank = -(-max_rank // _RANK_STEP) * _RANK_STEP
+        plan = SegmentPlan(num_rows, bounds, max_rank)
         tables = None
         if self._tables is not None:
             plan = plan.tiled(self._device, entries=[variant.number for variant in variants])
-            numbers = torch.zeros(num_rows, dtype=torch.int64)
+            numbers = torch.zeros(num_rows, dtype=torch.int32)
             for (start, end), variant in zip(bounds, variants, strict=True):
                 numbers[start:end] = 1 + variant.number
             tables = self._tables.of_rows(to_device(numbers, self._device))
@@ -163,10 +166,7 @@ class GpuVariants:
     def graph_terms(self, num_rows: int) -> tuple[GraphTerms, ...]:
         """For graphs of steps of so many rows: from the one that computes least to the one that serves the most."""
         assert self._tables is not None
-        numbers = torch.zeros(num_rows, dtype=torch.int64, device=self._device)
-        tables = self._tables.of_rows(numbers)
-        tiles = torch.zeros(num_rows, 3, dtype=torch.int32, device=self._device)
-        return tuple(GraphTerms(kinds, tables, tiles) for kinds in _GRAPH_KINDS)
+        return tuple(GraphTerms(num_rows, kinds, max_rank, self._tables, self._device) for kinds, max_rank in _GRAPHS)
 
     def _ready(self, segments: VariantSegments) -> list[GpuVariant]:
         variants = [cast(GpuVariant, segment.variant) for segment in segments]
@@ -176,24 +176,29 @@ class GpuVariants:
 
 
 class GraphTerms(RowTerms):
-    """What layers ask in steps of a captured graph: static tables, which are filled before each replay.
+    """What layers ask in steps of a captured graph: static tables, which are filled before a replay.
 
     Args:
-        kinds: that the graph computes.
-        tables: with numbers of as many rows as the graph has; written to.
-        tiles: [rows, 3] int32, written to.
+        num_rows: of the graph.
+        kinds, max_rank: that it computes.
+        tables: of all variants.
     """
 
-    def __init__(self, kinds: TermKind, tables: StepTables, tiles: Tensor) -> None:
-        super().__init__(SegmentPlan(len(tiles), (), _GRAPH_MAX_RANK, tiles), kinds, (), tables, in_graph=True)
-        self._tiles = tiles
-        self._numbers = tables.numbers
+    def __init__(
+        self, num_rows: int, kinds: TermKind, max_rank: int, tables: VariantTables, device: torch.device
+    ) -> None:
+        # The tiles, at most one for each row, then the number of each row's variant: one copy fills both.
+        self._static = torch.zeros(_STATIC_COLUMNS * num_rows, dtype=torch.int32, device=device)
+        tiles = self._static[: 3 * num_rows].view(num_rows, 3)
+        of_rows = tables.of_rows(self._static[3 * num_rows :])
+        super().__init__(SegmentPlan(num_rows, (), max_rank, tiles), kinds, (), of_rows, in_graph=True)
+        self._filled: list[tuple[int, int, int]] = []  # (start, end, number) of what the tables are filled with
 
     def serves(self, segments: VariantSegments) -> bool:
         """Whether a replay computes these rows."""
         variants = [cast(GpuVariant, segment.variant) for segment in segments]
         return _kinds(variants) & ~self.kinds == NO_TERMS and all(
-            variant.max_rank <= _GRAPH_MAX_RANK for variant in variants
+            variant.max_rank <= self.plan.max_rank for variant in variants
         )
 
     def fill(self, segments: VariantSegments) -> None:
@@ -201,16 +206,18 @@ class GraphTerms(RowTerms):
         variants = [cast(GpuVariant, segment.variant) for segment in segments]
         for variant in variants:
             variant.wait()
+        wanted = [(start, end, variant.number) for (start, end, _), variant in zip(segments, variants, strict=True)]
+        if wanted == self._filled:
+            return
+        self._filled = wanted
         num_rows = self.plan.num_rows
-        staging = torch.zeros(num_rows, 4, dtype=torch.int32)
-        tiles = tile_table([(start, end) for start, end, _ in segments], [variant.number for variant in variants])
+        staging = torch.zeros(_STATIC_COLUMNS * num_rows, dtype=torch.int32, pin_memory=self._static.is_cuda)
+        tiles = tile_table([(start, end) for start, end, _ in wanted], [number for _, _, number in wanted])
         if tiles:
-            staging[: len(tiles), :3] = torch.tensor(tiles, dtype=torch.int32)
-        for (start, end, _), variant in zip(segments, variants, strict=True):
-            staging[start:end, 3] = 1 + variant.number
-        sent = to_device(staging, self._tiles.device)
-        self._tiles.copy_(sent[:, :3])
-        self._numbers.copy_(sent[:, 3])
+            staging[: 3 * len(tiles)] = torch.tensor(tiles, dtype=torch.int32).flatten()
+        for start, end, number in wanted:
+            staging[3 * num_rows + start : 3 * num_rows + end] = 1 + number
+        self._static.copy_(staging, non_blocking=True)
 
 
 def _kinds(variants: Sequence[GpuVariant]) -> TermKind:

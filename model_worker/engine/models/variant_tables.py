@@ -107,7 +107,7 @@ class VariantTables:
         copy(embedding, self._embedding[number])
 
     def of_rows(self, numbers: Tensor) -> StepTables:
-        """For rows [T] int64 whose variants have these numbers, plus 1; 0: the base."""
+        """For rows whose variants have these numbers, plus 1; 0: the base. numbers [T] integers"""
         embedding = embedding_terms.EmbeddingTable(self._embedding, numbers, self._num_tokens)
         return replace(self._of_base, embedding=embedding)
 

@@ -36,7 +36,7 @@ class EmbeddingTable:
 
     Attributes:
         rows: [variants, TABLE_COLUMNS] int64 on the device, of `table_row`.
-        numbers: [T] int64, 1 + number of the variant of each row; 0: the base.
+        numbers: [T] integers, 1 + number of the variant of each row; 0: the base.
         num_tokens: V.
     """
 

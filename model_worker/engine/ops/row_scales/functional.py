@@ -7,7 +7,7 @@
         x, out    [T, N] of one dtype, rows contiguous; out may be x
         e, f      [N] float32; each may be missing
         table     [variants, TABLE_COLUMNS] int64 on the device, of `table_row`
-        numbers   [T] int64, 1 + number of the variant of each row; 0: the base
+        numbers   [T] integers, 1 + number of the variant of each row; 0: the base
 
 Computed in float32. A captured graph serves any rows, because all is read from the table and the numbers. On CPUs the
 segments of a step are scaled one after the other, by `layers/row_terms.py`.
