@@ -126,6 +126,10 @@ class AdapterTensors:
             )
         return self._shapes[name]
 
+    def peek(self, name: str) -> Tensor:
+        """A tensor that somebody else is to take, who looks at what it holds."""
+        return self._read(_PREFIX + name)
+
     def take(self, name: str, shape: tuple[int, ...], hint: str = "") -> Tensor:
         """A tensor: contiguous, finite, in the file's dtype (float64 becomes float32), perhaps a part of its content.
 

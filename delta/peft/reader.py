@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from delta.extra_tokens import check_extra_rows
 from delta.peft.adapter_config import LoraConfig, read_adapter_config
 from delta.peft.adapter_files import (
     AdapterTensors,
@@ -17,6 +18,7 @@ from delta.peft.adapter_files import (
 from delta.peft.base_model import BaseModel
 from delta.peft.ia3 import read_ia3
 from delta.peft.lora import read_lora
+from delta.peft.resized_base import resize_base
 from delta.peft.terms_builder import TermsBuilder
 from delta.peft.whole_modules import read_whole_modules
 from delta.variant_terms import VariantTerms
@@ -40,16 +42,21 @@ def read_peft_adapter(directory: Path, base: BaseModel) -> VariantTerms:
     builder = TermsBuilder(config_path)
     tensors = open_tensors(weights)
     _check_base_digest(tensors, base)
+    resized = resize_base(config, tensors, base)
+    trained_on = resized or base
     if isinstance(config, LoraConfig):
-        read_lora(config, tensors, base, builder)
+        read_lora(config, tensors, trained_on, builder)
     else:
-        read_ia3(config, tensors, base, builder)
+        read_ia3(config, tensors, trained_on, builder)
     tied = isinstance(config, LoraConfig) and config.tied
-    read_whole_modules(config.targets, tensors, base, builder, tied=tied)
+    read_whole_modules(config.targets, tensors, trained_on, builder, tied=tied)
     tensors.check_all_taken()
     if _states(config_path, weights_path) != before:
         raise CheckpointError(f"{directory} was written to while it was read; load it again")
     terms = builder.build(digest)
+    if resized is not None:
+        terms = resized.split(terms)
+        check_extra_rows(terms, base.shapes, directory)
     if terms.num_modules == 0:
         raise CheckpointError(f"{directory} changes no module of this base; was it trained on another one?")
     of_file = weights.data.data_ptr()  # these are known to be finite

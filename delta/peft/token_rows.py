@@ -33,18 +33,19 @@ def read_token_rows(config: LoraConfig, tensors: AdapterTensors, base: BaseModel
         if max(token_ids) >= num_rows:
             raise CheckpointError(
                 f"{tensors.config_file}: trainable_token_indices goes to {max(token_ids)}, but {module} of this "
-                f"base has {num_rows} rows; give the base the adapter's vocabulary first"
+                f"base has {num_rows} rows; was the adapter trained on another base?"
             )
         rows = tensors.take(f"{module}.token_adapter.trainable_tokens_delta", (len(token_ids), width))
         ids, order = torch.tensor(token_ids).sort()
-        rows = rows[order]
         heads = [module]
         if linear is None:
-            builder.add_embedding(module, EmbeddingTerms(token_ids=ids, rows=rows))
+            builder.add_embedding(module, EmbeddingTerms(token_ids=ids, rows=rows[order]))
             tied = [head for head, embedding in shapes.tied.items() if embedding == module]
             heads = [head for head in tied if by_module.get(head, token_ids) == token_ids]
+            for head in heads:
+                _check_twin(head, rows, tensors)
         for head in heads:
-            _replace_rows(head, ids, rows, tensors, base, builder)
+            _replace_rows(head, ids, rows[order], tensors, base, builder)
 
 
 def _modules(name: str | None, tensors: AdapterTensors, base: BaseModel) -> list[str]:
@@ -58,6 +59,16 @@ def _modules(name: str | None, tensors: AdapterTensors, base: BaseModel) -> list
             "was the adapter trained on another base?"
         )
     return found
+
+
+def _check_twin(head: str, rows: Tensor, tensors: AdapterTensors) -> None:
+    """PEFT stores the rows of a tied head once more where it saves embeddings."""
+    name = f"{head}.token_adapter.trainable_tokens_delta"
+    if name in tensors and not torch.equal(tensors.take(name, tuple(rows.shape)), rows):
+        raise CheckpointError(
+            f"{tensors.file}: {name} differs from the rows of the embedding that {head} is tied to; name it in "
+            "trainable_token_indices with other indices, or save the adapter again"
+        )
 
 
 def _replace_rows(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from registry.errors import CheckpointError
 _COPY_TOLERANCE = 2**-7
 """Relative; a base that is served in bfloat16 differs by 2**-8 from a copy in float32."""
 _BLOCK_ROWS = 4096
+_COPIES: tuple[str, ...] = ("base_layer.weight", "token_adapter.base_layer.weight", "original_module.weight")
+"""Names below a module under which PEFT stores the base's weight, where it saves embeddings."""
 
 
 def read_whole_modules(
@@ -32,14 +36,17 @@ def read_whole_modules(
         source = shapes.tied.get(module, module) if tied else module
         if in_saved_module(rules, module) or in_saved_module(rules, source):
             _read_linear(module, linear, tensors, base, builder)
+            names = _COPIES
         else:
-            _check_copies(module, (linear.out_features, linear.in_features), linear.transposed, tensors, base)
+            names = (*_COPIES, "weight")
+        _check_copies(names, module, (linear.out_features, linear.in_features), linear.transposed, tensors, base)
     for module, shape in shapes.embeddings.items():
         if in_saved_module(rules, module):
-            hint = "; an adapter with a vocabulary of another size needs a base of that size"
-            builder.add_table(module, tensors.take(f"{module}.weight", shape, hint))
+            builder.add_table(module, _take_saved(module, shape, tensors))
+            names = _COPIES
         else:
-            _check_copies(module, shape, False, tensors, base)
+            names = (*_COPIES, "weight")
+        _check_copies(names, module, shape, False, tensors, base)
     for parameter, vector_shape in shapes.vectors.items():
         if in_saved_module(rules, parameter.rpartition(".")[0]):
             builder.add_vector(parameter, tensors.take(parameter, vector_shape))
@@ -65,7 +72,7 @@ def _read_linear(
     module: str, linear: LinearShape, tensors: AdapterTensors, base: BaseModel, builder: TermsBuilder
 ) -> None:
     shape = (linear.out_features, linear.in_features)
-    stored = tensors.take(f"{module}.weight", shape[::-1] if linear.transposed else shape)
+    stored = _take_saved(module, shape[::-1] if linear.transposed else shape, tensors)
     weight = stored.T.contiguous() if linear.transposed else stored
     builder.add_linear(module, output_scale=torch.zeros(linear.out_features), dense=weight)
     if linear.has_bias:
@@ -82,14 +89,29 @@ def _read_experts(parameter: str, shape: ExpertsShape, tensors: AdapterTensors, 
         builder.add_expert(parameter, index, LinearTerms(output_scale=torch.zeros(rows), dense=dense))
 
 
+def _take_saved(module: str, shape: tuple[int, int], tensors: AdapterTensors) -> Tensor:
+    """The new weight of a module, which PEFT stores twice where it saves embeddings."""
+    hint = "; an adapter with a smaller vocabulary needs a base of that size"
+    weight = tensors.take(f"{module}.weight", shape, hint)
+    twin = f"{module}.modules_to_save.weight"
+    if twin in tensors and not torch.equal(tensors.take(twin, shape, hint), weight):
+        raise CheckpointError(f"{tensors.file}: {module}.weight and {twin} differ; save the adapter again")
+    return weight
+
+
 def _check_copies(
-    module: str, shape: tuple[int, int], transposed: bool, tensors: AdapterTensors, base: BaseModel
+    names: Iterable[str],
+    module: str,
+    shape: tuple[int, int],
+    transposed: bool,
+    tensors: AdapterTensors,
+    base: BaseModel,
 ) -> None:
     """PEFT stores the base's embeddings beside low-rank terms for them; they must be those of this base."""
-    for name in (f"{module}.base_layer.weight", f"{module}.weight"):
+    for name in (f"{module}.{each}" for each in names):
         if name not in tensors:
             continue
-        hint = "; an adapter with a vocabulary of another size needs a base of that size"
+        hint = "; an adapter with a smaller vocabulary needs a base of that size"
         copy = tensors.take(name, shape[::-1] if transposed else shape, hint)
         if not _is_copy(copy.T if transposed else copy, base.weight(module)):
             raise CheckpointError(

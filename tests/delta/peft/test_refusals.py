@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from delta.peft.reader import read_peft_adapter
-from registry.errors import CheckpointError, RootgraftError
+from registry.errors import CheckpointError, RootgraftError, UnsupportedModelError
 from tests.fakes.peft_adapters import TinyBase, make_adapter
 from tests.fakes.tiny_models import build_tiny_model
 
@@ -195,7 +195,10 @@ def test_copies_of_another_bases_embeddings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not the weight of this base"):
         read_peft_adapter(tmp_path, base)
     _rewrite(tmp_path, {**weights, copy: torch.cat((weights[copy], weights[copy][:1]))})
-    with pytest.raises(CheckpointError, match="vocabulary of another size"):
+    with pytest.raises(UnsupportedModelError, match="lacks rows of lm_head"):
+        read_peft_adapter(tmp_path, base)
+    _rewrite(tmp_path, {**weights, copy: weights[copy][:-1]})
+    with pytest.raises(CheckpointError, match="smaller vocabulary"):
         read_peft_adapter(tmp_path, base)
 
 
