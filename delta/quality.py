@@ -32,8 +32,8 @@ class QualityMeter:
 
     The models are computed with transformers in `dtype`, one after the other, and the fine-tune only once. Memory: one
     model in `dtype` and, while `measure` builds it, its weights as they were given; and 4 bytes for each prompted token
-    and token of the vocabulary, 250 MB for the default prompts and a vocabulary of 49 thousand; and for `inputs`, at 1,024
-    tokens at most, 2 bytes for each number that a layer is given.
+    and token of the vocabulary, 250 MB for the default prompts and a vocabulary of 49 thousand; and for `inputs`, at
+    1,024 tokens at most, 2 bytes for each number that a layer is given.
 
     Attributes:
         inputs: what the fine-tune's linear layers get as inputs when it reads `calibration`.
