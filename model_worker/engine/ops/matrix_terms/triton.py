@@ -13,7 +13,7 @@ from model_worker.engine.ops.matrix_terms.triton_kernels import add_matrices_ker
 
 _BLOCK_OUTPUTS = 32
 _BLOCK_INPUTS = 128
-_BLOCK_VALUES = 8  # of each output of a sparse matrix, at once
+_BLOCK_VALUES = 32  # of each output of a sparse matrix, at once
 
 
 def add_matrices(x: Tensor, out: Tensor, table: Tensor, widths: Sequence[int], plan: SegmentPlan) -> None:

@@ -1,6 +1,6 @@
 """Products with variants' matrices on GPUs. Shapes and tables as in functional.py; sums are float32.
 
-A sparse matrix is multiplied output by output: some numbers of each, gathered from the rows and added up.
+A sparse matrix is multiplied row by row and output by output: some numbers of each, gathered from the row and added up.
 """
 
 import triton
@@ -66,17 +66,17 @@ def add_matrices_kernel(
             begins = tl.load(starts + outputs, mask=has_output, other=0)
             ends = tl.load(starts + outputs + 1, mask=has_output, other=0)
             longest = tl.reduce(ends - begins, 0, larger)
-            for first_value in range(0, longest, BLOCK_VALUES):
-                places = begins[:, None] + first_value + tl.arange(0, BLOCK_VALUES)[None, :]
-                has_value = places < ends[:, None]
-                gathered = tl.load(columns + places, mask=has_value, other=0)
-                z_values = tl.load(values + places, mask=has_value, other=0.0).to(tl.float32)
-                x_values = tl.load(
-                    x + rows[:, None, None] * x_stride + gathered[None, :, :],
-                    mask=has_row[:, None, None] & has_value[None, :, :],
-                    other=0.0,
-                ).to(tl.float32)
-                sums += tl.reduce(x_values * z_values[None, :, :], 2, add)
+            for index in range(count):  # the rows that there are: mostly one
+                row = x + (tl.load(tile + 1).to(tl.int64) + index) * x_stride
+                partial = tl.full((BLOCK_OUTPUTS, BLOCK_VALUES), 0.0, dtype=tl.float32)
+                for first_value in range(0, longest, BLOCK_VALUES):
+                    places = begins[:, None] + first_value + tl.arange(0, BLOCK_VALUES)[None, :]
+                    has_value = places < ends[:, None]
+                    gathered = tl.load(columns + places, mask=has_value, other=0)
+                    z_values = tl.load(values + places, mask=has_value, other=0.0).to(tl.float32)
+                    partial += tl.load(row + gathered, mask=has_value, other=0.0).to(tl.float32) * z_values
+                of_row = (tl.arange(0, TILE_ROWS) == index)[:, None]
+                sums += tl.where(of_row, tl.reduce(partial, 1, add)[None, :], 0.0)
         first_column = tl.load(entry + 4)
         target = out + rows[:, None] * out_stride + (first_column + outputs)[None, :]
         mask = has_row[:, None] & has_output[None, :]

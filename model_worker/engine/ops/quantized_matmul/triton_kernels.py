@@ -221,7 +221,10 @@ def float8_rows_kernel(
             sums = tl.dot(of_rows, tl.trans(weights), sums)
         else:
             sums = tl.dot(
-                of_rows.to(PRODUCT_DTYPE), tl.trans(weights.to(PRODUCT_DTYPE)), sums, input_precision=PRECISION
+                of_rows.to(PRODUCT_DTYPE),
+                tl.trans(weights.to(tl.float32).to(PRODUCT_DTYPE)),
+                sums,
+                input_precision=PRECISION,
             )
     sums = sums * tl.load(scales + outputs, mask=has_output, other=0.0)[None, :]
     if row_scales is not None:

@@ -27,7 +27,7 @@ from model_worker.engine.ops.sampling.reference import PARAMETER_COLUMNS, draw_r
 
 __all__ = ["NUM_ORDERED", "PARAMETER_COLUMNS", "Draws", "draw_tokens"]
 
-NUM_ORDERED = 1024  # most tokens that a GPU puts in order in registers
+NUM_ORDERED = 1024  # most tokens that a GPU puts in order
 
 
 class Draws(NamedTuple):

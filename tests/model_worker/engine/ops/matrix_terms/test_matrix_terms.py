@@ -64,7 +64,7 @@ def test_dense_and_sparse_parts(kernels: ModuleType, num_inputs: int, dtype: tor
 def test_it_compiles_for_gpus() -> None:
     types = {"x": "*bf16", "out": "*bf16", "tiles": "*i32", "table": "*i64"}
     constants = {
-        "TILE_ROWS": 16, "BLOCK_OUTPUTS": 32, "BLOCK_INPUTS": 128, "BLOCK_VALUES": 8, "TABLE_COLUMNS": TABLE_COLUMNS,
+        "TILE_ROWS": 16, "BLOCK_OUTPUTS": 32, "BLOCK_INPUTS": 128, "BLOCK_VALUES": 32, "TABLE_COLUMNS": TABLE_COLUMNS,
         "PRECISION": "tf32",
     }  # fmt: skip
     module = "model_worker.engine.ops.matrix_terms.triton_kernels"
