@@ -15,6 +15,7 @@ from adapters.chat_template import ChatTemplate
 from adapters.load_plan import LoadPlan
 from adapters.tokenizer import Tokenizer, load_tokenizer
 from delta.fine_tune_files import is_delta, write_small_files
+from delta.vocabulary_rows import vocabulary_rows
 from registry.checkpoint_file import MAX_JSON_BYTES, file_size, read_json_file
 from registry.errors import CheckpointError, UnsupportedModelError
 
@@ -43,8 +44,8 @@ def read_prompt_format(
     """Read the tokenizer files that training leaves beside an adapter, or that come with a delta.
 
     Most adapters have none, or those of the base. A tokenizer with added tokens that the base's has not is used for the
-    fine-tune's texts, if the base's embedding has rows for them; the rest of the vocabulary, which no fine-tune
-    changes, is not compared.
+    fine-tune's texts, if the base's embedding or its own has rows for them; the rest of the vocabulary, which no
+    fine-tune changes, is not compared.
 
     Args:
         directory: of the adapter or delta.
@@ -52,20 +53,24 @@ def read_prompt_format(
 
     Raises:
         CheckpointError: one of the files cannot be read, or the template is not valid.
-        UnsupportedModelError: the tokenizer has tokens for which the base has no rows.
+        UnsupportedModelError: the tokenizer has tokens for which neither has rows.
     """
     if not is_delta(directory):
-        return _read(directory, base, tokenizer, with_template=with_template)
+        return _read(directory, directory, base, tokenizer, with_template=with_template)
     with TemporaryDirectory(prefix="rootgraft-") as files:
         write_small_files(base.path, directory, Path(files))
-        return _read(Path(files), base, tokenizer, with_template=with_template)
+        return _read(Path(files), directory, base, tokenizer, with_template=with_template)
 
 
-def _read(directory: Path, base: LoadPlan, tokenizer: Tokenizer, *, with_template: bool) -> PromptFormat:
+def _read(
+    directory: Path, fine_tune: Path, base: LoadPlan, tokenizer: Tokenizer, *, with_template: bool
+) -> PromptFormat:
+    """`directory` holds the small files of the fine-tune."""
     file = directory / "tokenizer_config.json"
     config = read_json_file(file) if file.exists() else {}
     own = {name: text for name in _SPECIAL if (text := _text(config.get(name))) is not None}
-    own_tokenizer = _own_tokenizer(directory, config, base, tokenizer, padding=own.get("pad_token"))
+    new = _new_tokens(directory, config, tokenizer, padding=own.get("pad_token"))
+    own_tokenizer = _own_tokenizer(directory, new, max(base.vocab_size, vocabulary_rows(fine_tune))) if new else None
     tokenizer = own_tokenizer or tokenizer
     template: ChatTemplate | None = None
     stop: set[int] = set()
@@ -78,27 +83,29 @@ def _read(directory: Path, base: LoadPlan, tokenizer: Tokenizer, *, with_templat
     return PromptFormat(template, tuple(sorted(stop.difference(base.stop_token_ids))), own_tokenizer)
 
 
-def _own_tokenizer(
-    directory: Path, config: Mapping[str, Any], base: LoadPlan, tokenizer: Tokenizer, *, padding: str | None
-) -> Tokenizer | None:
-    """None: all added tokens are the base's. Padding is never part of a prompt, so the base need not know it."""
-    new = [
+def _new_tokens(
+    directory: Path, config: Mapping[str, Any], tokenizer: Tokenizer, *, padding: str | None
+) -> list[tuple[str, Any]]:
+    """Added tokens that the base has not. Padding is never part of a prompt, so the base need not know it."""
+    return [
         (text, index)
         for text, index in _added_tokens(directory, config)
         if text != padding and tokenizer.backend.token_to_id(text) != index
     ]
-    if not new:
-        return None
+
+
+def _own_tokenizer(directory: Path, new: list[tuple[str, Any]], num_rows: int) -> Tokenizer:
+    """`num_rows`: of the embedding."""
     (text, index) = new[0]
     if (directory / "tokenizer.json").exists():
         own = load_tokenizer(directory)
-        if all(own.backend.token_to_id(text) == index and index < base.vocab_size for text, index in new):
+        if all(own.backend.token_to_id(text) == index and index < num_rows for text, index in new):
             return own
     raise UnsupportedModelError(
         f"The tokenizer has the token {text!r} with id {index}, which the base model's tokenizer has not; for that, a "
-        f"tokenizer.json with it is needed, and a base whose embedding has a row for it (this one's has "
-        f"{base.vocab_size}). Train it without new tokens, take the tokenizer's files away if no prompt holds "
-        "this one, or serve the fine-tune as a model of its own."
+        f"tokenizer.json with it is needed, and an embedding that has a row for it, of the base or in the fine-tune's "
+        f"own files ({num_rows} rows are there). Train it without new tokens, save it with its embedding and head, "
+        "take the tokenizer's files away if no prompt holds this one, or serve the fine-tune as a model of its own."
     )
 
 

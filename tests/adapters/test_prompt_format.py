@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from adapters import plan_load
@@ -105,8 +107,23 @@ def test_tokens_of_its_own_come_with_a_tokenizer_of_its_own(tmp_path: Path) -> N
 
 def test_tokens_for_which_the_base_has_no_rows_are_refused(tmp_path: Path) -> None:
     with_tokens(tmp_path, "<pirate>", "<parrot>", "<plank>")
-    with pytest.raises(UnsupportedModelError, match=r"this one's has 260"):
+    with pytest.raises(UnsupportedModelError, match=r"260 rows are there"):
         read(tmp_path)
+
+
+def test_an_adapter_with_rows_of_its_own(tmp_path: Path) -> None:
+    """Of a saved embedding, of a copy of the base's resized one, or trained by themselves."""
+    with_tokens(tmp_path, "<pirate>", "<parrot>", "<plank>")
+    name = "base_model.model.model.embed_tokens"
+    save_file({f"{name}.weight": torch.zeros(261, 4)}, tmp_path / "adapter_model.safetensors")
+    assert read(tmp_path).tokenizer is not None
+    save_file({f"{name}.token_adapter.base_layer.weight": torch.zeros(261, 4)}, tmp_path / "adapter_model.safetensors")
+    assert read(tmp_path).tokenizer is not None
+    save_file({f"{name}.weight": torch.zeros(260, 4)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"260 rows are there"):
+        read(tmp_path)
+    write(tmp_path, adapter_config={"peft_type": "LORA", "trainable_token_indices": [5, 260]})
+    assert read(tmp_path).tokenizer is not None
 
 
 def test_tokens_of_the_base_and_padding_are_nothing_new(tmp_path: Path) -> None:
