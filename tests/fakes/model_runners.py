@@ -24,12 +24,13 @@ def make_runner(impl: str, plan: LoadPlan, config: EngineConfig, kernels: Kernel
     if impl != "gpu":
         return ModelRunner(plan, replace(config, model_impl=impl), kernels=kernels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "load_model", _load)
+        patch.setattr(model_runner, "load_model", load_as_on_gpus)
         runner = ModelRunner(plan, config)
     is_mixture = any(layer.mixture is not None for layer in read_spec(plan.config, plan.max_model_len).layers)
     assert isinstance(runner.model, GpuDecoder) != is_mixture
     return runner
 
 
-def _load(*args: Any, **options: Any) -> CausalModel:
+def load_as_on_gpus(*args: Any, **options: Any) -> CausalModel:
+    """`load_model` that builds the native decoder for GPUs."""
     return load_model(*args, **{**options, "group": OneRank()})

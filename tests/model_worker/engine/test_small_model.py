@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
+from model_worker.engine import model_runner
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.llm import LLM
 from model_worker.engine.sampling_params import SamplingParams
+from tests.fakes.model_runners import load_as_on_gpus
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=60)
 
 SETTINGS = {
     "together": EngineConfig(model_impl="native"),
     "transformers": EngineConfig(model_impl="transformers"),
+    "as on GPUs": EngineConfig(model_impl="native"),
     "alone": EngineConfig(scheduler=SchedulerConfig(max_num_seqs=1)),
     "in chunks": EngineConfig(scheduler=SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=24)),
     "preempted": EngineConfig(cache=CacheConfig(block_size=8, num_blocks=14, enable_prefix_caching=False)),
@@ -28,8 +31,10 @@ SCARCE = ("preempted", "swapped")
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_greedy_tokens_are_those_of_transformers(
-    setting: str, smollm2_dir: Path, smollm2_greedy: dict[str, dict[str, Any]]
+    setting: str, smollm2_dir: Path, smollm2_greedy: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if setting == "as on GPUs":
+        monkeypatch.setattr(model_runner, "load_model", load_as_on_gpus)
     llm = LLM(smollm2_dir, SETTINGS[setting], dtype="float32", max_model_len=256)
     template = llm.plan.chat_template
     assert template is not None
