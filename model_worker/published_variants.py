@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
 _TIMEOUT_S = (5.0, 60.0)  # to connect, and between two pieces
+_LIST_TIMEOUT_S = (5.0, 10.0)
 _ABANDONED_S = 86400.0
 _STAGING_PREFIX = ".tmp-"
 
@@ -89,31 +90,31 @@ class PublishedVariants:
         for directory in directories:
             os.close(self.held.pop(directory))
 
-    def clean(self) -> None:
+    def clean(self) -> bool:
         """Remove what the catalog does not have and no worker of this machine uses; blocks.
 
-        What cannot be done now, because a version is being fetched or the controller is away, is left to the next time.
+        Returns:
+            False: not now, because a version is being fetched, the controller is away, or the disk cannot be written.
         """
         if self._controller_url is None or not self._variants.is_dir():
-            return
+            return True
         try:
             url = f"{self._controller_url.rstrip('/')}/internal/versions"
-            with requests.get(url, headers=self._headers, timeout=_TIMEOUT_S, allow_redirects=False) as response:
+            with requests.get(url, headers=self._headers, timeout=_LIST_TIMEOUT_S, allow_redirects=False) as response:
                 response.raise_for_status()
                 published = VersionsReply.model_validate_json(response.content).manifest_digests
-        except (requests.RequestException, ValueError) as error:
-            logger.info("the cache of published versions is not cleaned: %s", error)
-            return
-        try:
             alone = _locked(self._variants / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return
+        except (requests.RequestException, ValueError, BlockingIOError) as error:
+            logger.debug("the cache of published versions is not cleaned now: %s", error)
+            return False
         try:
             self._remove_all_but({digest.removeprefix("sha256:") for digest in published})
         except OSError as error:
             logger.warning("the cache of published versions cannot be cleaned: %s", error)
+            return False
         finally:
             os.close(alone)
+        return True
 
     def _remove_all_but(self, published: Collection[str]) -> None:
         """While nobody fetches anything."""

@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 REPORT_TIMEOUT_S = 0.1
 """How long a report of all adapters waits for the end of a step; a heartbeat must not come late."""
 
+CLEAN_AGAIN_S = 10.0  # after the files of old versions could not be removed
+
 Change = Callable[[str], Awaitable[variant_status.VariantStatus]]
 
 
@@ -205,9 +207,13 @@ class Variants:
         return list(self._messages.values())
 
     async def clean(self) -> None:
-        """Remove the files of published versions that nobody needs any more."""
-        if self._published is not None:
-            await asyncio.to_thread(self._published.clean)
+        """Remove the files of published versions that nobody needs any more, as soon as that can be done."""
+        if self._published is None:
+            return
+        while True:
+            if await asyncio.to_thread(self._published.clean):
+                return
+            await asyncio.sleep(CLEAN_AGAIN_S)
 
     async def report(self) -> list[VariantStatus]:
         """As `statuses`, but those of the last time when the engine is in the middle of a long step, or has died.
@@ -325,6 +331,8 @@ class Variants:
         unused = [path for path in self._published.held if str(path) not in in_use and not self._found[path]]
         if unused:
             self._published.release(unused)
+            if self._cleaning is not None:
+                self._cleaning.cancel()  # it would clean later than this one
             self._cleaning = asyncio.create_task(self.clean(), name="clean-published-versions")
 
     async def _change(self, change: Change, name: str) -> VariantStatus:
