@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.fine_tunes import FineTunes
 from tests.e2e.processes import Cluster
+
+
+@pytest.fixture(scope="session")
+def fine_tunes(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> FineTunes:
+    return FineTunes(smollm2_dir, tmp_path_factory.mktemp("fine-tunes"))
 
 
 @pytest.fixture

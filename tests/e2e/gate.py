@@ -11,7 +11,7 @@ from typing import Literal
 
 Side = Literal["request", "reply"]
 
-_REACHED_S = 120.0
+_REACHED_S = 600.0
 _CHUNK_BYTES = 1 << 16
 
 

@@ -56,6 +56,18 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", **more}
 
 
+def cache_environment(directory: Path) -> dict[str, str]:
+    """The environment of processes that keep in `directory` what they keep, but for the kernels, which all share."""
+    environment = {"XDG_CACHE_HOME": str(directory)}
+    kernels = default_cache_dir(os.environ) / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    link = default_cache_dir(environment) / "kernels"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(kernels)
+    return environment
+
+
 class Process:
     """One child process whose output goes to a log file."""
 
@@ -73,6 +85,10 @@ class Process:
         """kill -9."""
         self.popen.kill()
         self.popen.wait()
+
+    def wait(self, timeout_s: float = 600.0) -> tuple[int, str]:
+        """To its end. -> the exit status, and all that it has printed"""
+        return self.popen.wait(timeout_s), self.text()
 
     def stop(self, timeout_s: float = 30.0) -> int:
         """SIGTERM, then wait; returns the exit status."""
@@ -99,12 +115,7 @@ class Cluster:
         self.database = f"sqlite:///{directory / 'catalog.sqlite3'}"
         self.controller: Process | None = None
         self.workers: list[Process] = []
-        self._environment = {"XDG_CACHE_HOME": str(directory / "cache"), "XDG_STATE_HOME": str(directory / "state")}
-        cache = default_cache_dir(self._environment)
-        cache.mkdir(parents=True)
-        kernels = default_cache_dir(os.environ) / "kernels"
-        kernels.mkdir(parents=True, exist_ok=True)
-        (cache / "kernels").symlink_to(kernels)
+        self._environment = {**cache_environment(directory / "cache"), "XDG_STATE_HOME": str(directory / "state")}
 
     def start_controller(self, *arguments: str) -> Process:
         self.controller = Process(
@@ -115,15 +126,21 @@ class Cluster:
         wait_until(lambda: self.get("/health") is not None, START_TIMEOUT_S, "controller")
         return self.controller
 
-    def start_worker(self, *arguments: str, wait: bool = True) -> Process:
-        number = len(self.workers)
+    def start_worker(
+        self, *arguments: str, wait: bool = True, cache: Path | None = None, number: int | None = None
+    ) -> Process:
+        """Args:
+        cache: of this worker's own, as if it ran on another machine; None: that of `directory`.
+        number: which of them to start again; None: it is another one.
+        """
+        number = len(self.workers) if number is None else number
         worker = Process(
             self.directory / f"worker-{number}.log",
             "model_worker", "--model-path", str(self.model), "--model-name", MODEL, "--port", "0",
             "--dtype", "float32", "--controller", self.url, *arguments,
-            environment=self._environment,
+            environment=self._environment if cache is None else self._environment | cache_environment(cache),
         )  # fmt: skip
-        self.workers.append(worker)
+        self.workers[number : number + 1] = [worker]
         if wait:
             self.wait_for_workers(number + 1)
         return worker

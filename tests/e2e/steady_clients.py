@@ -51,7 +51,7 @@ class SteadyClients:
         """Of requests that began after `since` (time.monotonic)."""
         return [outcome for began, outcome in list(self._outcomes) if began >= since]
 
-    def wait_for(self, *names: str, timeout_s: float = 120.0) -> None:
+    def wait_for(self, *names: str, timeout_s: float = 600.0) -> None:
         """Until each has come of a request that begins from now on."""
         now = time.monotonic()
         wait_until(lambda: set(names) <= set(self.outcomes(now)), timeout_s, f"{names} of {set(self.outcomes(now))}")

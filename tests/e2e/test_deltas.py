@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,15 +14,12 @@ import requests
 import torch
 from openai.types.completion_choice import Logprobs
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from delta.artifact import TENSORS_FILE, part_key
-from delta.delta_config import CONFIG_FILE, DeltaConfig, read_delta_config
-from delta.tensor_digest import tensor_digest
-from registry.digest import combine_tensor_digests
-from tests.e2e.fine_tunes import CODECS, EXACT, FEW_PROMPTS, FineTunes, make_fine_tunes
+from tests.e2e.fine_tunes import EXACT, FEW_PROMPTS, FineTunes
 from tests.e2e.processes import MODEL, Cluster, run_module, wait_until
+from tests.e2e.spoiled_deltas import of_another_architecture, of_another_base, truncated, with_another_probe, with_nan
 from tests.fakes.peft_adapters import make_adapter
 
 pytestmark = pytest.mark.e2e
@@ -32,14 +28,8 @@ ADAPTER = "lora"
 NUM_TOKENS = 8
 MIN_TOKENS = 3  # of an answer, before a close call
 QUESTION = "Who are you?"
-NORM = "model.norm.weight"
 
 Answer = list[tuple[str, float]]  # each token and its log probability
-
-
-@pytest.fixture(scope="module")
-def fine_tunes(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> FineTunes:
-    return make_fine_tunes(smollm2_dir, tmp_path_factory.mktemp("fine-tunes"))
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +38,10 @@ def applied(tmp_path_factory: pytest.TempPathFactory, fine_tunes: FineTunes) -> 
     written = {}
     for codec in ("sign", "lossless"):
         written[codec] = tmp_path_factory.mktemp("applied") / codec
-        base, delta = str(fine_tunes.base), str(fine_tunes.deltas[codec])
+        base, delta = str(fine_tunes.base), str(fine_tunes.delta(codec))
         run_module("delta", "apply", "--base", base, "--delta", delta, "--out", str(written[codec]))
     flags: dict[str, Sequence[str]] = {codec: ("--model-path", str(path)) for codec, path in written.items()}
-    return flags | {codec: ("--apply-delta", str(fine_tunes.deltas[codec])) for codec in ("ternary", "lowrank")}
+    return flags | {codec: ("--apply-delta", str(fine_tunes.delta(codec))) for codec in ("ternary", "lowrank")}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,7 +88,7 @@ def serving(
     base = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
     make_adapter(base, LoraConfig(r=8, lora_alpha=1, target_modules="all-linear"), root / ADAPTER)
     cluster = Cluster(tmp_path_factory.mktemp("deltas"), smollm2_dir)
-    flags = [flag for codec in CODECS for flag in ("--delta", f"{codec}={fine_tunes.deltas[codec]}")]
+    flags = [flag for codec, path in fine_tunes.deltas().items() for flag in ("--delta", f"{codec}={path}")]
     try:
         cluster.start_controller()
         cluster.start_worker(*flags, "--lora", f"{ADAPTER}={root / ADAPTER}", "--adapter-root", str(root))
@@ -202,72 +192,14 @@ def test_a_delta_brings_its_chat_template(serving: Cluster, expected: Expected) 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-def _truncated(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
-    file = target / TENSORS_FILE
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def _with_nan(source: Path, target: Path) -> None:
-    """All digests are right: the fine-tune itself was bad."""
-    shutil.copytree(source, target)
-    config = read_delta_config(target)
-    tensors = load_file(target / TENSORS_FILE)
-    key = part_key(NORM, 0, "tensor")
-    tensors[key][5] = torch.nan
-    save_file(tensors, target / TENSORS_FILE)
-    digest = tensor_digest(tensors[key])
-    entry = config.tensors[NORM]
-    part = dataclasses.replace(entry.terms[0].parts["tensor"], digest=digest)
-    term = dataclasses.replace(entry.terms[0], parts={"tensor": part})
-    changed = {**config.tensors, NORM: dataclasses.replace(entry, terms=(term,), digest=digest)}
-    digests = {**config.result_tensors(), NORM: digest}
-    _write(dataclasses.replace(config, tensors=changed, result_digest=combine_tensor_digests(digests)), target)
-
-
-def _of_another_base(source: Path, target: Path) -> None:
-    """Same names and shapes, other numbers."""
-    shutil.copytree(source, target)
-    config = read_delta_config(target)
-    tensors = {**config.base.tensors, NORM: "0" * 64}
-    base = dataclasses.replace(config.base, tensors=tensors, digest=combine_tensor_digests(tensors))
-    _write(dataclasses.replace(config, base=base), target)
-
-
-def _of_another_architecture(source: Path, target: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
-    )
-    models = {name: target.with_name(f"{target.name}-{name}") for name in ("base", "fine-tune")}
-    for path in models.values():
-        LlamaForCausalLM(config).save_pretrained(path)
-    base, fine_tune = map(str, models.values())
-    run_module("delta", "make", "--base", base, "--target", fine_tune, "--out", str(target), "--codec", "dense")
-
-
-def _with_another_probe(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
-    config = read_delta_config(target)
-    assert config.probe is not None
-    cases = tuple(
-        dataclasses.replace(case, top_logprobs=tuple(logprob - 3 for logprob in case.top_logprobs))
-        for case in config.probe.cases
-    )
-    _write(dataclasses.replace(config, probe=dataclasses.replace(config.probe, cases=cases)), target)
-
-
-def _write(config: DeltaConfig, directory: Path) -> None:
-    (directory / CONFIG_FILE).write_text(config.to_json())
-
-
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (_truncated, "truncated"),
-        (_with_nan, "finite"),
-        (_of_another_base, "base"),
-        (_of_another_architecture, "base"),
-        (_with_another_probe, "probe"),
+        (truncated, "truncated"),
+        (with_nan, "finite"),
+        (of_another_base, "base"),
+        (of_another_architecture, "base"),
+        (with_another_probe, "probe"),
     ],
 )
 def test_a_bad_delta_is_refused_while_streams_go_on(
@@ -278,8 +210,8 @@ def test_a_bad_delta_is_refused_while_streams_go_on(
     spoil: Callable[[Path, Path], None],
     reason: str,
 ) -> None:
-    name = f"bad{spoil.__name__}"
-    spoil(fine_tunes.deltas["sign"], root / name)
+    name = f"bad-{spoil.__name__}"
+    spoil(fine_tunes.delta("sign"), root / name)
     before = served(serving)
     jobs = [(codec, prompt) for codec in ("sign", "lowrank", "dense") for prompt in FEW_PROMPTS]
     with ThreadPoolExecutor(len(jobs)) as pool:
@@ -294,8 +226,8 @@ def test_a_bad_delta_is_refused_while_streams_go_on(
 
 
 def test_paths_out_of_the_root_are_refused(serving: Cluster, fine_tunes: FineTunes, root: Path) -> None:
-    (root / "link").symlink_to(fine_tunes.deltas["sign"])
-    for path in ("../outside", str(fine_tunes.deltas["sign"]), "link"):
+    (root / "link").symlink_to(fine_tunes.delta("sign"))
+    for path in ("../outside", str(fine_tunes.delta("sign")), "link"):
         reply = load(serving, "escape", path)
         assert reply.status_code == 403, reply.text
     assert "escape" not in served(serving)
@@ -313,13 +245,13 @@ def test_a_published_delta_answers_under_its_name_and_a_bad_one_changes_nothing(
 ) -> None:
     other = expected.answers["ternary"][FEW_PROMPTS[0]]
     with ThreadPoolExecutor(1) as pool:
-        publishing = pool.submit(publish, serving, fine_tunes.deltas["sign"], "--base", str(fine_tunes.base))
+        publishing = pool.submit(publish, serving, fine_tunes.delta("sign"), "--base", str(fine_tunes.base))
         while not publishing.done():  # other streams do not notice
             check_same(answer(serving, "ternary", FEW_PROMPTS[0]), other, "ternary")
         assert "published: support@v1" in publishing.result()
     check_support_is_v1(serving, expected)
-    for spoil, reason in ((_with_another_probe, "probe"), (_of_another_base, "base"), (_truncated, "truncated")):
-        spoil(fine_tunes.deltas["sign"], tmp_path / spoil.__name__)
+    for spoil, reason in ((with_another_probe, "probe"), (of_another_base, "base"), (truncated, "truncated")):
+        spoil(fine_tunes.delta("sign"), tmp_path / spoil.__name__)
         with pytest.raises(AssertionError, match=reason):
             publish(serving, tmp_path / spoil.__name__)
         check_support_is_v1(serving, expected)
