@@ -46,7 +46,7 @@ from model_worker.engine.step_inputs import BatchShape, DeviceInputs
 from model_worker.engine.step_profiler import Profiler
 from model_worker.engine.step_runner import BoundVariants, StepRunner
 from model_worker.engine.visibility import Visibility
-from model_worker.engine.warm_up_steps import chunk_and_token, largest_step
+from model_worker.engine.warm_up_steps import every_kind_of_step, largest_step
 from registry.progress import CountProgress, Report
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ class ModelRunner:
         num_tokens = min(
             self.max_num_batched_tokens, self._max_model_len, num_blocks // layout.groups.num_groups * layout.block_size
         )
-        for output in chunk_and_token(num_tokens, block_size=layout.block_size, num_groups=layout.groups.num_groups):
+        for output in every_kind_of_step(num_tokens, block_size=layout.block_size, num_groups=layout.groups.num_groups):
             self._compute(output)
 
     @torch.inference_mode()

@@ -8,17 +8,26 @@ from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
 
+_SHORT_CHUNK = 2
 # Logits of every row are kept, changed and put in order.
 _EVERYTHING = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.1, logprobs=1, max_tokens=1)
 
 
-def chunk_and_token(num_tokens: int, *, block_size: int, num_groups: int) -> Iterator[SchedulerOutput]:
-    """A prompt chunk of so many tokens, and one token after it. The blocks that they write are the first ones."""
-    sequence = Sequence(0, 0, [0] * num_tokens, SamplingParams(temperature=0.0), seed=0)
+def every_kind_of_step(num_tokens: int, *, block_size: int, num_groups: int) -> Iterator[SchedulerOutput]:
+    """A prompt chunk of so many tokens, one token after it, and such a token beside a short chunk.
+
+    GPUs have other kernels for each, or other forms of them. The blocks that they write are the first ones.
+    """
+    sequence, other = (Sequence(n, 0, [0] * num_tokens, SamplingParams(temperature=0.0), seed=0) for n in range(2))
     num_blocks = -(-num_tokens // block_size)
-    sequence.block_tables = [list(range(g * num_blocks, (g + 1) * num_blocks)) for g in range(num_groups)]
-    for start in sorted({0, num_tokens - 1}):
-        yield SchedulerOutput((ScheduledSequence(sequence, start, num_tokens - start, (sequence,)),))
+    for each in (sequence, other):
+        each.block_tables = [list(range(g * num_blocks, (g + 1) * num_blocks)) for g in range(num_groups)]
+    token = ScheduledSequence(sequence, num_tokens - 1, 1, (sequence,))
+    yield SchedulerOutput((ScheduledSequence(sequence, 0, num_tokens, (sequence,)),))
+    if num_tokens > 1:
+        yield SchedulerOutput((token,))
+    if num_tokens > _SHORT_CHUNK:
+        yield SchedulerOutput((token, ScheduledSequence(other, 0, _SHORT_CHUNK, (other,))))
 
 
 def largest_step(
