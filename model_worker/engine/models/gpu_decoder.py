@@ -237,6 +237,8 @@ class GpuDecoder(nn.Module):
         """See CausalModel."""
         if self.spec.tied_head:
             self._weights.tie_head(self.embed_tokens)
+        if self._device.type == "cuda":
+            self._variants.warm_up()
 
     # ------------------------------------------------------------------------------------------ internal
 

@@ -15,12 +15,12 @@ from typing import cast
 
 import torch
 
-from delta.variant_terms import VariantTerms
+from delta.variant_terms import LinearTerms, SignPlane, VariantTerms
 from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import RMSNorm
 from model_worker.engine.layers.row_terms import NO_TERMS, BoundTerms, RowTerms, TermKind
-from model_worker.engine.lora.bound_variant import VariantSegments
+from model_worker.engine.lora.bound_variant import VariantSegment, VariantSegments
 from model_worker.engine.models.gpu_terms import TermBinder
 from model_worker.engine.models.gpu_weights import WeightPlace
 from model_worker.engine.models.variant_tables import VariantTables
@@ -29,6 +29,7 @@ from registry.errors import InsufficientMemoryError
 
 _MAX_VARIANTS = 256  # that are bound at once
 _RANK_STEP = 64  # steps of ranks up to this have the same kernels, those of graphs
+_MANY_ROWS = 65  # of a segment whose tiles are those of prompts, whole and not
 _STATIC_COLUMNS = 4  # of a graph's tables, for each row: three of a tile, and a number
 _GRAPHS = (
     (TermKind.LOW_RANK, 64),
@@ -141,6 +142,25 @@ class GpuVariants:
             self._tables.enter(number, bound, binder.copy)
         return GpuVariant(number, bound, binder.extra_head, binder.num_bytes, binder.finish())
 
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Launch what steps outside graphs launch for variants, so that no kernel is compiled in a request."""
+        parts = [(name, place.part, place.linear) for name, place in self._places.items() if place.linear is not None]
+        layers = {(layer.in_features, layer.widths): layer for _, _, layer in parts}  # one of each shape
+        terms = {
+            name.removesuffix(".weight"): _warm_up_terms(layer.in_features, layer.widths[part])
+            for name, part, layer in parts
+            if layer in layers.values()
+        }
+        variant = self.bind(VariantTerms("", terms))
+        for num_rows in (1, _MANY_ROWS):
+            row_terms = self.plan((VariantSegment(0, num_rows, variant),), num_rows)
+            assert row_terms is not None
+            for layer in layers.values():
+                x = torch.zeros(num_rows, layer.in_features, dtype=self._dtype, device=self._device)
+                y = torch.zeros(num_rows, layer.out_features, dtype=self._dtype, device=self._device)
+                row_terms.add(layer, row_terms.scaled_input(layer, x), y)
+
     # ------------------------------------------------------------------------------------------ steps
 
     def plan(self, segments: VariantSegments, num_rows: int) -> RowTerms | None:
@@ -218,6 +238,17 @@ class GraphTerms(RowTerms):
         for start, end, number in wanted:
             staging[3 * num_rows + start : 3 * num_rows + end] = 1 + number
         self._static.copy_(staging, non_blocking=True)
+
+
+def _warm_up_terms(num_inputs: int, num_outputs: int) -> LinearTerms:
+    """Of the kinds that kernels compute."""
+    bits = torch.zeros(num_outputs, -(-num_inputs // 8), dtype=torch.uint8)
+    return LinearTerms(
+        a=torch.zeros(1, num_inputs),
+        b=torch.zeros(num_outputs, 1),
+        bias=torch.zeros(num_outputs),
+        signs=(SignPlane(bits, torch.zeros(num_outputs)),),
+    )
 
 
 def _kinds(variants: Sequence[GpuVariant]) -> TermKind:

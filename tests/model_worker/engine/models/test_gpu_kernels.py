@@ -6,6 +6,7 @@ import importlib
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from delta.variant_terms import LinearTerms, VariantTerms
-from model_worker.engine.layers import rms_norm as rms_norm_layers, rotary_attention as attention_layers
+from model_worker.engine.layers import rms_norm as rms_norm_layers, rotary_attention as attention_layers, row_terms
 from model_worker.engine.lora.bound_variant import VariantSegment, VariantSegments
 from model_worker.engine.models import gpu_layer
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.ops.linear import Activation
+from model_worker.engine.ops.low_rank import SegmentPlan
 from model_worker.engine.ops.rotary.functional import RotaryCosSin
 from tests.fakes.decoder_steps import MAX_MODEL_LEN, Sequences
 from tests.fakes.random_variants import random_variant
@@ -146,3 +148,22 @@ def _of_kinds(weights: dict[str, Tensor], seed: int, *, with_signs: bool) -> Var
         return replace(terms, linears=linears)
     linears = {name: LinearTerms(a=each.a, b=each.b) for name, each in terms.linears.items()}
     return replace(terms, linears=linears, embeddings={}, vectors={})
+
+
+def test_kernels_of_variants_are_launched_before_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tiles of both sizes and layers of every shape."""
+    decoder, _ = _decoder("llama-tied", has_tables=True)
+    shapes: dict[str, set[tuple[int, int, int]]] = {"add_low_rank": set(), "add_signs": set()}
+
+    def note(name: str, x: Tensor, out: Tensor, *rest: Any) -> None:
+        (plan,) = [each for each in rest if isinstance(each, SegmentPlan)]
+        shapes[name].add((plan.tile_rows, x.shape[1], out.shape[1]))
+
+    for name in shapes:
+        monkeypatch.setattr(row_terms, name, partial(note, name))
+    monkeypatch.setattr(row_terms, "scale_rows", lambda *args: None)
+    decoder._variants.warm_up()
+    layers = [(32, 64), (32, 32), (32, 96), (48, 32), (32, 128)]  # qkv, output, gate and up, down, head
+    assert shapes["add_low_rank"] == {(tile_rows, *layer) for tile_rows in (16, 64) for layer in layers}
+    parts = [(32, 32), (32, 16), (32, 48), (48, 32), (32, 128)]
+    assert shapes["add_signs"] == {(tile_rows, *part) for tile_rows in (16, 64) for part in parts}
