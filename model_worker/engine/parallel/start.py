@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.parallel.leading_steps import LeadingSteps
 from model_worker.engine.parallel.ranks import Ranks, RunningRank
 from model_worker.engine.step_profiler import Profiler
-from registry.errors import InvalidRequestError, RootgraftError
+from registry.errors import InvalidRequestError
 
 
 def start_ranks(
@@ -41,12 +42,10 @@ def start_ranks(
     try:
         runner = ModelRunner(plan, config, device=devices[0], profiler=profiler, group=ranks.group)
         ranks.wait_until_ready()
-    except RootgraftError:
-        ranks.close()
-        raise
-    except Exception:
-        ranks.wait_until_ready()  # raises why another rank is gone, if that is why
-        ranks.close()
+    except BaseException as error:
+        with closing(ranks):
+            if isinstance(error, RuntimeError):  # of a sum that another rank did not come to: it has said why
+                ranks.wait_until_ready()
         raise
     runner.steps = LeadingSteps(runner.steps, ranks)
     return runner, ranks

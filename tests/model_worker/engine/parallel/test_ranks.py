@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -20,11 +22,12 @@ from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.config import CacheConfig, EngineConfig
 from model_worker.engine.executor import ExecutorLostError
 from model_worker.engine.llm_engine import LLMEngine
+from model_worker.engine.parallel import rank_process
 from model_worker.engine.parallel.process_group import ProcessGroup, host_store, join_store
 from model_worker.engine.parallel.ranks import RunningRank
 from model_worker.engine.parallel.start import start_ranks
 from model_worker.engine.sampling_params import SamplingParams
-from registry.errors import CheckpointError, InternalError
+from registry.errors import CheckpointError, InsufficientMemoryError, InternalError
 from tests.fakes.divided_models import engine_of
 from tests.fakes.rank_launcher import fork_rank
 from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
@@ -115,6 +118,20 @@ def test_what_a_rank_cannot_load_is_said_and_no_rank_stays(model: Path) -> None:
     with pytest.raises(CheckpointError):
         start_ranks(plan, CONFIG, launch=launcher)
     assert launcher.ranks[0].process.wait(30) is not None
+
+
+def test_what_only_one_rank_cannot_load_is_said(model: Path) -> None:
+    with pytest.raises(InsufficientMemoryError, match="no room on this rank"):
+        start_ranks(make_tiny_plan(model), CONFIG, launch=partial(fork_rank, _rank_without_room))
+
+
+def _rank_without_room(steps: Connection, variants: Connection) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise InsufficientMemoryError("There is no room on this rank.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rank_process, "ModelRunner", refuse)
+        rank_process.main(steps, variants)
 
 
 def test_ranks_end_with_the_process_of_rank_0(model: Path) -> None:
