@@ -13,7 +13,8 @@ from typing import Literal, TypeAlias, get_args
 from urllib.parse import urlsplit
 
 from adapters.quantization import QUANTIZATIONS
-from model_worker.engine.config import EngineConfig, ProfileConfig
+from model_worker.engine.config import GPU_STEPS, EngineConfig, ProfileConfig
+from model_worker.engine.machine import choose_device
 from registry.errors import InvalidRequestError
 from registry.flags import add_flags, config_from_args
 from registry.names import is_name
@@ -211,9 +212,14 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
 
     Raises:
         InvalidRequestError: a token that no header can hold, or none for a worker that a network can reach; fine-tunes
-            of one name; a directory that does not exist; a policy for signatures without keys, or keys without one.
+            of one name; a directory or device that does not exist; a policy for signatures without keys, or keys
+            without one.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if choose_device(args.device).type == "cuda":
+        parser.set_defaults(**GPU_STEPS)
+        args = parser.parse_args(argv)
     variants = (*args.lora, *args.delta)
     _check_variants(variants, args.adapter_root)
     _check_signatures(args.signatures, args.signature_key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from registry.errors import InvalidRequestError
 from registry.flags import flag
@@ -69,10 +70,14 @@ class SchedulerConfig:
         InvalidRequestError: a value that cannot work.
     """
 
-    max_num_seqs: int = flag(64, "most sequences in one step")
-    max_num_batched_tokens: int = flag(512, "most tokens computed in one step; longer prompts are computed in chunks")
+    max_num_seqs: int = flag(64, "most sequences in one step; by default 256 on GPUs")
+    max_num_batched_tokens: int = flag(
+        512, "most tokens computed in one step; longer prompts are computed in chunks; by default 8192 on GPUs"
+    )
     max_mixed_prefill_tokens: int = flag(
-        128, "most tokens of prompts in a step in which others stream; more when more prompts wait than stream"
+        128,
+        "most tokens of prompts in a step in which others stream; more when more prompts wait than stream; by default "
+        "2048 on GPUs",
     )
     max_num_waiting: int = flag(1024, "requests that may wait; more are refused with 429")
 
@@ -93,6 +98,10 @@ class SchedulerConfig:
                 f"--max-num-waiting must be at least 1, got {self.max_num_waiting}: every request waits for a step.",
                 param="max_num_waiting",
             )
+
+
+GPU_STEPS = MappingProxyType({"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_mixed_prefill_tokens": 2048})
+"""Values of a SchedulerConfig for a GPU where nothing else is asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from adapters import plan_load
-from model_worker.engine.config import EngineConfig
+from model_worker.engine.config import GPU_STEPS, EngineConfig, SchedulerConfig
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.lora_weight import LoraWeight
-from model_worker.engine.machine import find_machine
+from model_worker.engine.machine import choose_device, find_machine
 from model_worker.engine.outputs import FinishReason, RequestOutput, TokenLogprobs
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import InvalidRequestError
@@ -50,7 +50,7 @@ class LLM:
 
     Args:
         model: checkpoint directory or GGUF file.
-        config: engine settings.
+        config: engine settings; None: those that the worker has without flags.
         dtype, quantization, chat_template, max_model_len: as the worker's flags of the same names.
         cache_dir: where built kernels are kept; None: where the worker keeps them.
 
@@ -69,7 +69,9 @@ class LLM:
         max_model_len: int | None = None,
         cache_dir: Path | None = None,
     ) -> None:
-        config = config or EngineConfig()
+        if config is None:
+            on_gpu = choose_device("auto").type == "cuda"
+            config = EngineConfig(scheduler=SchedulerConfig(**GPU_STEPS) if on_gpu else SchedulerConfig())
         cache_dir = default_cache_dir(os.environ) if cache_dir is None else cache_dir
         machine = find_machine(config, cache_dir, quantization=quantization)
         self.plan = plan_load(

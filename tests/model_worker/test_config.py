@@ -142,3 +142,18 @@ def test_a_worker_that_a_network_can_reach_needs_a_token(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
 def test_a_worker_on_loopback_needs_none(host: str) -> None:
     assert parse_config(["--model-path", "x", "--host", host], worker_token=None).worker_token is None
+
+
+def test_steps_are_larger_on_gpus_unless_flags_say_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["--model-path", "m", "--max-num-seqs", "7"]
+    on_cpu = parse_config([*argv, "--device", "cpu"], worker_token=None).engine.scheduler
+    assert (on_cpu.max_num_seqs, on_cpu.max_num_batched_tokens, on_cpu.max_mixed_prefill_tokens) == (7, 512, 128)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for device in ("auto", "cuda", "cuda:1"):
+        on_gpu = parse_config([*argv, "--device", device], worker_token=None).engine.scheduler
+        assert (on_gpu.max_num_seqs, on_gpu.max_num_batched_tokens, on_gpu.max_mixed_prefill_tokens) == (7, 8192, 2048)
+
+
+def test_a_device_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises(InvalidRequestError, match="got 'gpu'"):
+        parse_config(["--model-path", "m", "--device", "gpu"], worker_token=None)
