@@ -29,6 +29,7 @@ CODECS = ("sign", "lossless")  # the first has a probe
 NUM_TOKENS = 6
 NUM_CLIENTS = 2
 WAIT_S = 600.0  # of a machine that is busy otherwise
+PART_BYTES = 4 << 20  # in the middle of the tensors of either fine-tune
 VICTIM_SEQS = 2  # sequences in the batch of worker 1
 
 

@@ -30,10 +30,14 @@ def test_canaries_move_under_load_and_keep_their_users(fleet: Fleet) -> None:
     canary, other = fleet.other_version(), fleet.other_codec()
     users = [f"user {number}" for number in range(12)]
 
+    names = {text: codec for codec, text in fleet.answers.items()}
+    digests = {version["digest"].removeprefix("sha256:") for version in fleet.versions().values()}
+    fingerprints = {f"fp_{digest[:12]}" for digest in digests}
+
     def versions_of_users() -> dict[str, str]:
-        texts = {user: fleet.complete(user=user).json()["choices"][0]["text"] for user in users}
-        names = {text: codec for codec, text in fleet.answers.items()}
-        return {user: names[text] for user, text in texts.items()}
+        replies = {user: fleet.complete(user=user).json() for user in users}
+        assert {reply["system_fingerprint"] for reply in replies.values()} <= fingerprints
+        return {user: names[reply["choices"][0]["text"]] for user, reply in replies.items()}
 
     with fleet.clients() as clients:
         fleet.admin("PUT", "/aliases/prod/canary", version=canary, weight=0.5)

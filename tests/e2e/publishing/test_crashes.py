@@ -14,12 +14,11 @@ import pytest
 
 from delta.artifact import TENSORS_FILE
 from tests.e2e.processes import free_port, wait_until
-from tests.e2e.publishing.fleet import RELEASE, VICTIM_SEQS, WAIT_S, Fleet
+from tests.e2e.publishing.fleet import PART_BYTES, RELEASE, VICTIM_SEQS, WAIT_S, Fleet
 from tests.e2e.steady_clients import NO_CONTROLLER
 
 pytestmark = pytest.mark.e2e
 
-PART_BYTES = 4 << 20  # in the middle of the tensors of either fine-tune
 NO_WORKER = "503 overloaded to be tried again"
 WORKER_DIED = "stream ended: worker_failed"
 STEPS = {

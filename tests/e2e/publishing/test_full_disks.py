@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.e2e.processes import wait_until
-from tests.e2e.publishing.fleet import WAIT_S, Fleet
-from tests.e2e.publishing.test_crashes import PART_BYTES
+from tests.e2e.publishing.fleet import PART_BYTES, WAIT_S, Fleet
 from tests.e2e.small_disk import SmallDisk
 
 pytestmark = pytest.mark.e2e
