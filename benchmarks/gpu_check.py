@@ -30,6 +30,7 @@ BUDGET_S = 480.0
 NEEDED = ("torch", "triton", "transformers", "safetensors", "pytest")
 OPTIONAL = ("vllm",)
 _TAIL_LINES = 15
+_MOST_PROCESSES = 8
 _THROUGHPUT = "throughput"
 
 
@@ -41,6 +42,7 @@ class Part:
         limit_s: it is stopped after this, or when the time for all parts is over.
         tests: pytest's arguments; or
         script: a benchmark that writes figures.
+        in_parallel: several processes share the tests, whose time goes into compiling, where pytest-xdist is installed.
         arguments: of the script.
         needs_checkpoint: the script is told where the model of random weights is.
         needs_throughput: it is told what was measured before it.
@@ -48,6 +50,7 @@ class Part:
 
     limit_s: float
     tests: tuple[str, ...] = ()
+    in_parallel: bool = False
     script: str = ""
     arguments: tuple[str, ...] = ()
     needs_checkpoint: bool = False
@@ -56,17 +59,17 @@ class Part:
 
 def _peer(name: str) -> Part:
     arguments = ("--peer", name)
-    return Part(120, script="gpu_peers.py", arguments=arguments, needs_checkpoint=True, needs_throughput=True)
+    return Part(90, script="gpu_peers.py", arguments=arguments, needs_checkpoint=True, needs_throughput=True)
 
 
 PARTS: dict[str, Part] = {
-    "kernels": Part(150, tests=("tests/gpu/test_kernels.py",)),
+    "kernels": Part(120, tests=("tests/gpu/test_kernels.py",), in_parallel=True),
     "attention": Part(40, script="gpu_attention.py"),
-    "engine": Part(150, script="gpu_engine.py", needs_checkpoint=True),
+    "engine": Part(120, script="gpu_engine.py", needs_checkpoint=True),
     "parity": Part(90, tests=("tests/gpu/test_parity.py",)),
-    "graphs": Part(60, tests=("tests/gpu/test_graphs.py",)),
-    "variants": Part(120, script="gpu_variants.py", needs_checkpoint=True),
-    "quantized": Part(90, script="gpu_quantized.py", needs_checkpoint=True),
+    "graphs": Part(45, tests=("tests/gpu/test_graphs.py",)),
+    "variants": Part(90, script="gpu_variants.py", needs_checkpoint=True),
+    "quantized": Part(75, script="gpu_quantized.py", needs_checkpoint=True),
     "transformers": _peer("transformers"),
     "vllm": _peer("vllm"),
 }
@@ -170,6 +173,8 @@ def command_of(
     if part.tests:
         wanted = scratch / f"{name}.xml"
         pytest = ["-m", "pytest", "-c", str(ROOT / "tests" / "gpu" / "pytest.ini"), f"--rootdir={ROOT}"]
+        if part.in_parallel and importlib.util.find_spec("xdist") is not None:
+            pytest += ["-n", str(min(_MOST_PROCESSES, os.cpu_count() or 1))]
         return [sys.executable, *pytest, f"--junitxml={wanted}", *part.tests], wanted
     wanted = scratch / f"{name}.json"
     command = [sys.executable, str(ROOT / "benchmarks" / part.script), *part.arguments, "--json", str(wanted)]

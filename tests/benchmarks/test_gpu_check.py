@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -178,6 +180,19 @@ def test_random_variants_have_the_shapes_of_the_model(modules: dict[str, ModuleT
     assert plane.bits.shape == (64, 12)
     assert plane.column_scale is not None
     assert plane.column_scale.shape == (96,)
+
+
+def test_the_engine_needs_no_package_of_the_server() -> None:
+    """Nor do the benchmarks; transformers may look for some of them, so it comes first."""
+    absent = ("alembic", "fastapi", "gguf", "pydantic", "starlette", "sqlalchemy", "uvicorn", "zstandard")
+    script = (
+        "import sys, transformers.generation, transformers.models.llama.modeling_llama\n"
+        f"sys.modules.update({{name: None for name in {absent!r}}})\n"
+        "import gpu_engine, gpu_variants, gpu_quantized, gpu_peers, gpu_attention\n"
+    )
+    settings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_table(modules: dict[str, ModuleType], tmp_path: Path) -> None:

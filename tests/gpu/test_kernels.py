@@ -34,8 +34,6 @@ LLAMA = {"heads": (32, 8), "dims": (128, 128), "block_size": 16}
 DECODES = [(0, 1), (30, 1), (1500, 1), (63, 1), (64, 1), (1023, 1), (4000, 1)]
 MIXED = [(0, 200), (777, 1), (30, 5), (1300, 140), (64, 1), (2000, 3)]
 OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"sliding_window": 1},
     {"sliding_window": 333},
     {"chunk_size": 512},
     {"softcap": 3.0},
@@ -66,11 +64,20 @@ def test_every_option_of_attention(options: dict[str, Any]) -> None:
         compare(paged_attention, Case(lengths, dtype=torch.bfloat16, options=options), GPU)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (71, 1)])
-@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (192, 128), (256, 256)])
-def test_every_shape_of_heads(heads: tuple[int, int], dims: tuple[int, int]) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        compare(paged_attention, Case([(40, 1), (3, 4), (0, 170), (600, 1)], heads=heads, dims=dims, dtype=dtype), GPU)
+@pytest.mark.parametrize(
+    ("heads", "dims", "dtype"),
+    [
+        ((9, 3), (64, 64), torch.bfloat16),
+        ((4, 4), (80, 80), torch.bfloat16),
+        ((4, 4), (192, 128), torch.bfloat16),
+        ((4, 2), (256, 256), torch.bfloat16),
+        ((4, 2), (256, 256), torch.float32),
+        ((71, 1), (64, 64), torch.float16),
+    ],
+    ids=str,
+)
+def test_every_shape_of_heads(heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype) -> None:
+    compare(paged_attention, Case([(40, 1), (3, 4), (0, 170), (600, 1)], heads=heads, dims=dims, dtype=dtype), GPU)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
