@@ -43,7 +43,7 @@ class GpuVariant:
     """A `BoundVariant`.
 
     Attributes:
-        number: in all tables.
+        number: in all tables, if there are any.
         terms: on the device.
         kinds, max_rank: of the terms.
         extra_head: for tokens that the base does not have; None: there are none.
@@ -85,7 +85,6 @@ class GpuVariants:
         linears, norms: all of the decoder.
         num_tokens: of its embedding.
         places: of the checkpoint's parameters.
-        modules: places by the name of a module whose weight is that of another one, a tied head.
         device: of the decoder.
         dtype: of its activations.
         has_tables: kernels look terms up in tables; None: on GPUs.
@@ -122,6 +121,8 @@ class GpuVariants:
         Raises:
             InsufficientMemoryError: no number is free.
         """
+        if self._tables is None:
+            return self._bind(0, terms)
         try:
             number = self._free.pop()
         except IndexError as error:

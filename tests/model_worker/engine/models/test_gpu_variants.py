@@ -162,7 +162,7 @@ def test_what_has_no_place_is_refused(terms: VariantTerms) -> None:
 
 
 def test_a_number_is_free_again_when_nobody_holds_the_variant() -> None:
-    base = _decoder(*_model("llama"))
+    base = _decoder(*_model("llama"), has_tables=True)
     terms = VariantTerms("", {HEAD: LinearTerms(bias=torch.ones(128))})
     first = base.bind(terms)
     number = first.number
@@ -173,7 +173,7 @@ def test_a_number_is_free_again_when_nobody_holds_the_variant() -> None:
 
 def test_too_many_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_variants, "_MAX_VARIANTS", 2)
-    base = _decoder(*_model("llama"))
+    base = _decoder(*_model("llama"), has_tables=True)
     held = [base.bind(VariantTerms("")) for _ in range(2)]
     with pytest.raises(InsufficientMemoryError, match="--max-loras"):
         base.bind(VariantTerms(""))
