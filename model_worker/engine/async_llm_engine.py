@@ -160,6 +160,7 @@ class AsyncLLMEngine:
                 else:
                     self._engine.advance_loras()
                 if not self._engine.has_unfinished_requests:
+                    self._engine.rest()
                     self._engine.check_idle()
                 self._stats = self._engine.stats()
         except BaseException as error:  # a bug in scheduling or accounting: nothing it holds can be trusted any more

@@ -241,6 +241,10 @@ class LLMEngine:
             failed = self.advance_loras()
             return failed + self._steps.step()
 
+    def rest(self) -> None:
+        """Call this when no requests are left, before others come: it lets go of what was held for them."""
+        self._steps.rest()
+
     def advance_loras(self) -> list[RequestOutput]:
         """Go on with loading adapters, which `step` does too; returns the end of requests that waited in vain."""
         if self._loras is None:

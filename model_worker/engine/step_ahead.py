@@ -92,10 +92,17 @@ class StepsAhead:
             outputs += self._take(before, launched if isinstance(launched, _Launched) else None)
         if isinstance(launched, Exception):
             return outputs + self._requests.fail_step(output, launched)
-        if launched is not None and any(not item.sequence.finished for item in output.scheduled):
+        if launched is not None:
             self._scheduler.expect(output)
             self._under_way = launched
         return outputs
+
+    def rest(self) -> None:
+        """See `StepLoop`. All of the step that may still be under way has ended by then."""
+        last, self._under_way = self._under_way, None
+        if last is not None:
+            outputs = self._take(last, None)
+            assert not outputs
 
     def _launch(self, output: SchedulerOutput) -> _Launched | Exception:
         launched_s = self._clock()
@@ -123,7 +130,8 @@ class StepsAhead:
         done_s = self._clock()
         begun_s = max(done.launched_s, self._last_done_s)
         self._last_done_s = done_s
-        self._scheduler.observe(output, seconds=done_s - begun_s, swap_s=result.swap_s)
+        if not all(item.sequence.finished for item in output.scheduled):  # else nobody may have waited for it
+            self._scheduler.observe(output, seconds=done_s - begun_s, swap_s=result.swap_s)
         with self._profiler.span("detokenize", rows=len(result.samples)):
             self._scheduler.confirm(output)
             outputs = self._requests.take(output, result)

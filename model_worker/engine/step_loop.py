@@ -30,6 +30,10 @@ class StepLoop(Protocol):
         """Go on by a step and return what each request gained."""
         ...
 
+    def rest(self) -> None:
+        """No requests are left: let go of whatever is still held for them."""
+        ...
+
 
 class SynchronousSteps:
     """The loop for an executor that computes in the processor that schedules.
@@ -60,6 +64,9 @@ class SynchronousSteps:
             output = self._scheduler.schedule()
         self.stalled = not output.scheduled
         return [] if self.stalled else self._compute(output)
+
+    def rest(self) -> None:
+        """See `StepLoop`; nothing is."""
 
     def _compute(self, output: SchedulerOutput) -> list[RequestOutput]:
         start_s = self._clock()

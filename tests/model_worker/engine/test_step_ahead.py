@@ -89,6 +89,7 @@ def test_who_has_ended_is_dropped_from_the_step_that_is_under_way() -> None:
     assert tokens_of(news) == [first, second]
     assert [output.finished for output in news] == [False, True]
     assert len(executor.steps) == 3  # the third had been launched by then
+    engine.rest()
     engine.add_request("s", [1, 2, 3], SamplingParams(max_tokens=2))
     assert tokens_of(run(engine), "s") == [first, second]
 
