@@ -8,6 +8,9 @@
           └─ detokenize                          LLMEngine
     deliver                                      AsyncLLMEngine
 
+Where steps run ahead, `launch` holds what `execute` does here, and `execute` is the time that the engine waits for the
+step before (see step_ahead.py).
+
 A trace holds the first steps that are computed after the start, at most `ProfileConfig.profile_steps` of them, and is
 written in one piece: when it is full, or when the engine stops. The engine waits while it is written.
 
