@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_segments"])
 def shrink_kernel(
     x,
     t,
@@ -62,7 +62,7 @@ def shrink_kernel(
         tl.store(target, sums, mask=has_row[:, None] & has_rank[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_segments"])
 def expand_kernel(
     t,
     out,

@@ -93,7 +93,7 @@ def _scale_and_offset(grid, BITS: tl.constexpr):
     return scale, offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def grouped_rows_kernel(
     x,
     words,
@@ -178,7 +178,7 @@ def float8_row_kernel(
     tl.store(out + outputs, y.to(out.dtype.element_ty), mask=has_output)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def float8_rows_kernel(
     x,
     row_scales,

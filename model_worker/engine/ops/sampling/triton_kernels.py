@@ -7,8 +7,8 @@
                or, where too many are kept: the last value to keep, bit by bit, then by ascending id
 
 A *key* orders values as integers, and (key << 32) | (2^31 - 1 - id) tokens as the order has them. Weights are integers
-in units of 2^-40, so that sums are exact whatever their order. Rows are read a few times; their 0.5 MB stay in the L2
-cache.
+in units of 2^-40, so that sums are exact whatever their order. Rows are read a few times, some blocks ahead; their
+0.5 MB stay in the L2 cache.
 """
 
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 from model_worker.engine.ops.reductions import add, larger, smaller
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_size"])  # variants may have more tokens
 def collect_kernel(
     logits,
     parameters,
@@ -42,7 +42,7 @@ def collect_kernel(
     own = parameters + row * PARAMETERS
     peak, first = float("-inf"), 0
     num_nan = 0
-    for begin in range(0, vocab_size, BLOCK):
+    for begin in tl.range(0, vocab_size, BLOCK, num_stages=4):
         ids = begin + tl.arange(0, BLOCK)
         values = tl.load(source + ids, mask=ids < vocab_size, other=float("-inf"))
         is_nan = values != values
@@ -60,7 +60,7 @@ def collect_kernel(
         scale, min_p = tl.load(own).to(tl.float32), tl.load(own + 1).to(tl.float32)
         if (top_k >= vocab_size) & (tl.load(own + 3) >= 1.0):
             total = tl.full((), 0, dtype=tl.int64)
-            for begin in range(0, vocab_size, BLOCK):
+            for begin in tl.range(0, vocab_size, BLOCK, num_stages=4):
                 ids = begin + tl.arange(0, BLOCK)
                 values = tl.load(source + ids, mask=ids < vocab_size, other=float("-inf"))
                 total += tl.reduce(_weights(values, peak, scale, min_p), 0, add)
@@ -80,7 +80,7 @@ def collect_kernel(
         tl.store(peaks + row, peak)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab_size"])  # variants may have more tokens
 def draw_kernel(
     logits,
     parameters,
@@ -165,7 +165,7 @@ def _last_key(source, vocab_size, wanted, BLOCK: tl.constexpr):
     for step in range(4):
         shift = 24 - 8 * step
         counts = tl.full((256,), 0, dtype=tl.int32)
-        for begin in range(0, vocab_size, BLOCK):
+        for begin in tl.range(0, vocab_size, BLOCK, num_stages=4):
             ids = begin + tl.arange(0, BLOCK)
             digits = (_keys(tl.load(source + ids, mask=ids < vocab_size, other=0.0)) >> shift) - base
             inside = (ids < vocab_size) & (digits >= 0) & (digits < 256)
@@ -186,7 +186,7 @@ def _collect(source, target, last, num_ties, peak, scale, min_p, vocab_size, wan
     taken = last - last
     ties = taken
     total = tl.full((), 0, dtype=tl.int64)
-    for begin in range(0, vocab_size, BLOCK):
+    for begin in tl.range(0, vocab_size, BLOCK, num_stages=4):
         ids = begin + tl.arange(0, BLOCK)
         inside = ids < vocab_size
         values = tl.load(source + ids, mask=inside, other=float("-inf"))
@@ -219,7 +219,7 @@ def _running(of_row, order, peak, scale, min_p, NUM_ORDERED: tl.constexpr, PIECE
 def _weight_from(source, first, peak, scale, min_p, vocab_size, BLOCK: tl.constexpr):
     """Sum of the weights of the tokens whose keys are `first` or above."""
     mass = tl.full((), 0, dtype=tl.int64)
-    for begin in range(0, vocab_size, BLOCK):
+    for begin in tl.range(0, vocab_size, BLOCK, num_stages=4):
         ids = begin + tl.arange(0, BLOCK)
         values = tl.load(source + ids, mask=ids < vocab_size, other=float("-inf"))
         mass += tl.reduce(tl.where(_keys(values) >= first, _weights(values, peak, scale, min_p), 0), 0, add)
