@@ -15,13 +15,13 @@ pytestmark = pytest.mark.e2e
 
 def test_rollbacks_under_load_lose_no_request(fleet: Fleet) -> None:
     current, serving = fleet.current(), fleet.serving
-    other = fleet.other_version()
+    other, other_codec = fleet.other_version(), fleet.other_codec()
     fleet.admin("PUT", "/aliases/prod", version=other)
     fleet.admin("PUT", "/aliases/prod", version=current)
     with fleet.clients() as clients:
         for _ in range(4):
             assert fleet.admin("POST", "/aliases/prod/rollback")["version"] == other
-            clients.wait_for(fleet.other_codec())
+            clients.wait_for(other_codec)
             fleet.admin("PUT", "/aliases/prod", version=current)
             clients.wait_for(serving)
 
