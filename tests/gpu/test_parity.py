@@ -33,9 +33,8 @@ def test_greedy_tokens_in_float32(name: str, tmp_path: Path) -> None:
     prompts = random_prompts(PROMPT_LENGTHS)
     expected = [generated(model, prompt, NUM_NEW_TOKENS) for prompt in prompts]
     for impl in ("auto", "transformers") if name in OWN else ("transformers",):
-        llm = make_llm(
-            tmp_path, impl=impl, max_num_batched_tokens=48, max_num_seqs=4
-        )  # prompts in chunks, and in turns
+        # Prompts are computed in chunks, and not all at once.
+        llm = make_llm(tmp_path, impl=impl, max_num_batched_tokens=48, max_num_seqs=4)
         assert greedy(llm, prompts, NUM_NEW_TOKENS) == expected, impl
 
 

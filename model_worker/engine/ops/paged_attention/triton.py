@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton.language as tl
@@ -17,7 +18,8 @@ from torch import Tensor
 from model_worker.engine.ops.low_rank.segment_plan import to_device
 from model_worker.engine.ops.paged_attention.metadata import AttentionMetadata, AttentionParams
 from model_worker.engine.ops.paged_attention.triton_kernels import attend_kernel, merge_kernel, write_kernel
-from model_worker.engine.ops.paged_attention.triton_tiles import TileShape, tile_shapes
+from model_worker.engine.ops.paged_attention.triton_tiles import TileShape, tile_shapes, tuned_shapes
+from model_worker.engine.ops.tuning.tuned_table import TunedTable, table_of
 
 _MAX_SPLITS = 64  # what a program merges at once
 _MANY_SPLIT_KEYS = 1024  # beside which the time of merging is little
@@ -57,9 +59,18 @@ class _Launch:
 
 
 def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, params: AttentionParams
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    params: AttentionParams,
+    shapes: tuple[TileShape, TileShape] | None = None,
 ) -> Tensor:
-    """See functional.py. -> [T, H, Dv]"""
+    """See functional.py. -> [T, H, Dv]
+
+    Args:
+        shapes: of tiles with few and with many rows, for all layers of the step; None: those that suit the device.
+    """
     assert query.stride(2) == 1
     assert query.stride(1) == query.shape[2]
     assert key_cache.is_contiguous()
@@ -67,7 +78,7 @@ def paged_attention(
     assert params.scale > 0
     num_tokens, num_heads, _ = query.shape
     out = torch.empty(num_tokens, num_heads, value_cache.shape[3], dtype=query.dtype, device=query.device)
-    for launch in _plan(query, key_cache, value_cache, metadata, params):
+    for launch in _plan(query, key_cache, value_cache, metadata, params, shapes):
         with torch.cuda.device(query.get_device()):
             _run(launch, query, key_cache, value_cache, out, metadata, params)
     return out
@@ -166,28 +177,47 @@ def _run(
 
 
 def _plan(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, params: AttentionParams
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    params: AttentionParams,
+    shapes: tuple[TileShape, TileShape] | None,
 ) -> tuple[_Launch, ...]:
     """How this step is computed by layers of these shapes that see as much."""
     key = ("triton", query.shape[1], key_cache.shape[2:], value_cache.shape[3], params.visibility)
     plan: tuple[_Launch, ...] | None = metadata.plans.get(key)
     if plan is None:
-        plan = metadata.plans[key] = tuple(_make_plan(query, key_cache, value_cache, metadata, params))
+        shapes = shapes or suitable_shapes(query, key_cache, value_cache)
+        plan = metadata.plans[key] = tuple(_make_plan(query, key_cache, value_cache, metadata, params, shapes))
     return plan
 
 
+def suitable_shapes(query: Tensor, key_cache: Tensor, value_cache: Tensor) -> tuple[TileShape, TileShape]:
+    """Of tiles with few and with many rows: what was measured on the device, or else the defaults."""
+    num_shared = query.shape[1] // key_cache.shape[2]
+    head_dim = max(key_cache.shape[3], value_cache.shape[3])
+    shapes = tile_shapes(num_shared, head_dim, query.dtype, has_227_kib=_gpu(query.device).has_227_kib)
+    table = _table(query.device)
+    return tuned_shapes(shapes, table, num_shared=num_shared, head_dim=head_dim, kv_dtype=key_cache.dtype)
+
+
+@cache  # a file that is part of the package
+def _table(device: torch.device) -> TunedTable:
+    return table_of(device)
+
+
 def _make_plan(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, metadata: AttentionMetadata, params: AttentionParams
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    metadata: AttentionMetadata,
+    params: AttentionParams,
+    shapes: tuple[TileShape, TileShape],
 ) -> Iterable[_Launch]:
-    num_heads, key_dim = query.shape[1:]
+    num_heads = query.shape[1]
     num_kv_heads, value_dim = value_cache.shape[2:]
     gpu = _gpu(query.device)
-    shapes = tile_shapes(
-        num_heads // num_kv_heads,
-        max(key_dim, value_dim),
-        query.dtype,
-        has_227_kib=gpu.has_227_kib,
-    )
     visible = metadata.block_tables.shape[1] * key_cache.shape[1]
     visible = min(limit for limit in (visible, params.sliding_window, params.chunk_size) if limit is not None)
 

@@ -1,6 +1,7 @@
 """The tiles that the kernel of paged attention computes, by what a GPU has room for.
 
-Chosen for Hopper (227 KiB of shared memory and 65,536 registers a multiprocessor) by calculation, not yet by measuring.
+The defaults are for Hopper (227 KiB of shared memory and 65,536 registers a multiprocessor), by calculation; what was
+measured (`python -m model_worker.engine.ops.tuning`) goes before them.
 Decoding is limited by memory: a few programs a multiprocessor have some 100 KiB of keys and values under way. Prompts
 are limited by the tensor cores, whose widest instruction takes 64 rows for each four warps. Tiles of float32, which is
 there for exactness, are small.
@@ -8,9 +9,16 @@ there for exactness, are small.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
+
+from model_worker.engine.ops.tuning.tuned_table import TunedTable
+
+OP = "paged_attention"
+TUNED = ("tile_keys", "num_warps", "num_stages", "programs_per_multiprocessor")
+"""What a table may say of a shape."""
 
 _FEW_ROWS = 16  # the least that tensor cores multiply
 
@@ -63,3 +71,31 @@ def tile_shapes(
         TileShape(few, few // num_shared, keys, 4, stages, True, 6, keys),
         TileShape(many, many // num_shared, keys, 8 if many == 128 else 4, stages, False, 1, 8 * keys),
     )
+
+
+def tuned_shapes(
+    shapes: tuple[TileShape, TileShape], table: TunedTable, *, num_shared: int, head_dim: int, kv_dtype: torch.dtype
+) -> tuple[TileShape, TileShape]:
+    """Those shapes with what was measured on the device, if anything was."""
+    few, many = shapes
+    return (
+        with_choice(few, table.find(OP, shape_class(few, num_shared, head_dim, kv_dtype)) or {}),
+        with_choice(many, table.find(OP, shape_class(many, num_shared, head_dim, kv_dtype)) or {}),
+    )
+
+
+def with_choice(shape: TileShape, choice: Mapping[str, int]) -> TileShape:
+    """The shape with some of the numbers named in `TUNED` chosen otherwise."""
+    return replace(
+        shape,
+        tile_keys=choice.get("tile_keys", shape.tile_keys),
+        num_warps=choice.get("num_warps", shape.num_warps),
+        num_stages=choice.get("num_stages", shape.num_stages),
+        programs_per_multiprocessor=choice.get("programs_per_multiprocessor", shape.programs_per_multiprocessor),
+    )
+
+
+def shape_class(shape: TileShape, num_shared: int, head_dim: int, kv_dtype: torch.dtype) -> str:
+    """Under which a table has a shape."""
+    kind = "few rows" if shape.whole else "many rows"
+    return f"{kind}, {num_shared} heads share {head_dim} numbers of {8 * kv_dtype.itemsize} bits"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+from model_worker.engine.ops.tuning.attention_problems import attention_problems
 from model_worker.engine.ops.tuning.quantized_problems import quantized_problems
 from model_worker.engine.ops.tuning.search import choices_of, search
 from model_worker.engine.ops.tuning.tuned_table import write_table
@@ -32,7 +34,11 @@ def main() -> None:
         parser.error("torch sees no GPU.")
     device = torch.device("cuda", torch.cuda.current_device())
     found = []
-    for problem in quantized_problems(tuple(arguments.shape or _LLAMA_8B), device):
+    problems = chain(
+        attention_problems(device, heads=(32, 8), head_dim=128, decode=(64, 8192), prompt=4096),
+        quantized_problems(tuple(arguments.shape or _LLAMA_8B), device),
+    )
+    for problem in problems:
         answer = search(problem, _milliseconds)
         found.append(answer)
         default = "cannot be launched" if answer.default_ms is None else f"{answer.default_ms * 1e3:8.1f} us"
