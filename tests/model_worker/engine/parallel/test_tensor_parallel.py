@@ -12,6 +12,7 @@ from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfi
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
+from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.outputs import TokenLogprobs
 from model_worker.engine.parallel.start import start_ranks
 from model_worker.engine.sampling_params import SamplingParams
@@ -130,7 +131,8 @@ def test_logprobs_of_prompts(name: str, impl: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("impl", ["transformers", "native"])
 def test_four_ranks_repeat_kv_heads_and_keep_a_share(impl: str, tmp_path: Path) -> None:
-    build_tiny_model("llama").save_pretrained(tmp_path)
+    model = build_tiny_model("llama")
+    model.save_pretrained(tmp_path)
     whole = ModelRunner(make_tiny_plan(tmp_path), _config("transformers", size=1))
     expected, _, _ = _run(whole, _prompts())
     with divided_runner(make_tiny_plan(tmp_path), _config(impl, size=4)) as runner:
@@ -138,6 +140,11 @@ def test_four_ranks_repeat_kv_heads_and_keep_a_share(impl: str, tmp_path: Path) 
     assert found == expected
     assert [attention.kv_shape.num_kv_heads for attention in runner.model.attentions] == [1, 1]
     assert [attention.kv_shape.num_kv_heads for attention in whole.model.attentions] == [2, 2]
+    if isinstance(runner.model, GpuDecoder):  # the other's weights are packed
+        num_own = sum(parameter.numel() for parameter in runner.model.parameters())
+        assert num_own < 0.3 * sum(parameter.numel() for parameter in model.parameters())
+    else:
+        assert impl == "transformers"
 
 
 @pytest.mark.parametrize("impl", ["transformers", "native"])
