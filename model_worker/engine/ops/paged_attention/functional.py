@@ -12,7 +12,7 @@ Terms of options that are off fall away. key[s, j] is key_cache[block_tables[s, 
 
     paged_attention(query, key_cache, value_cache, metadata, params) -> out [T, H, Dv]
 
-        query        [T, H, D]                               float32, bfloat16 or float16; heads contiguous
+        query        [T, H, D]                               float32, bfloat16 or float16; each head contiguous
         key_cache    [num_blocks, block_size, Hkv, D]        query's dtype or float8_e4m3fn, contiguous; the step's own
         value_cache  [num_blocks, block_size, Hkv, Dv]       keys are in it already. Dv may differ from D
 
@@ -24,7 +24,7 @@ there is said at `AttentionMetadata`.
 
     write_kv(key, value, key_cache, value_cache, slot_mapping)      in place
 
-        key [T, Hkv, D], value [T, Hkv, Dv]: heads contiguous; dtype of the caches, or theirs is float8_e4m3fn
+        key [T, Hkv, D], value [T, Hkv, Dv]: each head contiguous; dtype of the caches, or theirs is float8_e4m3fn
         slot_mapping [T] int64: block number * block_size + offset, all distinct; -1: the row is not kept
 
 Numbers beyond the range of float8_e4m3fn become its largest, 448; NaN stays NaN.

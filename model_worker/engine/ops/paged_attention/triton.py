@@ -72,7 +72,6 @@ def paged_attention(
         shapes: of tiles with few and with many rows, for all layers of the step; None: those that suit the device.
     """
     assert query.stride(2) == 1
-    assert query.stride(1) == query.shape[2]
     assert key_cache.is_contiguous()
     assert value_cache.is_contiguous()
     assert params.scale > 0
@@ -86,23 +85,25 @@ def paged_attention(
 
 def write_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
     """See functional.py."""
-    key_width, value_width = key[0].numel(), value[0].numel()
-    for tensor in (key, value):
-        assert tensor.stride(2) == 1
-        assert tensor.stride(1) == tensor.shape[2]
+    num_tokens, num_kv_heads, key_dim = key.shape
+    value_dim = value.shape[2]
+    assert key.stride(2) == value.stride(2) == 1
     assert key_cache.is_contiguous()
     assert value_cache.is_contiguous()
     with torch.cuda.device(key.get_device()):
-        write_kernel[(len(key), -(-max(key_width, value_width) // _WRITE_BLOCK))](
+        write_kernel[(num_tokens, -(-num_kv_heads * max(key_dim, value_dim) // _WRITE_BLOCK))](
             key,
             value,
             key_cache,
             value_cache,
             slot_mapping,
             key.stride(0),
+            key.stride(1),
             value.stride(0),
-            KEY_WIDTH=key_width,
-            VALUE_WIDTH=value_width,
+            value.stride(1),
+            NUM_KV_HEADS=num_kv_heads,
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
             BLOCK=_WRITE_BLOCK,
         )
 
@@ -138,6 +139,7 @@ def _run(
         params.softcap,
         None if params.alibi is None else params.alibi.multiplier,
         query.stride(0),
+        query.stride(1),
         metadata.block_tables.stride(0),
         launch.num_splits,
         launch.min_split_keys,

@@ -163,6 +163,7 @@ def attend_kernel(
     softcap,
     alibi_multiplier,
     query_stride,
+    head_stride,
     table_stride,
     num_splits,
     min_split_keys,
@@ -183,10 +184,10 @@ def attend_kernel(
 ):
     """Program (KV head, tile, split): attention of a tile over the keys of a split.
 
-    query [T, H, KEY_DIM] with rows `query_stride` apart, out [T, H, VALUE_DIM] contiguous; caches, block_tables and
-    seq_lens as in functional.py; tiles [num_tiles, 4] int32, see `_tile`, or None in a decode step; sinks and slopes
-    [H] or None; partial_out [num_splits, num_tiles * tile_queries, H, VALUE_DIM] and partial_log, without VALUE_DIM,
-    float32. What a single active split computes goes to `out` at once.
+    query [T, H, KEY_DIM] with tokens `query_stride` and heads `head_stride` numbers apart, out [T, H, VALUE_DIM]
+    contiguous; caches, block_tables and seq_lens as in functional.py; tiles [num_tiles, 4] int32, see `_tile`, or None
+    in a decode step; sinks and slopes [H] or None; partial_out [num_splits, num_tiles * tile_queries, H, VALUE_DIM] and
+    partial_log, without VALUE_DIM, float32. What a single active split computes goes to `out` at once.
     """
     num_heads = NUM_KV_HEADS * NUM_SHARED
     kv_head, index, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -202,7 +203,7 @@ def attend_kernel(
         has_row = queries < num_rows
         row_positions = first_position + queries
         key_dims, value_dims = tl.arange(0, BLOCK_KEY_DIM), tl.arange(0, BLOCK_VALUE_DIM)
-        q_rows = (first_row + queries).to(tl.int64) * query_stride + heads * KEY_DIM
+        q_rows = (first_row + queries).to(tl.int64) * query_stride + heads.to(tl.int64) * head_stride
         q_mask = has_row[:, None] & (key_dims < KEY_DIM)[None, :]
         q = tl.load(query + q_rows[:, None] + key_dims[None, :], mask=q_mask, other=0.0).to(PRODUCT_DTYPE)
         row_slopes = None
@@ -318,20 +319,29 @@ def write_kernel(
     value_cache,
     slot_mapping,
     key_stride,
+    key_head_stride,
     value_stride,
-    KEY_WIDTH: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
+    value_head_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (token, numbers): the token's keys and values [heads * dim] to its slot of the caches, if it has one."""
+    """Program (token, numbers): the token's keys and values [heads * dim] to its slot of the caches, if it has one.
+
+    Tokens of key and value are `key_stride` and `value_stride` numbers apart, heads `..._head_stride`.
+    """
     row = tl.program_id(0).to(tl.int64)
     numbers = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slot_mapping + row)
     if slot >= 0:
-        keys = tl.load(key + row * key_stride + numbers, mask=numbers < KEY_WIDTH, other=0.0)
-        store(key_cache + slot * KEY_WIDTH + numbers, keys, numbers < KEY_WIDTH)
-        values = tl.load(value + row * value_stride + numbers, mask=numbers < VALUE_WIDTH, other=0.0)
-        store(value_cache + slot * VALUE_WIDTH + numbers, values, numbers < VALUE_WIDTH)
+        is_key, is_value = numbers < NUM_KV_HEADS * KEY_DIM, numbers < NUM_KV_HEADS * VALUE_DIM
+        places = (numbers // KEY_DIM).to(tl.int64) * key_head_stride + numbers % KEY_DIM
+        keys = tl.load(key + row * key_stride + places, mask=is_key, other=0.0)
+        store(key_cache + slot * (NUM_KV_HEADS * KEY_DIM) + numbers, keys, is_key)
+        places = (numbers // VALUE_DIM).to(tl.int64) * value_head_stride + numbers % VALUE_DIM
+        values = tl.load(value + row * value_stride + places, mask=is_value, other=0.0)
+        store(value_cache + slot * (NUM_KV_HEADS * VALUE_DIM) + numbers, values, is_value)
 
 
 @triton.jit
