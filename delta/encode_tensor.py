@@ -125,7 +125,7 @@ def _missed(target: Tensor, sums: Tensor) -> float:
     for rows in row_blocks(sums.shape):
         if target.dtype == torch.float16 and not sums[rows].to(target.dtype).isfinite().all():
             return math.inf
-        missed.append(torch.linalg.vector_norm(target[rows].float().sub_(sums[rows])).item())
+        missed.append(torch.linalg.vector_norm(target[rows].float() - sums[rows]).item())
     return math.hypot(*missed)
 
 
