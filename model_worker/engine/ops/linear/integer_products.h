@@ -7,6 +7,7 @@
 #define ROOTGRAFT_VNNI 1
 
 namespace rootgraft {
+namespace {  // known to this file alone, so that the compiler makes a version of each for its arguments
 
 // Quantized weights and activations: products of four bytes are summed in integers, exactly, group by group:
 //     sum over k of (s q) (t x)            = s t * (dot(q + 128, x) - 128 sum(x))        int8
@@ -67,7 +68,7 @@ inline void multiply_integers(const Group* groups, int64_t num_groups, const int
 }
 
 template <typename Group, typename Fetch, int R = kMaxIntegerRows>
-inline void multiply_integer_rows(int rows, const Group* groups, int64_t num_groups, const int8_t* x, const float* scales,
+void multiply_integer_rows(int rows, const Group* groups, int64_t num_groups, const int8_t* x, const float* scales,
                            const int32_t* x_sums, Sums* sums, Fetch fetch) {
   if constexpr (R > 1) {
     if (rows < R) {
@@ -77,5 +78,6 @@ inline void multiply_integer_rows(int rows, const Group* groups, int64_t num_gro
   multiply_integers<Group, R>(groups, num_groups, x, scales, x_sums, sums, fetch);
 }
 
+}  // namespace
 }  // namespace rootgraft
 #endif

@@ -6,6 +6,7 @@
 #include "packed_weight.h"
 
 namespace rootgraft {
+namespace {  // known to this file alone, so that the compiler makes a version of each for its arguments
 
 constexpr int kVectors = kPanel / kLanes;   // of one row of a panel
 constexpr int kMaxRows = kLanes == 16 ? 12 : (kLanes == 8 ? 3 : 1);  // rows whose sums fit the registers
@@ -69,7 +70,7 @@ inline void multiply(const W* panel, const float* x, int64_t x_stride, int64_t n
 }
 
 template <typename W, typename Fetch, int R = kMaxRows>
-inline void multiply_rows(int rows, const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums,
+void multiply_rows(int rows, const W* panel, const float* x, int64_t x_stride, int64_t num_inputs, Sums* sums,
                    Fetch fetch, float* wide = nullptr) {
   if constexpr (R > 1) {
     if (rows < R) {
@@ -89,4 +90,5 @@ inline void for_blocks(int rows, int most, F&& f) {
   }
 }
 
+}  // namespace
 }  // namespace rootgraft

@@ -4,12 +4,13 @@
 #include "panel_products.h"
 
 namespace rootgraft {
+namespace {  // known to this file alone, so that the compiler makes a version of each for its arguments
 
 inline Ints quad_byte(const uint8_t (*values)[4], int v, int byte) {
   return (bits_of<Ints>(values[v * kLanes]) >> (8 * byte)) & 0xff;
 }
 
-inline void widen_group(const Int8Group& group, float* out) {
+void widen_group(const Int8Group& group, float* out) {
   for (int v = 0; v < kVectors; ++v) {
     const Floats scale = load(group.scale + v * kLanes);
     for (int k = 0; k < kGroup; ++k) {
@@ -19,7 +20,7 @@ inline void widen_group(const Int8Group& group, float* out) {
   }
 }
 
-inline void widen_group(const Int4Group& group, float* out) {
+void widen_group(const Int4Group& group, float* out) {
   for (int v = 0; v < kVectors; ++v) {
     const Floats scale = load(group.scale + v * kLanes), minimum = load(group.minimum + v * kLanes);
     for (int k = 0; k < kGroup; ++k) {
@@ -31,7 +32,7 @@ inline void widen_group(const Int4Group& group, float* out) {
 }
 
 template <typename W>
-inline void widen_dense(const void* weight, int64_t num_inputs, int64_t panel, int64_t first_input, int64_t count, float* out) {
+void widen_dense(const void* weight, int64_t num_inputs, int64_t panel, int64_t first_input, int64_t count, float* out) {
   const W* const source = static_cast<const W*>(weight) + (panel * num_inputs + first_input) * kPanel;
   for (int64_t i = 0; i < count * kPanel; i += kLanes) store(out + i, load(source + i));
 }
@@ -54,4 +55,5 @@ inline void widen_panel(WeightFormat format, const void* weight, int64_t num_inp
   }
 }
 
+}  // namespace
 }  // namespace rootgraft
