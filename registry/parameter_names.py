@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
 
 _RENAMES = (
     (re.compile(r"^embed_out\."), "lm_head."),  # gpt_neox
@@ -23,7 +23,8 @@ _EXPERT_MATRICES = {
 }
 
 
-class ExpertMatrix(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ExpertMatrix:
     """One expert's matrix of a mixture; transformers keeps those of all experts in one parameter.
 
     Attributes:
