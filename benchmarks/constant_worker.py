@@ -51,6 +51,7 @@ class ConstantExecutor:
         self.groups = (Visibility(),)
         self.block_size = 16
         self.vocab_size = vocab_size
+        self.runs_ahead = False
         self._samples = [SampledToken(token_id, None) for token_id in text]
         self._step_s = step_s
 
