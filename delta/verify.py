@@ -10,8 +10,10 @@ from typing import Literal, TypeAlias
 from delta.apply import check_base_names, given_back, read_base, small_files
 from delta.artifact import EXTRA_FILES, Delta, open_delta
 from delta.checkpoint_tensors import CheckpointTensors, open_checkpoint
+from delta.delta_config import read_delta_config
+from registry.checkpoint import read_checkpoint
 from registry.companion_files import companion_files
-from registry.digest import Progress
+from registry.digest import Progress, base_digest
 from registry.errors import CheckpointError
 
 Level: TypeAlias = Literal["header", "sampled", "full"]
@@ -45,6 +47,20 @@ def verify_delta(
             _read_terms(opened, level, progress)
             if level == "sampled":
                 _sample_base(tensors, opened)
+
+
+def check_target(delta: Path, target: Path, *, progress: Progress | None = None) -> None:
+    """Return if the delta was made of the fine-tune `target` as it is now; reads all of it.
+
+    Raises:
+        CheckpointError: it was made of another one, whose tensors or small files differ, or a file cannot be read.
+    """
+    config = read_delta_config(delta)
+    files = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in companion_files(target).items()}
+    if files != config.files or base_digest(read_checkpoint(target), progress) != config.target.digest:
+        raise CheckpointError(
+            f"{delta} was not made of {target} as it is now; remove it or give another name, to make the delta anew"
+        )
 
 
 def _read_terms(delta: Delta, level: Level, progress: Progress | None) -> None:

@@ -15,8 +15,8 @@ from delta.delta_config import CONFIG_FILE, read_delta_config
 from delta.make import Labels
 from delta.progress_bar import progress_bar
 from delta.publish import Publication, publish
-from delta.quality_prompts import default_prompts
-from delta.verify import verify_delta
+from delta.quality_prompts import default_prompts, read_prompts
+from delta.verify import check_target, verify_delta
 from registry.errors import InvalidRequestError
 from registry.names import ModelName
 
@@ -40,6 +40,12 @@ def add_parser(verbs: Any) -> None:
     )
     verb.add_argument("--out", type=Path, metavar="DIR", help="where to keep the delta of --target (default: nowhere)")
     verb.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="JSON array of texts or conversations over which the delta of --target is measured",
+    )
+    verb.add_argument(
         "--sign-key",
         type=Path,
         metavar="FILE",
@@ -50,8 +56,9 @@ def add_parser(verbs: Any) -> None:
     verb.add_argument(
         "--key-file", type=Path, metavar="FILE", help=f"holds an admin key (default: the environment's {KEY_VARIABLE})"
     )
-    verb.add_argument("--alias", default="prod", help="to point to the version (default: %(default)s)")
-    verb.add_argument("--no-alias", action="store_true", help="point none to it: it is served as NAME@vN only")
+    alias = verb.add_mutually_exclusive_group()
+    alias.add_argument("--alias", default="prod", help="to point to the version (default: %(default)s)")
+    alias.add_argument("--no-alias", action="store_true", help="point none to it: it is served as NAME@vN only")
     verb.add_argument(
         "--canary", type=float, metavar="WEIGHT", help="share of the alias's requests that it gets, 0 to 1, not all"
     )
@@ -62,9 +69,8 @@ def add_parser(verbs: Any) -> None:
 
 
 def _publish(args: argparse.Namespace) -> None:
-    ModelName(args.name)
-    if args.canary is not None and not 0.0 <= args.canary <= 1.0:
-        raise InvalidRequestError(f"--canary is a share from 0 to 1, not {args.canary}")
+    _check(args)
+    key = os.environ.get(KEY_VARIABLE) or None if args.key_file is None else _read_key(args.key_file)
     with ExitStack() as held:
         directory = args.adapter or args.delta or _made(args, held)
         base_digest = quality = None
@@ -83,20 +89,43 @@ def _publish(args: argparse.Namespace) -> None:
         publication = Publication(
             args.name, directory, args.parent, base_digest, quality, None if args.no_alias else args.alias, args.canary
         )
-        key = args.key_file.read_text().strip() if args.key_file is not None else os.environ.get(KEY_VARIABLE) or None
         name = publish(
             publication, args.url, key=key, timeout_s=args.timeout, report=_report, progress_bar=progress_bar
         )
     _report(f"published: {name}")
 
 
-def _made(args: argparse.Namespace, held: ExitStack) -> Path:
-    """The delta of a full fine-tune; one that an earlier call has left in --out is taken as it is."""
-    if args.base is None:
+def _check(args: argparse.Namespace) -> None:
+    """Raises InvalidRequestError: flags that contradict each other, or a value that cannot be."""
+    ModelName(args.name)
+    if args.canary is not None and not 0.0 <= args.canary <= 1.0:
+        raise InvalidRequestError(f"--canary is a share from 0 to 1, not {args.canary}")
+    if args.canary is not None and args.no_alias:
+        raise InvalidRequestError("a canary gets a share of an alias's requests: leave out --no-alias or --canary")
+    if args.target is not None and args.base is None:
         raise InvalidRequestError("a fine-tune is published as its delta from a base: give --base DIR")
+    if args.target is None and (args.out is not None or args.prompts is not None):
+        raise InvalidRequestError("--out and --prompts are for the delta that is made of a --target; leave them out")
+
+
+def _read_key(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"{file} cannot be read ({error}); give a --key-file that holds a key") from error
+
+
+def _made(args: argparse.Namespace, held: ExitStack) -> Path:
+    """The delta of a full fine-tune; one that an earlier call has left in --out is taken, if it is this one's.
+
+    Raises:
+        CheckpointError: --out holds the delta of another base or fine-tune, or is damaged.
+    """
     if args.out is not None and (args.out / CONFIG_FILE).is_file():
         with progress_bar("verifying") as progress:
             verify_delta(args.out, args.base, progress=progress)
+        with progress_bar("reading") as progress:
+            check_target(args.out, args.target, progress=progress)
         return Path(args.out)
     out = args.out
     if out is None:
@@ -112,7 +141,7 @@ def _made(args: argparse.Namespace, held: ExitStack) -> Path:
             args.target,
             out,
             CodecPolicy(),
-            prompts=default_prompts(),
+            prompts=default_prompts() if args.prompts is None else read_prompts(args.prompts),
             gate=QualityGate(),
             labels=labels,
             report=_report,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from delta.verify import Level, verify_delta
+from delta.verify import Level, check_target, verify_delta
 from registry.errors import CheckpointError
 from tests.delta.models import base_weights, save
 
@@ -74,3 +74,17 @@ def test_stored_tensors_of_another_delta(delta: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match="damaged"):
         verify_delta(delta)
+
+
+def test_the_fine_tune_that_it_was_made_of(delta: Path, target: Path) -> None:
+    check_target(delta, target)
+    (target / "tokenizer.json").write_text('{"v": 3}')
+    with pytest.raises(CheckpointError, match="was not made of"):
+        check_target(delta, target)
+    (target / "tokenizer.json").write_text('{"v": 2}')
+    check_target(delta, target)
+    weights = load_file(target / "model.safetensors")
+    weights["up"][0, 0] += 1
+    save_file(weights, target / "model.safetensors")
+    with pytest.raises(CheckpointError, match="was not made of"):
+        check_target(delta, target)
