@@ -9,13 +9,15 @@ from delta.apply import given_back
 from delta.artifact import open_delta
 from delta.checkpoint_tensors import open_checkpoint
 from delta.codecs.policy import CodecPolicy
-from delta.delta_config import DeltaConfig
+from delta.delta_config import CONFIG_FILE, DeltaConfig
 from delta.make import Calibration, Labels, make_delta
+from delta.output_path import check_apart
 from delta.quality import QualityMeter
 from delta.quality_gate import QualityGate, QualityTooLowError
 from delta.quality_prompts import QualityPrompts, default_prompts
 from delta.quality_record import Probe, Quality
 from registry.digest import Progress
+from registry.staged_directory import check_target
 
 
 def make_measured_delta(
@@ -43,6 +45,8 @@ def make_measured_delta(
         QualityTooLowError: the gate does not admit what a named codec makes.
         And all that `make_delta` and `QualityMeter` raise.
     """
+    check_apart(out, base, target)
+    check_target(out, (CONFIG_FILE,) if force else ())  # before all that takes time
     report("computing the fine-tune and the base")
     measured, others = prompts.halves()
     _, of_default = default_prompts().halves()

@@ -45,7 +45,8 @@ class QualityMeter:
         dtype: below float32 the rounding is of the size of what is to be measured.
 
     Raises:
-        CheckpointError: a model or tokenizer that cannot be read, or without prompts of at least two tokens.
+        CheckpointError: a model or tokenizer that cannot be read, no prompts of at least two tokens, or a fine-tune
+            that computes numbers that are not finite.
         UnsupportedModelError: a model that transformers does not know.
     """
 
@@ -70,6 +71,12 @@ class QualityMeter:
         texts = [prompt.whole for each in calibration for prompt in tokenize_prompts(each, tokenizer)]
         self.inputs: InputSamples = sample_inputs(model, texts)
         self._expected = self._logprobs(model)  # of each prompt [num_tokens, vocabulary]
+        pieces = (piece for given in self.inputs.values() for piece in given)
+        if any(bool(found.isnan().any()) for found in (*self._expected, *pieces)):
+            raise CheckpointError(
+                f"{target} computes numbers that are not finite: train it again, or keep it as it "
+                "is with --codec lossless"
+            )
         self._answers = [_Answer.of(model, prompt.question) for prompt in self._prompts]
         self._empty = model.to("meta")  # its class and configuration
         self._base_kl_mean = self._compare_with_base(base)

@@ -33,7 +33,7 @@ def staged_directory(target: Path, *, replaces: Collection[str] = ()) -> Iterato
         CheckpointError: `target` exists already, or its parent does not.
         InternalError: the disk is full, or the directory cannot be written.
     """
-    _check_target(target, replaces)
+    check_target(target, replaces)
     with disk_errors(target.parent):
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         try:
@@ -62,7 +62,7 @@ def resumable_directory(target: Path, *, replaces: Collection[str] = ()) -> Iter
         CheckpointError: `target` exists already, its parent does not, or another program is writing it.
         InternalError: the disk is full (everything is removed), or the directory cannot be written.
     """
-    _check_target(target, replaces)
+    check_target(target, replaces)
     staging = target.with_name(f".{target.name}.partial")
     made = ResumableDirectory(staging / "scratch", staging / "result")
     with disk_errors(target.parent):
@@ -85,7 +85,8 @@ def resumable_directory(target: Path, *, replaces: Collection[str] = ()) -> Iter
             os.close(lock)
 
 
-def _check_target(target: Path, replaces: Collection[str]) -> None:
+def check_target(target: Path, replaces: Collection[str]) -> None:
+    """Raises CheckpointError: `target` cannot be made or replaced, as `staged_directory` says it."""
     if target.is_dir() and not target.is_symlink() and any((target / name).is_file() for name in replaces):
         return
     _refuse_existing(target)
@@ -103,7 +104,7 @@ def _publish(staging: Path, target: Path, replaces: Collection[str]) -> None:
         _sync(path)
     staging.chmod(0o755)
     if replaces and target.exists():
-        _check_target(target, replaces)
+        check_target(target, replaces)
         _exchange(staging, target)
         shutil.rmtree(staging)
     else:

@@ -133,6 +133,8 @@ def _sampled_energy(difference: Tensor) -> float:
     """The share of the 64 largest components in rows drawn by their energies; of few rows, more than that of all."""
     energies = torch.linalg.vector_norm(difference, dim=1).square()
     num_rows = min(_NUM_SAMPLED_ROWS, int(energies.count_nonzero()))
+    if num_rows == 0:  # their squares are too small for float32
+        return 0.0
     rows = torch.multinomial(energies, num_rows, generator=torch.Generator().manual_seed(_SEED))
     sample = difference[rows] / energies[rows].sqrt()[:, None]
     found = torch.linalg.eigvalsh(sample @ sample.T)

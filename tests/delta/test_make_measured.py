@@ -15,6 +15,7 @@ from delta.make_measured import make_measured_delta
 from delta.quality_gate import QualityGate, QualityTooLowError
 from delta.quality_prompts import QualityPrompts
 from delta.quality_record import Quality
+from registry.errors import CheckpointError
 from tests.delta.tiny_llama import save_tiny_llama
 
 PROMPTS = QualityPrompts("default", ("Some text.", "Another one, a little longer."))
@@ -83,6 +84,14 @@ def test_a_named_codec_that_is_too_coarse_fails_and_leaves_nothing(base: Path, t
     with pytest.raises(QualityTooLowError, match="finer codec"):
         _make(base, target, CodecPolicy("sign"), QualityGate(max_kl=1e-9, max_kl_share=0), [])
     assert sorted(path.name for path in base.parent.iterdir()) == ["base", "target"]
+
+
+def test_an_output_that_cannot_be_is_refused_before_anything_is_computed(base: Path, target: Path) -> None:
+    (base.parent / "delta").mkdir()
+    lines: list[str] = []
+    with pytest.raises(CheckpointError, match="exists already"):
+        _make(base, target, CodecPolicy(), QualityGate(), lines)
+    assert lines == []
 
 
 def test_the_gate() -> None:

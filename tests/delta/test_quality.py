@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -87,6 +88,17 @@ def test_weights_that_are_missing_are_not_made_up(base: Path, target: Path) -> N
     del weights["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(CheckpointError, match="up_proj"):
         meter.measure(weights)
+
+
+@pytest.mark.parametrize("character", "Fo")  # of the measured texts, and of one that inputs are sampled of
+def test_a_fine_tune_of_spoiled_weights_is_refused(base: Path, target: Path, character: str) -> None:
+    weights = _weights(target)
+    token_id = byte_tokenizer()(character)["input_ids"][0]
+    weights["model.embed_tokens.weight"][token_id, 3] = torch.nan
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    measured, other = QualityPrompts("default", ("First text.",)), QualityPrompts("default", ("So on.",))
+    with pytest.raises(CheckpointError, match="not finite"):
+        QualityMeter(base, target, measured, calibration=[other])
 
 
 def test_models_that_cannot_be_computed(tmp_path: Path, base: Path, target: Path) -> None:

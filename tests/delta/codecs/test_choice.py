@@ -47,6 +47,10 @@ def test_the_change_of_reinforcement_learning_gets_zeros_too(changed: float) -> 
     assert _codecs(base, base.float() + torch.randn(SHAPE) * 0.01 * where) == ["ternary"]
 
 
+def test_changes_whose_squares_are_nothing_get_signs_too() -> None:
+    assert _codecs(torch.zeros(SHAPE), torch.randn(SHAPE) * 1e-26) == ["sign"]
+
+
 def test_few_changes_are_kept_exactly() -> None:
     base = _base()
     target = torch.where(torch.rand(SHAPE) < 0.01, torch.randn(SHAPE).bfloat16(), base)
