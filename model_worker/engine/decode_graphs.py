@@ -66,19 +66,25 @@ class Capture(Protocol):
 
 
 class CudaCapture:
-    """Captures CUDA graphs, which share their memory: no two of them run at the same time."""
+    """Captures CUDA graphs, which share their memory: no two of them run at the same time.
+
+    All are captured on one stream, because torch reuses the memory of a pool, and cuBLAS its workspace, only on the
+    stream for which it was taken.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels and makes workspaces, which a capture must not
             run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        # What other threads ask of the device meanwhile, such as NCCL's that watches its calls, is their affair.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             run()
         return graph.replay
 
@@ -160,8 +166,10 @@ class DecodeGraphs:
         self._hidden = None
 
     def fits(self, batch: StepBatch, segments: VariantSegments) -> bool:
-        """There is a graph for this batch."""
-        if batch.num_tokens != batch.num_sequences or batch.block_tables.shape[2] > self._max_blocks:
+        """There is a graph for this batch: of one token of each sequence, from all of which is sampled."""
+        if not batch.num_tokens == batch.num_sequences == len(batch.logit_rows):
+            return False
+        if batch.block_tables.shape[2] > self._max_blocks:
             return False
         return self._find(batch, segments) is not None
 
@@ -194,9 +202,7 @@ class DecodeGraphs:
         if kind > 0:
             terms = self._model.graph_terms(size)[kind - 1]
             terms.fill(())
-        assert tensors.seq_lens is not None
-        tensors.seq_lens.zero_()
-        tensors.slot_mapping.fill_(-1)
+        _clear(tensors)
         context = self._model.context
 
         def run() -> None:
@@ -212,6 +218,16 @@ class DecodeGraphs:
         finally:
             context.metadata = context.slot_mapping = context.terms = None
             context.further_groups = ()
+
+
+def _clear(tensors: StepTensors) -> None:
+    """Make them rows of nobody: what is left there of steps of other shapes may be out of all bounds."""
+    assert tensors.seq_lens is not None
+    assert tensors.sources is not None
+    for tensor in (tensors.input_ids, tensors.positions, tensors.seq_lens):
+        tensor.zero_()
+    for tensor in (tensors.slot_mapping, tensors.sources):
+        tensor.fill_(-1)
 
 
 def decode_metadata(tensors: StepTensors, group: int) -> AttentionMetadata:

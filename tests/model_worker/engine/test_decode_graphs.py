@@ -39,11 +39,11 @@ class Runs:
         self.models = [DeviceModel(num_blocks=120, block_size=BLOCK_SIZE, num_groups=num_groups) for _ in range(2)]
         num_bytes = BatchShape(num_groups, 64, 16, MAX_BLOCKS, 64).num_bytes
         self.drawn = [torch.zeros(16, dtype=torch.int64) for _ in range(2)]
-        inputs = [DeviceInputs(CPU, num_bytes) for _ in range(2)]
+        self.inputs = [DeviceInputs(CPU, num_bytes) for _ in range(2)]
         self.capture = FakeCapture(self.models[0].context)
         self.graphs = DecodeGraphs(
             self.models[0],
-            inputs[0],
+            self.inputs[0],
             self.drawn[0],
             max_num_seqs=max_num_seqs,
             num_groups=num_groups,
@@ -55,7 +55,7 @@ class Runs:
                 cast(Any, model),
                 cast(Any, None),
                 CPU,
-                inputs=inputs[i],
+                inputs=self.inputs[i],
                 graphs=self.graphs if i == 0 else None,
                 drawn=self.drawn[i],
             )
@@ -167,6 +167,27 @@ def test_steps_with_prompts_or_more_rows_are_computed_eagerly() -> None:
     runs.step(decodes(sequences))
     runs.step([*decodes(sequences[:2]), ScheduledSequence(sequences[2], 0, 2)])
     assert runs.capture.num_replays == 0
+
+
+def test_a_row_from_which_nothing_is_sampled_is_computed_eagerly() -> None:
+    runs = Runs()
+    runs.graphs.capture()
+    sequences = make_sequences(3)
+    for sequence, token in zip(sequences, runs.step(prompts(sequences)), strict=True):
+        sequence.append(token)
+    runs.step([*decodes(sequences[:2]), ScheduledSequence(sequences[2], 0, 1)])  # a chunk of a prompt
+    assert runs.capture.num_replays == 0
+
+
+def test_what_earlier_steps_left_in_the_inputs_is_not_computed() -> None:
+    runs = Runs()
+    runs.inputs[0]._device_buffer.fill_(0x7F)
+    runs.graphs.capture()
+    sequences = make_sequences(5)
+    for sequence, token in zip(sequences, runs.step(prompts(sequences)), strict=True):
+        sequence.append(token)
+    runs.step(decodes(sequences))
+    assert runs.capture.num_replays == 1
 
 
 def test_progress_and_some_graphs_only() -> None:
