@@ -55,7 +55,7 @@ class TermBinder:
         self.extra_head: ExtraHead | None = None
         self.num_bytes = 0
         if stream is not None:
-            # What the memory was used for before is done when something is copied to it.
+            # Steps with whoever had the variant's number before are done when its rows of tables are written.
             stream.wait_stream(torch.cuda.current_stream(device))
 
     def bind(self, terms: VariantTerms) -> BoundTerms:
@@ -196,6 +196,8 @@ class TermBinder:
             return tensor.to(self._device).clone(memory_format=torch.contiguous_format)
         moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
         moved.record_stream(self._stream)
+        # It may be memory that a step under way has given back but not done with.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             moved.copy_(tensor.contiguous().pin_memory(), non_blocking=True)
         return moved
