@@ -33,6 +33,7 @@ from delta.tensor_digest import tensor_digest
 from registry.companion_files import companion_files
 from registry.digest import Progress, combine_tensor_digests
 from registry.errors import CheckpointError, InvalidRequestError
+from registry.parameter_names import is_input_embedding
 from registry.staged_directory import resumable_directory
 
 Judge: TypeAlias = Callable[[Path], tuple[Quality, Probe]]
@@ -153,7 +154,7 @@ def _encode_all(
                 terms, tensor = encode_tensor(
                     before,
                     after,
-                    policy if name in inputs or not inputs else policy.of_tables(),
+                    policy.of_tables() if is_input_embedding(name) else policy,
                     base_name=base_name,
                     target_digest=target_digest,
                     inputs=inputs.get(name, ()),

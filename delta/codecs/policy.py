@@ -38,7 +38,7 @@ class CodecPolicy:
     rank: int = 16
 
     def of_tables(self) -> CodecPolicy:
-        """For what is no linear layer's weight: "auto" gives embeddings no low-rank residual.
+        """For input embeddings: "auto" gives them no low-rank residual.
 
         Of the small model, signs of the embedding change predictions a hundredth as much as those of the linear layers.
         """

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from delta.apply import apply_delta
 from delta.codecs.policy import CodecPolicy
 from delta.delta_config import DeltaConfig, delta_digest, read_delta_config
-from delta.make import Labels, make_delta
+from delta.make import Calibration, Labels, make_delta
 from delta.make_journal import MakeJournal
 from delta.same_bits import same_bits
 from registry.checkpoint import read_checkpoint
@@ -363,3 +363,18 @@ class TestKilled:
 def test_a_config_survives_its_json(delta: Path) -> None:
     config: DeltaConfig = read_delta_config(delta)
     assert config.to_json() == (delta / "delta_config.json").read_text()
+
+
+def test_all_matrices_but_embeddings_get_low_rank_residuals_with_or_without_inputs(tmp_path: Path) -> None:
+    """Layers that are no nn.Linear have none: gpt2's, and single experts of mixtures."""
+    names = ("model.embed_tokens.weight", "mlp.up_proj.weight", "mlp.experts.0.w1.weight")
+    generator = torch.Generator().manual_seed(0)
+    before = {name: torch.randn(64, 64, generator=generator) for name in names}
+    after = {name: weight + torch.randn(64, 64, generator=generator) for name, weight in before.items()}
+    base, target = save(tmp_path / "base", before), save(tmp_path / "target", after)
+    for number, inputs in enumerate(({}, {"mlp.up_proj.weight": [torch.randn(80, 64, generator=generator)]})):
+        config = make_delta(
+            base, target, tmp_path / f"delta{number}", CodecPolicy(residuals=("lowrank",), rank=2), labels=Labels(),
+            calibration=Calibration("inputs", inputs), report=lambda line: None,
+        )  # fmt: skip
+        assert [config.tensors[name].codec for name in names] == ["sign", "sign+lowrank", "sign+lowrank"]
