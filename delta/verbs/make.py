@@ -47,7 +47,7 @@ def add_parser(verbs: Any) -> None:
         "--quality",
         action=argparse.BooleanOptionalAction,
         help="compute fine-tune, base and delta over some prompts and record how close they are, and a probe for those "
-        "who load it (default: with codecs that are not exact)",
+        "who load it (default: with codecs that are not exact, and if a flag below asks for it)",
     )
     verb.add_argument("--prompts", type=Path, metavar="FILE", help="JSON array of texts or conversations for --quality")
     verb.add_argument(
@@ -77,6 +77,7 @@ def add_parser(verbs: Any) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
+    _check(args)
     if args.layout == "huggingface":
         _make_differences(args)
         return
@@ -84,7 +85,7 @@ def _make(args: argparse.Namespace) -> None:
     labels = Labels(args.base_name, args.base_revision, args.name, args.license, tuple(args.parent))
     with progress_bar("making") as progress:
         common: dict[str, Any] = {"labels": labels, "force": args.force, "report": print, "progress": progress}
-        if policy.codec in EXACT_CODECS if args.quality is None else not args.quality:
+        if not (args.quality or _asks_for_quality(args) or (args.quality is None and args.codec not in EXACT_CODECS)):
             config = make_delta(args.base, args.target, args.out, policy, **common)
         else:
             # It imports transformers' models, which takes as long as making a small delta.
@@ -96,6 +97,27 @@ def _make(args: argparse.Namespace) -> None:
             )
     print(delta_table(config))
     print(f"wrote {args.out}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises InvalidRequestError: flags that would not act, or a value that cannot be."""
+    if _asks_for_quality(args) and (args.quality is False or args.layout == "huggingface"):
+        raise InvalidRequestError(
+            "--prompts, --max-kl and --min-answers are about a delta's quality, which --no-quality and --layout "
+            "huggingface leave unmeasured; leave out one or the other"
+        )
+    if args.residual and args.codec not in ("auto", "sign", "ternary"):
+        raise InvalidRequestError(f"--codec {args.codec} has no residuals; --residual follows sign, ternary or auto")
+    if args.rank < 1:
+        raise InvalidRequestError(f"--rank is 1 or more, not {args.rank}")
+    if args.max_kl is not None and not args.max_kl >= 0:
+        raise InvalidRequestError(f"--max-kl is 0 or more, not {args.max_kl}")
+    if args.min_answers is not None and not 0 <= args.min_answers <= 1:
+        raise InvalidRequestError(f"--min-answers is a share from 0 to 1, not {args.min_answers}")
+
+
+def _asks_for_quality(args: argparse.Namespace) -> bool:
+    return any(value is not None for value in (args.prompts, args.max_kl, args.min_answers))
 
 
 def _make_differences(args: argparse.Namespace) -> None:

@@ -123,6 +123,28 @@ def test_command_line(base: Path, target: Path, capsys: pytest.CaptureFixture[st
     assert "top-1" in capsys.readouterr().out
     assert main([*flags, "--out", str(base.parent / "e"), "--no-quality"]) == 0
     assert "top-1" not in capsys.readouterr().out
-    for bound in (("--max-kl", "1e-9"), ("--min-answers", "1.1")):
+    for bound in (("--max-kl", "1e-9"), ("--min-answers", "1")):
         assert main([*flags, "--out", str(base.parent / "f"), "--prompts", str(prompts), *bound]) == 1
         assert "finer codec" in capsys.readouterr().err
+    assert main([*flags[:-1], "lossless", "--out", str(base.parent / "g"), "--prompts", str(prompts)]) == 0
+    assert "top-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--no-quality", "--max-kl", "1"],
+        ["--codec", "dense", "--layout", "huggingface", "--min-answers", "1"],
+        ["--codec", "lossless", "--residual", "sign"],
+        ["--rank", "0"],
+        ["--max-kl", "-1"],
+        ["--min-answers", "99.5"],
+    ],
+)
+def test_flags_that_cannot_be_followed_are_refused(
+    flags: list[str], base: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = base.parent / "delta"
+    assert main(["make", "--base", str(base), "--target", str(target), "--out", str(out), *flags]) == 1
+    assert "--" in capsys.readouterr().err
+    assert not out.exists()
