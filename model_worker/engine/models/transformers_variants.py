@@ -233,7 +233,9 @@ class _Binder:
         module = self._causal_lm.get_submodule(path)
         if not isinstance(module, Linear):  # a router
             bias = module._parameters.get("bias")
-            weight, new_bias = merge_linear(module.weight.float(), None if bias is None else bias.float(), terms)
+            weight, new_bias = merge_linear(
+                module.weight.float().cpu(), None if bias is None else bias.float().cpu(), terms
+            )
             self._replace(path, "weight", weight)
             if new_bias is not None:
                 self._replace(path, "bias", new_bias)
