@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from delta.greedy_answers import greedy_answers
 from delta.input_samples import InputSamples, sample_inputs
+from delta.next_logprobs import next_logprobs
 from delta.quality_prompts import QualityPrompts, TokenizedPrompt, tokenize_prompts
 from delta.quality_record import Probe, ProbeCase, Quality
 from registry.errors import CheckpointError, UnsupportedModelError
@@ -22,9 +22,6 @@ _MAX_PROBE_CASES = 8
 _NUM_PROBED_TOKENS = 5
 _MIN_TOLERANCE = 0.1
 _ROUNDING_ALLOWANCE = 4
-_MAX_ANSWER_TOKENS = 32
-_UNDECIDED = 1.5
-"""A token is undecided if the most likely one is less than so many times as likely as the next."""
 
 
 class QualityMeter:
@@ -77,7 +74,7 @@ class QualityMeter:
                 f"{target} computes numbers that are not finite: train it again, or keep it as it "
                 "is with --codec lossless"
             )
-        self._answers = [_Answer.of(model, prompt.question) for prompt in self._prompts]
+        self._answers = greedy_answers(model, [prompt.question for prompt in self._prompts])
         self._empty = model.to("meta")  # its class and configuration
         self._base_kl_mean = self._compare_with_base(base)
 
@@ -118,53 +115,6 @@ class QualityMeter:
 
     def _logprobs(self, model: nn.Module) -> list[Tensor]:
         return [next_logprobs(model, prompt.whole[:-1]) for prompt in self._prompts]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Answer:
-    """What a fine-tune says to one prompt, the most likely token each time.
-
-    Attributes:
-        whole: the prompt's tokens and those of the answer.
-        num_tokens: of the answer, with the one that ends it.
-        decided: [num_tokens]; where the next likely token was far behind.
-    """
-
-    whole: tuple[int, ...]
-    num_tokens: int
-    decided: Tensor
-
-    @classmethod
-    @torch.inference_mode()
-    def of(cls, model: Any, question: Sequence[int]) -> _Answer:
-        ends = _end_token_ids(model)
-        whole, seen = list(question), DynamicCache()
-        decided: list[bool] = []
-        read = whole
-        while len(decided) < _MAX_ANSWER_TOKENS and not (decided and whole[-1] in ends):
-            logits = model(torch.tensor([read]), past_key_values=seen, use_cache=True).logits[0, -1].float()
-            first, second = logits.topk(2).values.tolist()
-            decided.append(first - second >= math.log(_UNDECIDED))
-            read = [int(logits.argmax())]
-            whole += read
-        return cls(tuple(whole), len(decided), torch.tensor(decided))
-
-    def agreement(self, model: nn.Module) -> Tensor:
-        """Whether the model's most likely token is the same, at each that was decided."""
-        found = next_logprobs(model, self.whole[:-1])[-self.num_tokens :].argmax(-1)
-        return (found == torch.tensor(self.whole[-self.num_tokens :]))[self.decided]
-
-
-def _end_token_ids(model: Any) -> frozenset[int]:
-    found = model.generation_config.eos_token_id
-    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
-
-
-@torch.inference_mode()
-def next_logprobs(model: nn.Module, token_ids: Sequence[int]) -> Tensor:
-    """Natural logarithms of the probabilities of what follows each token. -> [num_tokens, vocabulary] float32"""
-    logits: Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
-    return logits.float().log_softmax(-1)
 
 
 def _divergences(expected: Tensor, logprobs: Tensor) -> Tensor:
