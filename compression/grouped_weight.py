@@ -73,6 +73,11 @@ def split_groups(weight: Tensor) -> Tensor:
     return weight.reshape(-1, GROUP)
 
 
+def groups_per_chunk(device: torch.device) -> int:
+    """So many groups are quantized at a time: temporary arrays stay in a CPU's cache, and are work for a whole GPU."""
+    return 1 << 11 if device.type == "cpu" else 1 << 18
+
+
 def check_finite(extremes: Tensor) -> None:
     """Raises CheckpointError where the extremes of some groups say that an infinite value or NaN is among them."""
     if not bool(torch.isfinite(extremes).all()):

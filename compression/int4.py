@@ -17,13 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compression.grouped_weight import GROUP, GroupedWeight, check_finite, check_range, split_groups
+from compression.grouped_weight import GROUP, GroupedWeight, check_finite, check_range, groups_per_chunk, split_groups
 
 _LARGEST = 15
 _STEPS_BETWEEN_EXTREMES = (14, 15, 16)
 _NUM_FITS = 2
-# Groups at a time: temporary arrays stay in the CPU's cache.
-_GROUPS_PER_CHUNK = 1 << 11
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +46,7 @@ class _Grid:
 
 
 def quantize_int4(weight: Tensor) -> GroupedWeight:
-    """Round a weight to 4 bits.
+    """Round a weight to 4 bits, on the weight's device.
 
     What was on such a grid before and reaches 0 and 15 in each of its groups, as Q4_1 does, comes back with the same
     numbers, up to float32 rounding.
@@ -61,11 +59,12 @@ def quantize_int4(weight: Tensor) -> GroupedWeight:
         CheckpointError: infinite values or NaN.
     """
     groups = split_groups(weight)
-    values = torch.empty(groups.shape, dtype=torch.int8)
-    scales = torch.empty(len(groups), dtype=torch.float16)
-    minimums = torch.empty(len(groups), dtype=torch.float16)
-    for start in range(0, len(groups), _GROUPS_PER_CHUNK):
-        part = slice(start, start + _GROUPS_PER_CHUNK)
+    values = torch.empty(groups.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(groups), dtype=torch.float16, device=weight.device)
+    minimums = torch.empty_like(scales)
+    at_once = groups_per_chunk(weight.device)
+    for start in range(0, len(groups), at_once):
+        part = slice(start, start + at_once)
         chunk = groups[part].float().t().contiguous()  # [32, G]: sums over a group add whole vectors
         grid = _best_grid(chunk)
         values[part] = grid.values_of(chunk).t()

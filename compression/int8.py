@@ -11,15 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compression.grouped_weight import GROUP, GroupedWeight, check_finite, check_range, split_groups
+from compression.grouped_weight import GROUP, GroupedWeight, check_finite, check_range, groups_per_chunk, split_groups
 
 _LARGEST = 127
-# Groups at a time: temporary arrays stay in the CPU's cache.
-_GROUPS_PER_CHUNK = 1 << 11
 
 
 def quantize_int8(weight: Tensor) -> GroupedWeight:
-    """Round a weight to 8 bits.
+    """Round a weight to 8 bits, on the weight's device.
 
     What was 8-bit before and reaches 127 in each of its groups, as Q8_0 does, comes back bit for bit.
 
@@ -31,10 +29,11 @@ def quantize_int8(weight: Tensor) -> GroupedWeight:
         CheckpointError: infinite values or NaN.
     """
     groups = split_groups(weight)
-    values = torch.empty(groups.shape, dtype=torch.int8)
-    scales = torch.empty(len(groups), dtype=torch.float16)
-    for start in range(0, len(groups), _GROUPS_PER_CHUNK):
-        part = slice(start, start + _GROUPS_PER_CHUNK)
+    values = torch.empty(groups.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(groups), dtype=torch.float16, device=weight.device)
+    at_once = groups_per_chunk(weight.device)
+    for start in range(0, len(groups), at_once):
+        part = slice(start, start + at_once)
         chunk = groups[part].float()
         peaks = chunk.abs().amax(dim=1)
         check_finite(peaks)

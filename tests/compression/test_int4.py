@@ -112,3 +112,12 @@ def test_scales_and_minimums_beyond_float16_are_refused(ends: tuple[float, float
 def test_rows_put_into_another_order() -> None:
     quantized = quantize_int4(_weights())
     assert torch.equal(quantized.map_rows(lambda rows: rows.flip(0)).dequantize(), quantized.dequantize().flip(0))
+
+
+def test_everything_is_where_the_weight_is() -> None:
+    weight = _weights()
+    expected = quantize_int4(weight)
+    with torch.device("meta"):  # where tensors are made of which nothing else is said
+        found = quantize_int4(weight)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.dequantize(), expected.dequantize())

@@ -106,3 +106,12 @@ def test_rows_put_into_another_order() -> None:
     moved = quantized.map_rows(lambda rows: rows[order])
     assert torch.equal(moved.dequantize(), quantized.dequantize()[order])
     assert moved.minimums is None
+
+
+def test_everything_is_where_the_weight_is() -> None:
+    weight = torch.randn(70, 320)
+    expected = quantize_int8(weight)
+    with torch.device("meta"):  # where tensors are made of which nothing else is said
+        found = quantize_int8(weight)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.dequantize(), expected.dequantize())
