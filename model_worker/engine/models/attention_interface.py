@@ -10,7 +10,7 @@ masks at all, which is right, because which keys a token sees is decided by `Pag
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -74,6 +74,9 @@ class AttentionProbe:
         scale = arguments.get("scaling")
         layer_type = _layer_type(module)
         window = arguments.get("sliding_window")
+        alibi = extras.alibi  # made before the model had a device
+        if alibi is not None:
+            alibi = replace(alibi, slopes=alibi.slopes.to(query.device))
         if layer_type == "sliding_attention" and window is None:
             raise UnsupportedModelError(f"{type(module).__name__} has a sliding window that it does not pass on")
         params = AttentionParams(
@@ -82,7 +85,7 @@ class AttentionProbe:
             chunk_size=module.config.attention_chunk_size if layer_type == "chunked_attention" else None,
             softcap=arguments.get("softcap"),
             sinks=arguments.get("s_aux"),
-            alibi=extras.alibi,
+            alibi=alibi,
         )
         shape = KVShape(num_kv_heads=key.shape[1], key_dim=key.shape[2], value_dim=value.shape[2])
         self.calls.append((module, PagedAttention(self.context, params, shape, extras.query_temperature)))
