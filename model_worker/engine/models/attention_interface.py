@@ -75,7 +75,7 @@ class AttentionProbe:
         layer_type = _layer_type(module)
         window = arguments.get("sliding_window")
         alibi = extras.alibi  # made before the model had a device
-        if alibi is not None:
+        if alibi is not None and alibi.slopes.device != query.device:
             alibi = replace(alibi, slopes=alibi.slopes.to(query.device))
         if layer_type == "sliding_attention" and window is None:
             raise UnsupportedModelError(f"{type(module).__name__} has a sliding window that it does not pass on")
