@@ -54,17 +54,18 @@ def make_measured_delta(
     meter = QualityMeter(base, target, measured, calibration=calibrating)
     calibration = Calibration(prompts.name, meter.inputs)
 
-    def judge(directory: Path) -> tuple[Quality, Probe]:
-        report("comparing the delta with the fine-tune")
-        with open_checkpoint(base) as ours, open_delta(directory) as delta:
-            quality, probe = meter.measure(dict(given_back(ours, delta)))
+    def check(quality: Quality) -> None:
         if gate is not None and not gate.admits(quality):
             raise QualityTooLowError(
                 f"the delta's KL divergence from the fine-tune is {quality.kl_mean:.4f} nats a token (the base's: "
                 f"{quality.base_kl_mean or 0:.4f}), and of the fine-tune's answers {quality.answers:.1%} are the same; "
                 "take a finer codec, or --max-kl and --min-answers if that is good enough"
             )
-        return quality, probe
+
+    def judge(directory: Path) -> tuple[Quality, Probe]:
+        report("comparing the delta with the fine-tune")
+        with open_checkpoint(base) as ours, open_delta(directory) as delta:
+            return meter.measure(dict(given_back(ours, delta)), check=check)
 
     while True:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,14 @@ class QualityMeter:
         self._empty = model.to("meta")  # its class and configuration
         self._base_kl_mean = self._compare_with_base(base)
 
-    def measure(self, weights: Mapping[str, Tensor]) -> tuple[Quality, Probe]:
-        """The model of these weights, by the names of the fine-tune's checkpoint, compared with the fine-tune."""
+    def measure(
+        self, weights: Mapping[str, Tensor], *, check: Callable[[Quality], None] = lambda quality: None
+    ) -> tuple[Quality, Probe]:
+        """The model of these weights, by the names of the fine-tune's checkpoint, compared with the fine-tune.
+
+        Args:
+            check: called before the probe is computed; what it raises passes through.
+        """
         model = _with_weights(self._empty, weights, self._target, self._dtype)
         divergences, agreements = [], []
         for expected, logprobs in zip(self._expected, self._logprobs(model), strict=True):
@@ -98,6 +104,7 @@ class QualityMeter:
             num_answer_tokens=len(same),
             answers=float(same.double().mean()) if len(same) else 1.0,
         )
+        check(quality)
         return quality, _probe(model, self._prompts[:_MAX_PROBE_CASES])
 
     def _compare_with_base(self, base: Path) -> float | None:
