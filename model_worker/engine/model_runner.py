@@ -292,7 +292,7 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(output.scheduled, batch, hidden, bound)
         sampled = _sampled_rows(output.scheduled)
         if not sampled:
-            return _PendingStep(None, prompt_logprobs, swap_s, bound)
+            return _PendingStep(None, prompt_logprobs, swap_s, bound, _end_of_launched(self.device))
         with self.profiler.span("logits", rows=len(sampled)):
             logits = self.steps.logits(batch, hidden, bound)
             extra = self.steps.extra_logits(batch, hidden, bound)
@@ -346,16 +346,25 @@ class _PendingStep:
     Attributes:
         samples: None: nothing is sampled.
         bound: variants of the step, which have to live until it is done.
+        done: recorded at its end; None: `samples` come then, or it is done.
     """
 
     samples: PendingSamples | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     swap_s: float
     bound: BoundVariants
+    done: torch.cuda.Event | None = None
 
     def result(self) -> StepResult:
+        if self.done is not None:
+            self.done.synchronize()
         samples = () if self.samples is None else tuple(self.samples.finish())
         return StepResult(samples, self.prompt_logprobs, self.swap_s)
+
+
+def _end_of_launched(device: torch.device) -> torch.cuda.Event | None:
+    """Of all that was launched on a GPU until now; None for others."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def _sampled_rows(scheduled: SequenceOf[ScheduledSequence]) -> list[SampledRow]:
