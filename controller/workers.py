@@ -81,9 +81,11 @@ class Worker:
 
 
 class WorkerTable:
-    """Args:
-    clock: monotonic seconds.
-    expiry_s: a worker without a heartbeat for longer than this is gone.
+    """The workers that are not gone, whether they can take a request or not.
+
+    Args:
+        clock: monotonic seconds.
+        expiry_s: a worker without a heartbeat for longer than this is gone.
     """
 
     def __init__(self, *, clock: Callable[[], float], expiry_s: float) -> None:
@@ -92,7 +94,7 @@ class WorkerTable:
         self._workers: dict[str, Worker] = {}
 
     def __len__(self) -> int:
-        return len(self._workers)
+        return len(self._live())
 
     @property
     def num_ready(self) -> int:
@@ -100,7 +102,7 @@ class WorkerTable:
         return sum(worker.state == "ready" for worker in self._live())
 
     def __iter__(self) -> Iterator[Worker]:
-        return iter(tuple(self._workers.values()))
+        return iter(self._live())
 
     def get(self, worker_id: str) -> Worker | None:
         return self._workers.get(worker_id)

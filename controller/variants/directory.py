@@ -96,7 +96,8 @@ class VariantDirectory:
         elif status is not None and status.error is not None:
             error = UpstreamError(status.error)
         retry_in_s = None if failure is None else self._failures.retry_in_s(failure)
-        return OnWorker(worker, status, self._is_usable(worker, name), error, retry_in_s)
+        usable = worker.state == "ready" and self._is_usable(worker, name)
+        return OnWorker(worker, status, usable, error, retry_in_s)
 
     def other_files(self, worker: Worker, status: VariantStatus) -> RootgraftError | None:
         """What is wrong where a worker has other files than those that are served under the variant's name."""

@@ -105,7 +105,7 @@ def test_expiry_counts_from_the_last_heartbeat(table: WorkerTable, clock: Clock)
     assert table.expire() == []
     assert table.heartbeat("w1", WorkerStats(num_running=2), report())
     clock.now += 3.5
-    assert table.serving("m") == []  # not routed to, even before anybody calls expire
+    assert table.serving("m") == list(table) == []  # not routed to, even before anybody calls expire
     assert table.models() == {}
     assert table.expire() == [worker]
     assert table.expire() == []

@@ -52,6 +52,15 @@ def test_what_can_be_asked_for() -> None:
     assert "draining" not in directory.names()
 
 
+def test_a_worker_that_gets_no_requests_gets_none_for_its_variants() -> None:
+    workers = table()
+    directory = VariantDirectory(workers, Failures(lambda: 0.0))
+    worker = register(workers, has())
+    assert [on.usable for on in directory.on_workers("sql")] == [True]
+    workers.mark_failed(worker)
+    assert [on.usable for on in directory.on_workers("sql")] == [False]
+
+
 def test_a_replica_with_other_files_is_not_asked() -> None:
     workers = table()
     directory = VariantDirectory(workers, Failures(lambda: 0.0))
