@@ -162,8 +162,3 @@ class KVCache:
 def _as_bytes(tensor: Tensor) -> Tensor:
     """Numbers of one byte as such: torch moves and fills no float8."""
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
-
-
-def _movable(tensor: Tensor) -> Tensor:
-    """The same memory in a type of which blocks can be copied: torch cannot index 8-bit floats everywhere."""
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
