@@ -18,6 +18,7 @@ import requests
 from torch import Tensor
 
 from delta.delta_config import delta_digest
+from registry.published_files import PublishedFiles
 from registry.store import Store
 from tests.e2e.fine_tunes import FEW_PROMPTS, FineTunes, with_norm
 from tests.e2e.gate import Gate
@@ -185,6 +186,18 @@ class Fleet:
         """Digests of the versions whose files a worker keeps."""
         directories = (self.caches[number] / "rootgraft" / "variants").iterdir()
         return {f"sha256:{directory.name}" for directory in directories if not directory.name.startswith(".")}
+
+    def wait_until_clean(self, number: int) -> None:
+        """Until a worker keeps the files of the versions that there are, and no others."""
+        versions = [version["files"] for version in self.versions().values()]
+        needed = {PublishedFiles(files).manifest_digest for files in versions}
+        blobs = {digest for files in versions for digest in files.values()}
+        store = Store(self.caches[number] / "rootgraft" / "store")
+
+        def clean() -> bool:
+            return self.cached(number) == needed and {blob.digest for blob in store.blobs()} <= blobs
+
+        wait_until(clean, WAIT_S, f"a clean disk of worker {number}")
 
     def check_stores(self) -> None:
         """What is in them is what it says, and nothing is half-written."""

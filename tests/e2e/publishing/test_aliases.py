@@ -84,10 +84,10 @@ def test_what_is_removed_leaves_the_disks_of_the_workers(fleet: Fleet) -> None:
     with fleet.clients() as clients:
         fleet.remove_old_versions()
         needed = {PublishedFiles(version["files"]).manifest_digest for version in fleet.versions().values()}
-        wait_until(lambda: fleet.cached(0) == needed, WAIT_S, "a clean disk of worker 0")
+        fleet.wait_until_clean(0)
         assert fleet.cached(1) > needed
         fleet.start_worker(1)
-        wait_until(lambda: fleet.cached(1) == needed, WAIT_S, "a clean disk of worker 1")
+        fleet.wait_until_clean(1)
         fleet.wait_until_served(fleet.current())
         assert set(clients.outcomes()) == {fleet.serving}
     fleet.check_stores()

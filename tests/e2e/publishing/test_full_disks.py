@@ -46,6 +46,8 @@ def test_the_controllers_store_is_full(fleet: Fleet, disks: list[SmallDisk]) -> 
 def test_the_workers_disks_are_full(fleet: Fleet, disks: list[SmallDisk]) -> None:
     """The publisher waits, and goes on by itself when one of them has room again; the other worker follows."""
     codec, delta = fleet.new_delta()
+    for number in range(2):
+        fleet.wait_until_clean(number)  # what they remove later would give them room
     old = fleet.current()
     with fleet.clients() as clients:
         for disk in disks[1:]:
