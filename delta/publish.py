@@ -132,7 +132,7 @@ class _Controller:
         self._session = session
         self._url = url
         self._report = report
-        self._sleep = sleep
+        self.sleep = sleep
         self._clock = clock
         self._patience_s = _ABSENT_S
 
@@ -163,7 +163,7 @@ class _Controller:
                     ) from error
                 if pause_s == 0.5:
                     self._report(f"the controller at {self._url} is away; trying on")
-                self._sleep(pause_s)
+                self.sleep(pause_s)
                 pause_s = min(pause_s * 2, 5.0)
             else:
                 self._patience_s = _AWAY_S
@@ -244,7 +244,7 @@ def _send(controller: _Controller, digest: str, path: Path, offset: int) -> Iter
         if failures > _RETRIES or (current == offset and not isinstance(error, OverloadedError)):
             raise error
         if isinstance(error, OverloadedError):
-            time.sleep(1.0)
+            controller.sleep(1.0)
         yield current - offset
         offset = current
 
