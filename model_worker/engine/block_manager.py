@@ -16,24 +16,18 @@ Blocks may be held by several sequences (a common prefix, or forks of one prompt
     free           ref_count = 0, in `_free`, least recently released first; a free block that the prefix cache still
                    knows can be taken back by its name until it is handed out for other content
 
-Prefix cache: a full block is named by the chain  h_i = SHA-256(h_{i-1} || tokens of block i),  h_{-1} = SHA-256(digests
-of base and variant), so equal names mean equal tokens *and* equal weights all the way from the start. Reloading other
-weights under an old name can therefore never serve stale blocks. A prefix is found when each group has those of its
-blocks that the next position can see. Source of the idea: vLLM's automatic prefix caching.
-
 Host pool: the blocks of a swapped sequence are copied to host blocks, which are never shared, and let go.
 """
 
 from __future__ import annotations
 
-import hashlib
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, MutableSequence, Sequence as SequenceOf
 from dataclasses import dataclass
-from struct import Struct
 
+from model_worker.engine.prefix_cache import PrefixCache
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.visibility import Visibility
 
@@ -85,11 +79,8 @@ class BlockManager:
         self.groups = tuple(groups)
         self.max_step_tokens = max_step_tokens
         self._limited = [(g, group) for g, group in enumerate(self.groups) if group.limited]
-        self._unlimited = [g for g, group in enumerate(self.groups) if not group.limited]
-        self._pack = Struct(f"{block_size}i").pack
         self._ref_count = [0] * num_blocks
-        self._name_of: list[tuple[int, bytes] | None] = [None] * num_blocks  # group and name
-        self._block_of: list[dict[bytes, int]] = [{} for _ in self.groups]
+        self._prefix_cache = PrefixCache(num_blocks, block_size, self.groups)
         # An ordered set. Not a plain dict: finding its first key takes a walk over all that were deleted before it.
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._free_host = list(range(num_host_blocks))
@@ -126,12 +117,12 @@ class BlockManager:
         """
         assert not any(sequence.block_tables)
         assert sequence.num_computed_tokens == 0
-        num_shared = self._find_prefix(sequence) if use_prefix_cache and self.enable_prefix_caching else 0
+        num_shared = self._prefix_cache.find(sequence) if use_prefix_cache and self.enable_prefix_caching else 0
         names = sequence.block_hashes[:num_shared]
         num_released = self._num_invisible(num_shared * self.block_size)
         shared = [
             [block_of[name] for name in names[start:]]
-            for block_of, start in zip(self._block_of, num_released, strict=True)
+            for block_of, start in zip(self._prefix_cache.block_of, num_released, strict=True)
         ]
         num_new = [
             self._num_blocks_in(group, sequence.num_tokens - start * self.block_size) - len(blocks)
@@ -216,14 +207,7 @@ class BlockManager:
         if num_full <= sequence.num_entered_blocks:
             return
         if self.enable_prefix_caching:
-            self._extend_hashes(sequence, num_full)
-            for g, table in enumerate(sequence.block_tables):
-                block_of = self._block_of[g]
-                for i in range(max(sequence.num_entered_blocks, sequence.num_released_blocks[g]), num_full):
-                    name = sequence.block_hashes[i]
-                    if name not in block_of:  # else another block with the same content is known already
-                        block_of[name] = table[i]
-                        self._name_of[table[i]] = (g, name)
+            self._prefix_cache.enter(sequence, num_full)
         sequence.num_entered_blocks = num_full
         for g, group in self._limited:
             num_invisible = group.first_visible(sequence.num_computed_tokens) // self.block_size
@@ -243,7 +227,7 @@ class BlockManager:
     def forget(self, sequence: Sequence) -> None:
         """Let nobody find the blocks of a sequence any more: what it computed cannot be trusted."""
         for block in _held(sequence):
-            self._forget_name(block)
+            self._prefix_cache.forget(block)
 
     # ------------------------------------------------------------------------------------------ swapping
 
@@ -292,11 +276,13 @@ class BlockManager:
         """
         num_full = sequence.num_computed_tokens // self.block_size
         found: list[list[int | None]] = []
-        for g, (block_of, start) in enumerate(zip(self._block_of, sequence.num_released_blocks, strict=True)):
+        for group, block_of, start in zip(
+            self.groups, self._prefix_cache.block_of, sequence.num_released_blocks, strict=True
+        ):
             names = sequence.block_hashes[start:num_full]  # none without a prefix cache
             blocks = [block_of.get(name) for name in names]
             num_tokens = sequence.num_tokens - start * self.block_size
-            found.append(blocks + [None] * (self._num_blocks_in(self.groups[g], num_tokens) - len(blocks)))
+            found.append(blocks + [None] * (self._num_blocks_in(group, num_tokens) - len(blocks)))
         num_new = sum(blocks.count(None) for blocks in found)
         num_revived = sum(1 for blocks in found for b in blocks if b is not None and self._ref_count[b] == 0)
         if len(self._free) - num_revived - num_new < reserve:
@@ -335,10 +321,7 @@ class BlockManager:
                 expected[block] += 1
         assert expected == self._ref_count, "reference counts differ from the block tables"
         assert set(self._free) == {b for b, count in enumerate(expected) if count == 0}, "free list is wrong"
-        for g, block_of in enumerate(self._block_of):
-            for name, block in block_of.items():
-                assert self._name_of[block] == (g, name), "prefix cache names a block that holds other content"
-        assert sum(name is not None for name in self._name_of) == sum(map(len, self._block_of))
+        self._prefix_cache.check_integrity()
         host_blocks = self._free_host.copy()
         for sequence in swapped:
             assert not any(sequence.block_tables), f"a swapped sequence holds blocks: {sequence}"
@@ -366,7 +349,7 @@ class BlockManager:
 
     def _take_free(self) -> int:
         block, _ = self._free.popitem(last=False)
-        self._forget_name(block)
+        self._prefix_cache.forget(block)
         self._ref_count[block] = 1
         return block
 
@@ -375,40 +358,6 @@ class BlockManager:
             self._let_go(block)
         sequence.block_tables = [_table(()) for _ in self.groups]
         sequence.num_entered_blocks = 0
-
-    def _forget_name(self, block: int) -> None:
-        known = self._name_of[block]
-        if known is not None:
-            g, name = known
-            del self._block_of[g][name]
-            self._name_of[block] = None
-
-    def _find_prefix(self, sequence: Sequence) -> int:
-        """The most leading blocks after which the sequence can go on with what the prefix cache has."""
-        best = 0
-        run = dict.fromkeys((g for g, _ in self._limited), 0)  # blocks found without a gap, up to this one
-        for i in range((sequence.num_tokens - 1) // self.block_size):
-            self._extend_hashes(sequence, i + 1)  # no further than blocks are found
-            name = sequence.block_hashes[i]
-            for g in self._unlimited:
-                if name not in self._block_of[g]:
-                    return best
-            enough = True
-            for g, group in self._limited:
-                run[g] = run[g] + 1 if name in self._block_of[g] else 0
-                first_seen = group.first_visible((i + 1) * self.block_size) // self.block_size
-                enough = enough and run[g] > i - first_seen
-            if enough:
-                best = i + 1
-        return best
-
-    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
-        hashes = sequence.block_hashes
-        while len(hashes) < num_blocks:
-            start = len(hashes) * self.block_size
-            parent = hashes[-1] if hashes else hashlib.sha256(sequence.weights_digest.encode()).digest()
-            token_ids = sequence.token_ids[start : start + self.block_size]
-            hashes.append(hashlib.sha256(parent + self._pack(*token_ids)).digest())
 
 
 def _table(blocks: Iterable[int]) -> array[int]:
