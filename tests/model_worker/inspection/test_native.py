@@ -15,7 +15,7 @@ from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfi
 from model_worker.engine.load_report import Outcome
 from model_worker.engine.model_parts import OpKind
 from model_worker.engine.model_runner import ModelRunner
-from model_worker.engine.models import native_decoder
+from model_worker.engine.models import native_decoder, native_operations
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.ops.cpu.build import build_library, find_compiler
 from model_worker.engine.ops.cpu.machine_level import machine_levels
@@ -86,7 +86,8 @@ def test_activations_are_an_estimate_from_above(
         allocated.append(new_buffer(*size))
         return allocated[-1]
 
-    monkeypatch.setattr(native_decoder, "new_buffer", note)
+    for module in (native_decoder, native_operations):
+        monkeypatch.setattr(module, "new_buffer", note)
     build_tiny_model(model).save_pretrained(tmp_path)
     config = EngineConfig(CacheConfig(num_blocks=32), SchedulerConfig(max_num_batched_tokens=256), model_impl="native")
     plan = make_tiny_plan(tmp_path)
