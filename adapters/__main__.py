@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m adapters", description="Model adapters and conversation templates")
+    parser = CommandParser(prog="python -m adapters", description="Model adapters and conversation templates.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     verb = verbs.add_parser("list", help="list the model families and the conversation templates")
     verb.add_argument("--json", action="store_true", help="print JSON")

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeAlias
 
 from controller.auth import keys_required
@@ -22,10 +23,13 @@ from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 from registry.flags import add_flags, config_from_args
 from registry.paths import default_database_url, default_state_dir
+from registry.store import Store
 
 logger = logging.getLogger(__name__)
 
 _Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_DATABASE_HELP = "SQLAlchemy URL of the catalog (default: an SQLite file in the state directory)"
 
 TOKEN_VARIABLE = "ROOTGRAFT_WORKER_TOKEN"
 
@@ -47,7 +51,7 @@ def create_parser() -> CommandParser:
     revoke = actions.add_parser("revoke", help="make a key invalid, within seconds")
     revoke.add_argument("id", help="the key's id, as `list` prints it")
     for action in (create, listing, revoke, *_add_variant_actions(commands), *add_release_actions(commands)):
-        action.add_argument("--database", default=argparse.SUPPRESS, help="SQLAlchemy URL of the catalog")
+        action.add_argument("--database", default=argparse.SUPPRESS, help=_DATABASE_HELP)
     return parser
 
 
@@ -130,6 +134,8 @@ def _serve(config: ControllerConfig, catalog: Catalog) -> None:
     if config.publishing.store is None:
         publishing = dataclasses.replace(config.publishing, store=str(default_state_dir(os.environ) / "store"))
         config = dataclasses.replace(config, publishing=publishing)
+    else:
+        Store(Path(config.publishing.store)).check_writable()  # rather now than when somebody publishes
     if not is_loopback(config.server.host) and not keys_required(config.auth, config.server.host):
         logger.warning("--auth off on %s: whoever reaches this address may use the models", config.server.host)
     serve(config, catalog)

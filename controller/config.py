@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 from registry.errors import InvalidRequestError
@@ -80,7 +81,8 @@ class PublishingConfig:
     store: str | None = flag(None, "directory of published files (default: `store` in the state directory)")
     max_blob_gib: float = flag(64.0, "GiB of one published file; more is refused with 413")
     canary_error_margin: float = flag(
-        0.05, "how much larger than the stable version's a canary's share of failed requests may be; then it is aborted"
+        0.05,
+        "by how much, 0 to 1, a canary's share of failed requests may exceed the stable version's before it is aborted",
     )
     canary_min_requests: int = flag(20, "requests of a canary before its errors are judged")
 
@@ -100,9 +102,17 @@ class ControllerConfig:
                 if bound.name == "min_priority":
                     continue
                 value = getattr(part, bound.name)
-                if isinstance(value, int | float) and not (value > 0 or (bound.name in _MAY_BE_ZERO and value == 0)):
-                    name = bound.name.removesuffix("_s").replace("_", "-")
-                    raise InvalidRequestError(f"--{name} must be positive, not {value}", param=bound.name)
+                if not isinstance(value, int | float):
+                    continue
+                name = "--" + bound.name.removesuffix("_s").replace("_", "-")
+                if not (value > 0 or (bound.name in _MAY_BE_ZERO and value == 0)):
+                    raise InvalidRequestError(f"{name} must be positive, not {value}", param=bound.name)
+                if math.isinf(value):
+                    raise InvalidRequestError(f"{name} must be a finite number", param=bound.name)
+        if (margin := self.publishing.canary_error_margin) > 1:
+            raise InvalidRequestError(
+                f"--canary-error-margin is between two shares, so at most 1, not {margin}", param="canary_error_margin"
+            )
 
 
 _MAY_BE_ZERO = frozenset({"port", "shutdown_timeout_s", "canary_error_margin"})

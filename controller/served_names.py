@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,8 @@ from controller.protocol import GenerateRequest, LoraWeight, ServedModel
 from controller.variants.directory import VariantDirectory
 from controller.workers import Worker, WorkerTable
 from registry.errors import InvalidRequestError, ModelNotFoundError
+
+MAX_COMPARED = 200  # names, with one that nothing is called
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +110,13 @@ class ServedNames:
             return ServedName(name, parent)
         resolved = await self._resolve(name)
         if resolved is None:
-            known = ", ".join(sorted(self._workers.models())) or "none"
-            if num_variants := len(self._variants.names()):
-                known += f", and {num_variants} variants, see GET /v1/models"
+            models, variants = sorted(self._workers.models()), sorted(self._variants.names())
+            known = ", ".join(models) or "none"
+            if variants:
+                known += f", and {len(variants)} variants, see GET /v1/models"
             # The name comes from a client: escaped and cut, so that it cannot forge a log line.
-            raise ModelNotFoundError(f"the model {name[:80]!a} does not exist; models served now: {known}", param=param)
+            shown = f"{name[:80]!a} does not exist{_suggestion(name[:80], [*models, *variants])}"
+            raise ModelNotFoundError(f"the model {shown}; models served now: {known}", param=param)
         return resolved
 
     def models(self) -> list[ServedModelInfo]:
@@ -172,3 +177,10 @@ class ServedNames:
             created=self._created.setdefault(name, int(self._wall_clock())),
             num_workers=len(models),
         )
+
+
+def _suggestion(name: str, served: Sequence[str]) -> str:
+    """What may have been meant; versions of a release count as its name."""
+    names = list(dict.fromkeys(known.partition("@")[0] for known in served))
+    close = difflib.get_close_matches(name, names[:MAX_COMPARED], n=1, cutoff=0.7)
+    return f", did you mean {close[0]}?" if close and close[0] != name else ""

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog="python -m delta", description="Full fine-tunes as deltas of their base model")
+    parser = CommandParser(prog="python -m delta", description="Full fine-tunes as deltas of their base model.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb in (make, apply, inspect, verify, sign, publish, import_delta, merge):
         verb.add_parser(verbs)

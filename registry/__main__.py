@@ -43,7 +43,7 @@ def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _parser(environment: Mapping[str, str]) -> CommandParser:
-    parser = CommandParser(prog="python -m registry", description=__doc__)
+    parser = CommandParser(prog="python -m registry", description="What exists, where it is, and whether it is intact.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     database = argparse.ArgumentParser(add_help=False)
     database.add_argument("--database", metavar="URL", default=default_database_url(environment),
@@ -59,10 +59,10 @@ def _parser(environment: Mapping[str, str]) -> CommandParser:
     verb.set_defaults(run=_list)
     verb = verbs.add_parser("show", parents=[database, cache, as_json],
                             help="show what is known of a model or a family")  # fmt: skip
-    verb.add_argument("name", metavar="NAME")
+    verb.add_argument("name", metavar="NAME", help="of a model of the catalog, a known model, or a family")
     verb.set_defaults(run=_show)
     verb = verbs.add_parser("add", parents=[database], help="check a checkpoint and put it into the catalog")
-    verb.add_argument("name", metavar="NAME")
+    verb.add_argument("name", metavar="NAME", help="under which it is put there")
     verb.add_argument("path", metavar="PATH", type=Path, help="checkpoint directory, or a .gguf file")
     verb.add_argument("--source", metavar="TEXT", help="where the checkpoint came from")
     verb.add_argument("--chat-template", metavar="NAME", help="conversation template in place of the checkpoint's own")
@@ -70,11 +70,11 @@ def _parser(environment: Mapping[str, str]) -> CommandParser:
                       help="context limit in place of the checkpoint's own")  # fmt: skip
     verb.set_defaults(run=_add)
     verb = verbs.add_parser("fetch", parents=[cache], help="fetch a known model and print its path")
-    verb.add_argument("name", metavar="NAME")
+    verb.add_argument("name", metavar="NAME", help="of a known model; `list` names them")
     verb.set_defaults(run=_fetch)
     verb = verbs.add_parser("verify", parents=[database, cache, as_json],
                             help="check that a checkpoint is complete and undamaged")  # fmt: skip
-    verb.add_argument("target", metavar="PATH|NAME")
+    verb.add_argument("target", metavar="PATH|NAME", help="a checkpoint's path, or the name of a model")
     verb.add_argument("--full", action="store_true", help="read every byte and compare with the recorded digest")
     verb.set_defaults(run=_verify)
     return parser

@@ -8,6 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """A command's own `--help` begins with what the list of commands says of it, where it has nothing longer."""
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:
+        about = options.get("help")
+        if about is not None:
+            options.setdefault("description", f"{about[0].upper()}{about[1:]}.")
+        return super().add_parser(name, **options)
+
+
 class CommandParser(argparse.ArgumentParser):
     """Names a flag that it does not know.
 
@@ -20,7 +30,9 @@ class CommandParser(argparse.ArgumentParser):
         self._commands: Mapping[str, object] = {}  # by name
 
     def add_subparsers(self, **options: Any) -> argparse._SubParsersAction[argparse.ArgumentParser]:  # type: ignore[override]
-        commands: argparse._SubParsersAction[argparse.ArgumentParser] = super().add_subparsers(**options)
+        commands: argparse._SubParsersAction[argparse.ArgumentParser] = super().add_subparsers(
+            action=_Commands, **options
+        )
         self._commands = commands.choices
         return commands
 

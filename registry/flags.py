@@ -33,7 +33,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str | Non
             continue
         # `timeout_s` is `--timeout`: the unit is in the help.
         name = "--" + field.name.removesuffix("_s").replace("_", "-")
-        shown = "" if field.default is None or isinstance(field.default, bool) else f" (default: {field.default})"
+        shown = "" if field.default is None else f" (default: {_shown(field.default)})"
         text = field.metadata["help"].replace("%", "%%") + shown
         scalar = _scalar(kind)
         if scalar is bool:
@@ -43,7 +43,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str | Non
         else:
             group.add_argument(
                 name, dest=field.name, type=scalar, default=field.default, help=text, choices=field.metadata["choices"],
-                metavar=None if field.metadata["choices"] else scalar.__name__.upper(),
+                metavar=None if field.metadata["choices"] else _metavar(field.name, scalar),
             )  # fmt: skip
 
 
@@ -59,6 +59,18 @@ def config_from_args(args: argparse.Namespace, config: type[T]) -> T:
         elif "help" in field.metadata:
             values[field.name] = getattr(args, field.name)
     return config(**values)
+
+
+_UNITS = {"_s": "SECONDS", "_gib": "GIB", "_bytes": "BYTES"}
+
+
+def _metavar(name: str, scalar: type) -> str:
+    """The unit that the field's name ends in, or else its type."""
+    return next((unit for suffix, unit in _UNITS.items() if name.endswith(suffix)), scalar.__name__.upper())
+
+
+def _shown(default: Any) -> str:
+    return {True: "on", False: "off"}[default] if isinstance(default, bool) else str(default)
 
 
 def _scalar(kind: Any) -> Any:

@@ -40,6 +40,11 @@ class Store:
         self.root = root
         self._blobs = root / "blobs" / "sha256"
 
+    def check_writable(self) -> None:
+        """Make the store's directories. Raises InternalError if nothing can be written there."""
+        with temporary_file(self._blobs):
+            pass
+
     def put_file(self, source: Path) -> Blob:
         """Copy `source` into the store.
 

@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
         sock = socket.create_server((options.host, options.port), family=_family(options.host))
     except OSError as error:
         where = f"{options.host}:{options.port}"
-        print(f"error: cannot listen on {where}: {error.strerror}; choose another --port or --host", file=sys.stderr)
+        # `create_server` adds to `strerror` what `where` says; getaddrinfo's errors have numbers of their own.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        print(f"error: cannot listen on {where}: {reason}; choose another --port or --host", file=sys.stderr)
         return 1
     client = ApiClient(options.controller, api_key=options.api_key or environ.get(API_KEY_VARIABLE) or None)
     server = Server(create_app(client))

@@ -98,6 +98,8 @@ def _message(details: ErrorDetails, param: str) -> str:
             return f"Unknown field {param}; leave it out."
         case "none_required":
             return f"{param} is not supported by this server; leave it out."
+        case "too_short":
+            return f"{param} must not be empty."
         case "not_supported":
             return details["msg"]
     rule = details["msg"].removeprefix("Input should ")

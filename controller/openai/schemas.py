@@ -7,9 +7,10 @@ wrong value costs no worker and so that the OpenAPI page shows them.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from controller.openai.body import RequestModel
@@ -28,7 +29,17 @@ MAX_INT = 2**31 - 1
 
 ModelName = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
-TokenIdKey = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]  # JSON has no integer keys
+
+
+def _check_token_id_key(value: str) -> str:
+    if re.fullmatch(r"0|[1-9][0-9]{0,8}", value) is None:
+        raise PydanticCustomError(
+            "not_supported", 'the keys of logit_bias are token ids, as "42", not {key}.', {"key": repr(value[:60])}
+        )
+    return value
+
+
+TokenIdKey = Annotated[str, AfterValidator(_check_token_id_key)]  # JSON has no integer keys
 Hint = Annotated[str, StringConstraints(max_length=512)]  # accepted and without effect
 
 # A field that the OpenAI API defines and that we do not implement: anything but null is refused.

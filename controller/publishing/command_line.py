@@ -12,7 +12,7 @@ from typing import Any
 
 from controller.cli_actor import cli_actor
 from registry.catalog import DEFAULT_ALIAS, Alias, Canary, Catalog, VersionRecord
-from registry.errors import InvalidRequestError
+from registry.errors import InvalidRequestError, ModelNotFoundError
 from registry.names import ModelName, parse_name
 
 
@@ -33,7 +33,7 @@ def add_release_actions(commands: Any) -> list[argparse.ArgumentParser]:
         action.add_argument("name", help=f"NAME@ALIAS; NAME alone is NAME@{DEFAULT_ALIAS}")
     alias.add_argument("version", help="vN; `none` removes the alias")
     canary.add_argument("version", help="vN; `none` ends it")
-    canary.add_argument("weight", nargs="?", type=float, help="share of the requests, 0 to 1")
+    canary.add_argument("weight", nargs="?", type=float, help="share of the requests, 0 to 1; not needed to end it")
     shadow.add_argument("version", help="vN; `none` ends it")
     remove = actions.add_parser("remove", help="forget a version that no alias uses")
     remove.add_argument("name", help="NAME@vN")
@@ -61,7 +61,10 @@ def manage_releases(args: argparse.Namespace, catalog: Catalog) -> Iterator[str]
         return
     name, alias = _parse_alias(args.name)
     if args.action == "history":
-        for entry in catalog.alias_history(name, alias):
+        entries = catalog.alias_history(name, alias)
+        if not entries:
+            raise ModelNotFoundError(f"there never was an alias {name}@{alias}; list the releases", param="name")
+        for entry in entries:
             detail = entry.detail
             reason = f"  ({detail['reason']})" if "reason" in detail else ""
             move = f"{entry.action.removeprefix('aliases.')}  {detail.get('from')} -> {detail.get('to')}"

@@ -96,6 +96,10 @@ def test_variants_are_added_listed_pinned_and_removed(database: str, capsys: pyt
         ["--missed-heartbeats", "0"],
         ["--host", "192.0.2.1", "--port", "0"],
         ["--port", "70000"],
+        ["--canary-error-margin", "7"],
+        ["--worker-timeout", "inf"],
+        ["--store", "/dev/null/store"],
+        ["releases", "history", "nothing"],
     ],
 )
 def test_mistakes_get_one_line(args: list[str], database: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,3 +42,11 @@ def test_everything_else_is_argparses(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         parser().parse_args(["1"])
     assert "invalid choice: '1'" in capsys.readouterr().err
+
+
+def test_what_the_list_says_of_a_command_begins_its_own_help(capsys: pytest.CaptureFixture[str]) -> None:
+    outer = CommandParser(prog="python -m thing")
+    outer.add_subparsers().add_parser("list", help="print all of them")
+    with pytest.raises(SystemExit):
+        outer.parse_args(["list", "--help"])
+    assert "Print all of them." in capsys.readouterr().out

@@ -169,6 +169,13 @@ async def test_an_unknown_model_lists_those_there_are(fleet: Fleet) -> None:
     assert caught.value.param == "model"
 
 
+async def test_a_name_close_to_one_that_is_served_is_suggested(fleet: Fleet) -> None:
+    name = "smollm2-135m-instruct"
+    await fleet.add(models=[ServedModel(name=name, family="llama", max_model_len=64, chat=True, dtype="fp32")])
+    with pytest.raises(ModelNotFoundError, match=r"did you mean smollm2-135m-instruct\?"):
+        await fleet.events("smollm-135m-instruct")
+
+
 async def test_a_known_model_without_a_live_worker_is_overloaded(fleet: Fleet) -> None:
     with pytest.raises(OverloadedError) as caught:
         await fleet.events("away")

@@ -258,3 +258,14 @@ async def test_messages_about_long_values_are_short(api: Api) -> None:
 async def test_astral_characters_and_escapes_pass(api: Api, gateway: FakeGateway) -> None:
     await api.post(COMPLETIONS, b'{"model":"org/tiny","prompt":"\\ud83d\\ude00\\u0000"}')
     assert gateway.requests[0].prompt.text == "\U0001f600\x00"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"logit_bias": {"Paris": 1}}, "the keys of logit_bias are token ids, as \"42\", not 'Paris'."),
+        ({"messages": []}, "messages must not be empty."),
+    ],
+)
+async def test_messages_say_what_to_do(api: Api, fields: dict[str, Any], message: str) -> None:
+    assert (await api.chat(**fields)).error["message"] == message
