@@ -20,7 +20,7 @@ _DOT = '<span class="dot {}"></span>'
 CLOSE_SIDEBAR_ON_TELEPHONES = """() => {
   if (window.innerWidth < 768) document.querySelector(".sidebar .toggle-button")?.click();
 }"""
-PLACEHOLDER = "## What would you like to know?\nThe answer comes from the model chosen at the left."
+PLACEHOLDER = "## What would you like to know?\nThe model that answers is chosen in the sidebar."
 
 
 def create_app(client: ApiClient) -> FastAPI:

@@ -17,6 +17,12 @@ footer { display: none !important; }
 .dot.ready { background: #10b981; }
 .dot.empty { background: #f59e0b; }
 .dot.away { background: #ef4444; }
+/* The conversation scrolls within its box, so that the question stays in sight; Gradio's page would grow instead. */
+.gradio-container { height: 100dvh; overflow-y: auto !important; }
+.gradio-container > .main, .sidebar-parent, .sidebar-parent > main, .sidebar-parent > main > .column { min-height: 0; }
+#chat { flex: 1 1 0 !important; min-height: 8rem !important; overflow: hidden !important; }
+#chat > .wrapper { min-height: 0; }
+#chat .bubble-wrap { height: 100%; }
 #chat .placeholder-content { padding-top: 18vh; }
 #chat .placeholder { text-align: center; }
 #chat .message { line-height: 1.55; }

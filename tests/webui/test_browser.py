@@ -245,3 +245,14 @@ async def test_the_page_works_on_a_telephone(browser: Browser, url: str) -> None
     await send(page, "hello")
     await expect(page.locator(BOT)).to_contain_text("You said")
     await picture(page, "telephone")
+
+
+async def test_the_question_stays_in_sight_beside_a_long_conversation(browser: Browser, url: str) -> None:
+    for width in (390, 1280):
+        page = await browser.new_page(viewport={"width": width, "height": 700})
+        await page.goto(url)
+        await expect(page.locator("#serving")).to_contain_text("2 models")
+        await send(page, "One line.\n\n" * 60)
+        await expect(page.locator(BOT)).to_contain_text("You said")
+        await expect(page.locator("#question textarea")).to_be_in_viewport()
+        assert await page.evaluate("document.documentElement.scrollHeight <= window.innerHeight")
