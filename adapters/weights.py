@@ -11,13 +11,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from adapters.gguf_architectures import Rearrangement, find_architecture
+from adapters.gguf_architectures import find_architecture
+from adapters.gguf_weights import read_gguf
 from adapters.load_plan import LoadPlan
-from compression.gguf import dequantize, read_grouped
+from adapters.stretches import Select, Stretches, select_all
 from compression.grouped_weight import GroupedWeight
 from delta.artifact import open_delta
 from delta.delta_stack import DeltaStack
@@ -27,7 +27,9 @@ from registry.errors import CheckpointError
 Weight: TypeAlias = torch.Tensor | GroupedWeight
 
 
-def iterate_weights(plan: LoadPlan, *, keep_blocks: bool = False) -> Iterator[tuple[str, Weight]]:
+def iterate_weights(
+    plan: LoadPlan, *, keep_blocks: bool = False, select: Select = select_all
+) -> Iterator[tuple[str, Weight]]:
     """Every weight of the planned model with the plan's deltas added, in the order of the files.
 
     Dtypes are the stored ones (GGUF: float32), not the plan's; converting is the caller's work. A tensor may be mapped
@@ -36,17 +38,19 @@ def iterate_weights(plan: LoadPlan, *, keep_blocks: bool = False) -> Iterator[tu
     Args:
         keep_blocks: give matrices of `plan.kept_types` as `GroupedWeight`, unless there are deltas, which belong to
             numbers.
+        select: what is wanted of each, asked just before it is read. The rest is not read, except where it is needed:
+            under deltas, and of GGUF blocks that would be cut.
 
     Raises:
         CheckpointError: a truncated or unsafe file, a tensor that the model does not have, a delta for another base.
     """
     if not plan.deltas:
-        yield from _read(plan.checkpoint, plan.config, plan.kept_types if keep_blocks else frozenset())
+        yield from _read(plan.checkpoint, plan.config, plan.kept_types if keep_blocks else frozenset(), select)
         return
     with ExitStack() as stack:
         deltas = DeltaStack([stack.enter_context(open_delta(path)) for path in plan.deltas])
         for name, tensor in read_weights(plan.checkpoint, plan.config):
-            yield name, deltas.apply(name, tensor)
+            yield name, _selected(deltas.apply(name, tensor), select(name, tuple(tensor.shape)))
         deltas.check_complete()
 
 
@@ -56,19 +60,23 @@ def read_weights(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[
     Raises:
         CheckpointError: a truncated or unsafe file, or a tensor that the model does not have.
     """
-    for name, weight in _read(checkpoint, config, frozenset()):
+    for name, weight in _read(checkpoint, config, frozenset(), select_all):
         assert isinstance(weight, torch.Tensor)  # no type is kept in blocks
         yield name, weight
 
 
 def _read(
-    checkpoint: Checkpoint, config: Mapping[str, Any], kept_types: Collection[str]
+    checkpoint: Checkpoint, config: Mapping[str, Any], kept_types: Collection[str], select: Select
 ) -> Iterator[tuple[str, Weight]]:
-    if checkpoint.format == "safetensors":
-        return _read_safetensors(checkpoint)
     if checkpoint.format == "gguf":
-        return _read_gguf(checkpoint, config, kept_types)
-    return _read_bin(checkpoint.files)
+        return read_gguf(checkpoint, config, kept_types, select)
+    mapped = _read_safetensors(checkpoint) if checkpoint.format == "safetensors" else _read_bin(checkpoint.files)
+    return ((name, _selected(tensor, select(name, tuple(tensor.shape)))) for name, tensor in mapped)
+
+
+def _selected(tensor: torch.Tensor, wanted: Stretches | None) -> torch.Tensor:
+    """Of a mapped tensor, a part that is mapped too, so that of the file nothing else is read."""
+    return tensor if wanted is None else wanted.cut(tensor)
 
 
 def weight_names(checkpoint: Checkpoint) -> list[str]:
@@ -93,33 +101,6 @@ def _read_safetensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tenso
                     yield name, opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}); download it again") from error
-
-
-def _read_gguf(
-    checkpoint: Checkpoint, config: Mapping[str, Any], kept_types: Collection[str]
-) -> Iterator[tuple[str, Weight]]:
-    architecture = find_architecture(checkpoint.metadata)
-    (file,) = checkpoint.files
-    try:
-        data = np.memmap(file, np.uint8, mode="r")
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    for header in checkpoint.tensors.values():
-        translated = architecture.translate(header.name)
-        if translated is None:
-            continue
-        name, rearrange = translated
-        stored = data[header.offset_bytes : header.offset_bytes + header.num_bytes]
-        can_keep = header.dtype in kept_types and (rearrange is None or rearrange.moves_whole_rows)
-        grouped = read_grouped(stored, header.dtype, header.shape) if can_keep else None
-        weight = dequantize(stored, header.dtype, header.shape) if grouped is None else grouped
-        yield name, weight if rearrange is None else _rearranged(weight, rearrange, config)
-
-
-def _rearranged(weight: Weight, rearrange: Rearrangement, config: Mapping[str, Any]) -> Weight:
-    if isinstance(weight, GroupedWeight):
-        return weight.map_rows(lambda rows: rearrange.apply(rows, config))
-    return rearrange.apply(weight, config)
 
 
 def _read_bin(files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from adapters.load_plan import LoadPlan
+from adapters.stretches import Stretches
 from adapters.weights import iterate_weights
 from compression.grouped_weight import GroupedWeight
 from model_worker.engine.freed_memory import return_freed_memory
 from model_worker.engine.load_report import LoadReport, Outcome
-from model_worker.engine.models.causal_model import CausalModel
+from model_worker.engine.models.causal_model import CausalModel, DividedModel
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.models.native_decoder import NativeDecoder
 from model_worker.engine.ops.cpu.program import Team
@@ -68,7 +69,8 @@ def load_model(
 ) -> CausalModel:
     """Build the planned model and fill it.
 
-    Beside it at most one matrix is in memory; on a GPU's host, what is on its way there (`stage_weights`).
+    Of each tensor no more is read than this rank has of it. Beside the model at most one matrix is in memory; on a
+    GPU's host, what is on its way there (`stage_weights`).
 
     Args:
         report: takes note of what happens to each tensor.
@@ -84,7 +86,7 @@ def load_model(
     with report.phase("build"):
         model = _build(plan, device, model_impl, native, group)
         filler = _Filler(model, report)
-    weights = iterate_weights(plan, keep_blocks=model.keeps_blocks)
+    weights = iterate_weights(plan, keep_blocks=model.keeps_blocks, select=filler.select)
     if device.type == "cuda":
         weights = stage_weights(weights, device)
     for name, tensor in report.timed("read", weights):
@@ -170,6 +172,27 @@ class _Filler:
         self._begun: set[str] = set()  # weights of which something has come
         self._filled: dict[_Place, str] = {}  # to the name in the checkpoint
 
+    def select(self, name: str, shape: tuple[int, ...]) -> Stretches | None:
+        """What `put` takes of a tensor, which has this shape in the checkpoint; None: all of it.
+
+        Raises:
+            CheckpointError: the model needs another shape.
+        """
+        place = self._find(name)
+        if place is None:
+            return None
+        needed = self._shape(place)
+        is_transposed = len(shape) == 2 and self._model.is_stored_transposed(place.weight)
+        if (shape[::-1] if is_transposed else shape) != needed:
+            raise CheckpointError(
+                f"{name!r} has shape {list(shape)}, the model needs {list(needed)}; config.json and the weights are of "
+                "different models."
+            )
+        if not isinstance(self._model, DividedModel):
+            return None
+        share = self._model.share_of(place.weight, len(needed), half=place.half)
+        return replace(share, axis=1 - share.axis) if share is not None and is_transposed else share
+
     def put(self, name: str, tensor: Tensor | GroupedWeight) -> None:
         place = self._find(name)
         if place is None:
@@ -229,29 +252,30 @@ class _Filler:
         halves: tuple[int | None, ...] = (0, 1) if matrix == "gate_up_proj" else (None,)
         return [_Place(weight, index, half) for index in range(len(self._weights[weight])) for half in halves]
 
-    def _fill(self, name: str, place: _Place, tensor: Tensor | GroupedWeight) -> None:
+    def _shape(self, place: _Place) -> tuple[int, ...]:
+        """Of the whole tensor that belongs there."""
         shape = tuple(self._weights[place.weight].shape)
+        if place.index is None:
+            return shape
+        return shape[1:] if place.half is None else (shape[1] // 2, *shape[2:])
+
+    def _fill(self, name: str, place: _Place, tensor: Tensor | GroupedWeight) -> None:
         if place.index is None:
             if place.weight in self._begun:
                 raise CheckpointError(f"The checkpoint holds {name!r} and also parts of it under other names.")
         else:
-            if place.index >= shape[0] or _Place(place.weight) in self._filled:
-                raise CheckpointError(f"The checkpoint holds {name!r}, but the model has {shape[0]} experts.")
-            shape = shape[1:] if place.half is None else (shape[1] // 2, *shape[2:])
+            num_experts = len(self._weights[place.weight])
+            if place.index >= num_experts or _Place(place.weight) in self._filled:
+                raise CheckpointError(f"The checkpoint holds {name!r}, but the model has {num_experts} experts.")
         if isinstance(tensor, Tensor) and tensor.ndim == 2 and self._model.is_stored_transposed(place.weight):
             tensor = tensor.t()
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{name!r} has shape {list(tensor.shape)}, the model needs {list(shape)}; config.json and the "
-                "weights are of different models."
-            )
         self._begun.add(place.weight)
         self._model.fill(place.weight, tensor, index=place.index, half=place.half)
 
     def _check_tied(self, name: str, place: _Place, tensor: Tensor | GroupedWeight) -> None:
         """Some checkpoints hold a tied weight under both of its names."""
         is_tied = name in self._model.ties or self._filled[place] in self._model.ties
-        if not is_tied or tensor.shape != self._weights[place.weight].shape:
+        if not is_tied:
             raise CheckpointError(
                 f"The checkpoint holds {name!r} and {self._filled[place]!r}, which are the same weight."
             )

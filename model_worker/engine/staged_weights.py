@@ -3,8 +3,10 @@
     mapped file ──threads, a piece each──► slots of pinned memory ──copies, in order──► a tensor of the device
 
 Pieces go through the slots in a ring, so that while some are copied to the device others are read from the files, those
-of the same tensor and of the next ones. Beside the slots, host memory holds nothing; the device holds each tensor once
-more until it is in its place.
+of the same tensor and of the next ones. Of a part of a tensor, such as some columns, only that part is read. Beside the
+slots, host memory holds nothing; the device holds each tensor once more until it is in its place.
+
+Reading is copying from the mapped file: as fast as `pread` into the slot, and for columns faster (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class _Slot:
         self._copied = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
 
     def view(self, like: Tensor) -> Tensor:
-        return self._memory[: like.nbytes].view(like.dtype)
+        return self._memory[: like.nbytes].view(like.dtype).view(like.shape)
 
     def wait(self) -> None:
         """Until it can be written again."""
@@ -114,9 +116,7 @@ class _Ring:
     def stage(self, tensor: Tensor) -> Tensor:
         """A tensor on the device that is complete when all pieces until now are copied."""
         staged = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        size = self._slot_bytes // tensor.element_size()
-        pieces = zip(torch.split(tensor.reshape(-1), size), torch.split(staged.view(-1), size), strict=True)
-        for source, target in pieces:
+        for source, target in _pieces(tensor, staged, self._slot_bytes // tensor.element_size()):
             if len(self._pieces) == self._num_slots:
                 self.copy_next()
             slot = self._next_slot()
@@ -138,3 +138,16 @@ class _Ring:
         slot = self._slots[self.num_read % self._num_slots]
         slot.wait()
         return slot
+
+
+def _pieces(source: Tensor, target: Tensor, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of both of at most so many numbers, in the order of the memory of `target`, which is contiguous."""
+    if source.is_contiguous():
+        yield from zip(torch.split(source.view(-1), most), torch.split(target.view(-1), most), strict=True)
+        return
+    num_rows = most // source[0].numel()
+    if num_rows > 0:
+        yield from zip(torch.split(source, num_rows), torch.split(target, num_rows), strict=True)
+        return
+    for row, target_row in zip(source, target, strict=True):
+        yield from _pieces(row, target_row, most)

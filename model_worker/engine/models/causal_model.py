@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from adapters.stretches import Stretches
 from compression.grouped_weight import GroupedWeight
 from model_worker.engine.layers.attention import AttentionLayer, ForwardContext
 from model_worker.engine.trace import Traceable
@@ -64,7 +65,7 @@ class CausalModel(Traceable, Protocol):
     ) -> None:
         """Take a weight, or of a weight [E, 2I, H] or [E, H, I] expert `index`, or its `half` (of 2I).
 
-        The tensor may be mapped from a file; it is not changed.
+        The tensor may be mapped from a file; it is not changed. Of a DividedModel it is the share of this rank.
         """
         ...
 
@@ -77,5 +78,19 @@ class CausalModel(Traceable, Protocol):
 
         Raises:
             UnsupportedModelError: something was found that would give wrong tokens.
+        """
+        ...
+
+
+@runtime_checkable
+class DividedModel(Protocol):
+    """A CausalModel that may be divided among ranks."""
+
+    def share_of(self, name: str, num_axes: int, *, half: int | None = None) -> Stretches | None:
+        """What this rank has of a weight; None: all of it.
+
+        Args:
+            num_axes: of the tensor, which is one of a single expert where there are fewer than the weight has.
+            half: as in `fill`.
         """
         ...

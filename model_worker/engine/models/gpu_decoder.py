@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.stretches import Stretches
 from compression.grouped_weight import GroupedWeight
 from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.attention import ForwardContext
@@ -222,16 +223,20 @@ class GpuDecoder(nn.Module):
     def is_stored_transposed(self, name: str) -> bool:
         return False
 
+    def share_of(self, name: str, num_axes: int, *, half: int | None = None) -> Stretches | None:
+        """See DividedModel."""
+        return None if self._divided is None else self._divided.share_of(name)
+
     def fill(
         self, name: str, tensor: Tensor | GroupedWeight, *, index: int | None = None, half: int | None = None
     ) -> None:
         """See CausalModel."""
         assert index is None, "there are no experts"
-        self._weights.put(name, tensor if self._divided is None else self._divided.cut(name, tensor))
+        self._weights.put(name, tensor if self._divided is None else self._divided.own(name, tensor))
 
     def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
         """See CausalModel."""
-        return self._weights.holds(name, tensor if self._divided is None else self._divided.cut(name, tensor))
+        return self._weights.holds(name, tensor if self._divided is None else self._divided.own(name, tensor))
 
     def finish(self) -> None:
         """See CausalModel."""

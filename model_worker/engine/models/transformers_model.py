@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from adapters.stretches import Stretches
 from compression.grouped_weight import GroupedWeight
 from delta.variant_terms import VariantTerms
 from model_worker.engine.layers.attention import ForwardContext, PagedAttention
@@ -192,12 +193,16 @@ class TransformersModel:
         linear = self.linear_of(name)
         return linear is not None and linear.stored_transposed
 
+    def share_of(self, name: str, num_axes: int, *, half: int | None = None) -> Stretches | None:
+        """See DividedModel."""
+        return None if self._divided is None else self._divided.share_of(name, num_axes, half=half)
+
     def fill(
         self, name: str, tensor: Tensor | GroupedWeight, *, index: int | None = None, half: int | None = None
     ) -> None:
         """See CausalModel; the memory of a weight is taken when the first part of it comes."""
         assert isinstance(tensor, Tensor)
-        tensor = tensor if self._divided is None else self._divided.cut(name, tensor, half=half)
+        tensor = tensor if self._divided is None else self._divided.own(name, tensor)
         weight = self._weight(name)
         if weight.device.type == "meta":
             weight = torch.empty_like(weight, device=self.device)
@@ -210,7 +215,7 @@ class TransformersModel:
 
     def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
         assert isinstance(tensor, Tensor)
-        tensor = tensor if self._divided is None else self._divided.cut(name, tensor)
+        tensor = tensor if self._divided is None else self._divided.own(name, tensor)
         weight = self._weight(name)
         return torch.equal(tensor.to(weight.device, weight.dtype), weight)
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from compression.grouped_weight import GROUP, GroupedWeight
+from adapters.stretches import Stretches
+from compression.grouped_weight import GroupedWeight
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.token_embedding import TokenEmbedding
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
@@ -18,8 +19,6 @@ from model_worker.engine.parallel.sharding import (
     Share,
     check_divisions,
     check_groups,
-    cut,
-    cut_grouped,
     inputs,
     outputs,
 )
@@ -67,19 +66,21 @@ class DividedDecoder:
         add_up_rows(embedding, self._tokens, self._group)
         gather_logits(head, self._tokens, self._group)
 
-    def cut(self, name: str, tensor: Tensor | GroupedWeight) -> Tensor | GroupedWeight:
-        """What this rank has of a tensor of the checkpoint."""
+    def share_of(self, name: str) -> Stretches | None:
+        """What this rank has of a tensor of the checkpoint; None: all of it."""
+        module, _, kind = name.rpartition(".")
+        division = self.divisions.get(module, self.divisions.get(name))
+        if division is None or (kind == "bias" and division.by_inputs):
+            return None
+        return division.stretches(self._share, 1 if division.by_inputs else 0)
+
+    def own(self, name: str, tensor: Tensor | GroupedWeight) -> Tensor | GroupedWeight:
+        """This rank's share, as it computes with it: what all add up is only once what is added to it."""
         module, _, kind = name.rpartition(".")
         division = self.divisions.get(module)
-        if division is None:
-            return tensor
-        if isinstance(tensor, GroupedWeight):
-            if all(place % GROUP == 0 for place in division.ranges(self._share)[0]) or not division.by_inputs:
-                return cut_grouped(tensor, division, self._share)
-            tensor = tensor.dequantize()
-        if kind == "bias" and division.by_inputs:
+        if isinstance(tensor, Tensor) and kind == "bias" and division is not None and division.by_inputs:
             return tensor if self._share.rank == 0 else tensor.new_zeros(tensor.shape)
-        return cut(tensor, 1 if division.by_inputs else 0, division, self._share)
+        return tensor
 
 
 def _divisions(spec: DecoderSpec, tokens: Division) -> dict[str, Division]:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters.stretches import Stretches
 from model_worker.engine.layers.linear import Linear
 from model_worker.engine.models.attention_interface import EXTRAS, AttentionExtras
 from model_worker.engine.parallel.group import RankGroup
-from model_worker.engine.parallel.sharding import Division, Share, check_divisions, cut
+from model_worker.engine.parallel.sharding import Division, Share, check_divisions
 from model_worker.engine.parallel.token_hooks import add_up_rows, gather_logits
 from model_worker.engine.parallel.transformers_divisions import TransformersDivisions, stores_inputs_first
 
@@ -72,17 +73,25 @@ class DividedModule:
         """A tensor on meta of the shape that a checkpoint has for a parameter."""
         return torch.empty(self._shapes[name], dtype=tensor.dtype, device="meta")
 
-    def cut(self, name: str, tensor: Tensor, *, half: int | None = None) -> Tensor:
-        """What this rank has of a checkpoint's tensor: of a parameter, of one of its experts, or of a half of one."""
-        path, _, kind = name.rpartition(".")
-        division = self.divisions.get(path) if kind in ("weight", "bias") else self.divisions.get(name)
-        if division is None:
-            return tensor
+    def share_of(self, name: str, num_axes: int, *, half: int | None = None) -> Stretches | None:
+        """What this rank has of a parameter, of one of its experts, or of a half of one; None: all of it."""
+        division = self._division(name)
+        if division is None or (name.endswith("bias") and division.by_inputs):
+            return None
         if half is not None:
             division = division.part(half)
-        if kind.endswith("bias") and division.by_inputs:
-            return tensor if self._share.rank == 0 else torch.zeros_like(tensor)
-        return cut(tensor, self._axis(name, division), division, self._share)
+        return division.stretches(self._share, self._axis(name, division) % num_axes)
+
+    def own(self, name: str, tensor: Tensor) -> Tensor:
+        """This rank's share, as it computes with it: what all add up is only once what is added to it."""
+        division = self._division(name)
+        if division is not None and name.endswith("bias") and division.by_inputs and self._share.rank > 0:
+            return torch.zeros_like(tensor)
+        return tensor
+
+    def _division(self, name: str) -> Division | None:
+        path, _, kind = name.rpartition(".")
+        return self.divisions.get(path) if kind in ("weight", "bias") else self.divisions.get(name)
 
     def _axis(self, name: str, division: Division) -> int:
         """From the end, because an expert's tensor comes with others or alone."""

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from compression.grouped_weight import GROUP, GroupedWeight
+from adapters.stretches import Stretches
+from compression.grouped_weight import GROUP
 from registry.errors import UnsupportedModelError
 
 _MOST_RANKS = 64
@@ -88,6 +88,10 @@ class Division:
             start_of_part += part.size
         return found
 
+    def stretches(self, share: Share, axis: int) -> Stretches:
+        """The same of a tensor that is divided along `axis`, counted from 0."""
+        return Stretches(axis, tuple(self.ranges(share)))
+
     def size(self, share: Share) -> int:
         return sum(end - start for start, end in self.ranges(share))
 
@@ -106,20 +110,7 @@ def inputs(*parts: Part) -> Division:
 
 def cut(tensor: Tensor, axis: int, division: Division, share: Share) -> Tensor:
     """What a rank has of a tensor whose `axis` is divided; a view of it where that is one stretch."""
-    pieces = [tensor.narrow(axis, start, end - start) for start, end in division.ranges(share)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axis)
-
-
-def cut_grouped(weight: GroupedWeight, division: Division, share: Share) -> GroupedWeight:
-    """The same for a quantized weight; its groups stay whole (see `check_groups`)."""
-    if not division.by_inputs:
-        return weight.map_rows(lambda rows: cut(rows, 0, division, share))
-    in_groups = Division(
-        True, tuple(Part(part.size // GROUP, part.size // GROUP, part.what) for part in division.parts)
-    )
-    scales = cut(weight.scales, 1, in_groups, share)
-    minimums = None if weight.minimums is None else cut(weight.minimums, 1, in_groups, share)
-    return GroupedWeight(cut(weight.values, 1, division, share), scales, minimums)
+    return division.stretches(share, axis).cut(tensor)
 
 
 def check_divisible(parts: Iterable[Part], num_ranks: int) -> None:

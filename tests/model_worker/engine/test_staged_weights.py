@@ -22,6 +22,8 @@ def _weights() -> list[tuple[str, Weight]]:
         (f"tensor {i}", torch.randn(size).to(dtypes[i % 3])) for i, size in enumerate(sizes)
     ]
     found.insert(3, ("transposed", torch.randn(30, 20).t()))
+    found.insert(4, ("columns", torch.randn(20, 30)[:, 10:20]))
+    found.insert(5, ("columns of each", torch.randn(3, 4, 30).to(torch.bfloat16)[..., :15]))
     found.insert(5, ("blocks", quantize_int8(torch.randn(4, 32))))
     return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compression.int8 import quantize_int8
 from model_worker.engine.parallel.sharding import (
     Division,
     Part,
@@ -13,7 +12,6 @@ from model_worker.engine.parallel.sharding import (
     check_divisible,
     check_groups,
     cut,
-    cut_grouped,
     inputs,
     outputs,
 )
@@ -55,16 +53,6 @@ def test_what_the_ranks_cut_is_the_whole() -> None:
     division = outputs(HEADS)
     assert torch.equal(torch.cat([cut(weight, 0, division, share) for share in _shares(4)]), weight)
     assert cut(weight, 0, division, Share(1, 2)).data_ptr() == weight[4:].data_ptr()  # read from the file, not copied
-
-
-def test_quantized_weights_are_divided_at_their_groups() -> None:
-    weight = quantize_int8(torch.randn(8, 128))
-    division = inputs(Part(128, 128, "neurons"))
-    shares = _shares(4)
-    pieces = [cut_grouped(weight, division, share).dequantize() for share in shares]
-    assert torch.equal(torch.cat(pieces, dim=1), weight.dequantize())
-    rows = [cut_grouped(weight, outputs(HEADS), share).dequantize() for share in shares]
-    assert torch.equal(torch.cat(rows), weight.dequantize())
 
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do() -> None:
