@@ -27,11 +27,12 @@ from model_worker.drain import Drain
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.outputs import EngineStats, RequestOutput
 from model_worker.engine.sampling_params import SamplingParams
+from model_worker.engine_loras import EngineLoras
 from model_worker.events import Event, EventBuilder, TokenNames
 from model_worker.prompt import EncodedPrompt, PromptEncoder
 from model_worker.published_variants import PublishedVariants
 from model_worker.signature_check import SignatureCheck
-from model_worker.variants import EngineLoras, Variants
+from model_worker.variants import Variants
 from registry.errors import InternalError, InvalidRequestError, ModelNotFoundError
 
 

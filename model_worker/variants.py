@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator,
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from adapters.chat_template import ChatTemplate
 from adapters.load_plan import LoadPlan
@@ -21,9 +20,11 @@ from delta.variant_reader import is_delta
 from model_worker.adapter_root import AdapterRoot
 from model_worker.config import GivenVariant
 from model_worker.engine.lora import variant_status
+from model_worker.engine_loras import EngineLoras
 from model_worker.published_variants import PublishedVariants
 from model_worker.signature_check import SignatureCheck
 from registry.errors import (
+    CheckpointError,
     InternalError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -38,26 +39,11 @@ logger = logging.getLogger(__name__)
 REPORT_TIMEOUT_S = 0.1
 """How long a report of all adapters waits for the end of a step; a heartbeat must not come late."""
 
+_TRIAL = "@trial"  # after a variant's name: of what is to replace it, until it has passed its probe
+
 CLEAN_AGAIN_S = 10.0  # after the files of old versions could not be removed
 
 Change = Callable[[str], Awaitable[variant_status.VariantStatus]]
-
-
-class EngineLoras(Protocol):
-    """What the worker needs of an engine's adapters; `AsyncLLMEngine.loras` is the one.
-
-    Every method raises RootgraftError when it refuses, and then nothing has changed.
-    """
-
-    async def add(
-        self, name: str, path: Path, *, parent: str, pinned: bool, from_command_line: bool
-    ) -> variant_status.VariantStatus: ...
-    async def remove(self, name: str) -> variant_status.VariantStatus: ...
-    async def pin(self, name: str) -> variant_status.VariantStatus: ...
-    async def unpin(self, name: str) -> variant_status.VariantStatus: ...
-    async def activate(self, name: str) -> variant_status.VariantStatus: ...
-    async def evict(self, name: str) -> variant_status.VariantStatus: ...
-    async def list(self) -> list[variant_status.VariantStatus]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +112,8 @@ class Variants:
             start_s = time.perf_counter()
             try:
                 self._check_name(adapter.name)
+                if adapter.flag == "--delta" and not is_delta(adapter.path):
+                    raise CheckpointError("It holds no delta, since delta_config.json is missing; check the path.")
                 status = await self._add(
                     adapter.name,
                     adapter.path.resolve(),
@@ -196,7 +184,7 @@ class Variants:
         """
         if not self._used:
             return []
-        statuses = await self._engine.list()
+        statuses = [status for status in await self._engine.list() if not status.name.endswith(_TRIAL)]
         in_use = {status.path for status in statuses} | {adapter.path for adapter in self._adapters.values()}
         self._given_paths = {
             path: given for path, given in self._given_paths.items() if path in in_use or path == self._adding
@@ -273,6 +261,8 @@ class Variants:
                 read_prompt_format, path, self._plan, self._tokenizer, with_template=self._with_templates
             )
             try:
+                if name in self._adapters and is_delta(path):
+                    await self._try_out(name, path)
                 added = self._engine.add(
                     name, path, parent=self._parent, pinned=pinned, from_command_line=from_command_line
                 )
@@ -308,6 +298,22 @@ class Variants:
             self._probing = None
             # What a report has said of it meanwhile is said no more.
             self._messages = {known: other for known, other in self._messages.items() if other.name != name}
+
+    async def _try_out(self, name: str, path: Path) -> None:
+        """Ask the probe of a delta that is to replace another, under a name that no request can have.
+
+        Raises:
+            RootgraftError: it cannot be read, or fails; what it was to replace goes on.
+        """
+        if self._probe is None:
+            return
+        trial = name + _TRIAL
+        status = await self._engine.add(trial, path, parent=self._parent, pinned=False, from_command_line=False)
+        try:
+            if status.digest is not None and status.digest not in self._proven:
+                self._proven[status.digest] = await self._probe(trial, path)
+        finally:
+            await self._engine.remove(trial)
 
     @contextmanager
     def _finding(self, request: AddVariantRequest) -> Iterator[None]:

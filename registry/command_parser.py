@@ -15,7 +15,8 @@ class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
         about = options.get("help")
         if about is not None:
             options.setdefault("description", f"{about[0].upper()}{about[1:]}.")
-        return super().add_parser(name, **options)
+        parser: argparse.ArgumentParser = super().add_parser(name, **options)
+        return parser
 
 
 class CommandParser(argparse.ArgumentParser):

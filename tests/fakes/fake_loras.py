@@ -19,6 +19,7 @@ class FakeLoras:
         is_read: set once an addition is listed as registered.
         refuse_with: refuse everything so.
         added: names in the order of their additions.
+        digests: by directory, of those whose digest is not zero.
     """
 
     def __init__(self) -> None:
@@ -29,6 +30,7 @@ class FakeLoras:
         self.is_read = asyncio.Event()
         self.refuse_with: RootgraftError | None = None
         self.added: list[str] = []
+        self.digests: dict[Path, str] = {}
         self._statuses: dict[str, VariantStatus] = {}
 
     async def add(
@@ -37,7 +39,7 @@ class FakeLoras:
         status = VariantStatus(
             name=name,
             parent=parent,
-            digest="sha256:" + "0" * 64,
+            digest=self.digests.get(path, "sha256:" + "0" * 64),
             path=str(path),
             state="registered",
             pinned=pinned,

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from controller.protocol import AddVariantRequest
+from controller.protocol import AddVariantRequest, ProbePassed
 from model_worker import variants as variants_module
 from model_worker.adapter_root import AdapterRoot
 from model_worker.config import GivenVariant
@@ -17,6 +18,7 @@ from registry.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     PermissionDeniedError,
+    ProbeFailedError,
     RootgraftError,
 )
 from tests.fakes.byte_tokenizer import ByteTokenizer
@@ -43,7 +45,10 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def make(engine: FakeLoras, root: Path | None, *, with_templates: bool = True) -> Variants:
+Probe = Callable[[str, Path], Awaitable[ProbePassed | None]]
+
+
+def make(engine: FakeLoras, root: Path | None, *, with_templates: bool = True, probe: Probe | None = None) -> Variants:
     return Variants(
         engine,
         make_plan(),
@@ -51,6 +56,7 @@ def make(engine: FakeLoras, root: Path | None, *, with_templates: bool = True) -
         parent="base",
         root=AdapterRoot(root),
         with_templates=with_templates,
+        probe=probe,
     )
 
 
@@ -146,6 +152,34 @@ async def test_a_replacement_that_is_refused_leaves_the_old_one(variants: Varian
     assert variants.prompt_format(["x"]) != before
 
 
+async def test_a_delta_is_asked_its_probe_before_it_replaces_another(
+    engine: FakeLoras, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants_module, "is_delta", lambda directory: True)
+    for number, directory in enumerate(("pirate", "poet", "plain")):
+        engine.digests[root / directory] = f"sha256:{number}"
+    asked: list[tuple[str, str]] = []
+    served: list[tuple[str, str]] = []
+    variants: Variants
+
+    async def probe(name: str, path: Path) -> None:
+        asked.append((name, path.name))
+        served.extend((status.name, status.path) for status in await variants.statuses())
+        if path.name == "poet":
+            raise ProbeFailedError("It fails.")
+
+    variants = make(engine, root, probe=probe)
+    await variants.add(addition("x", "pirate"))
+    served.clear()
+    with pytest.raises(ProbeFailedError):
+        await variants.add(addition("x", "poet"))
+    await variants.add(addition("x", "plain"))
+    assert asked == [("x", "pirate"), ("x@trial", "poet"), ("x@trial", "plain")]
+    assert served == [("x", "pirate")] * 2  # while the probes of the others ran
+    assert [(status.name, status.path) for status in await variants.statuses()] == [("x", "plain")]
+    assert [status.name for status in await engine.list()] == ["x"]
+
+
 async def test_without_a_root_there_are_only_those_of_the_command_line(engine: FakeLoras, root: Path) -> None:
     variants = make(engine, None)
     lines: list[str] = []
@@ -176,6 +210,8 @@ async def test_a_bad_adapter_of_the_command_line_is_named(variants: Variants, en
     engine.refuse_with = CheckpointError("It holds NaN.")
     with pytest.raises(CheckpointError, match=r"--lora pirate=.*pirate: It holds NaN\."):
         await variants.load([GivenVariant("--lora", "pirate", root / "pirate", pinned=False)], print)
+    with pytest.raises(CheckpointError, match=r"--delta pirate=.*no delta"):
+        await variants.load([GivenVariant("--delta", "pirate", root / "pirate", pinned=False)], print)
     with pytest.raises(InvalidRequestError, match=r"--lora base=.*own name"):
         await variants.load([GivenVariant("--lora", "base", root / "pirate", pinned=False)], print)
 
