@@ -1,4 +1,4 @@
-"""What the engine needs of a GPU beside tensors on it: its memory, and captured graphs. A seam for tests."""
+"""What the engine needs of a GPU beside tensors on it: memory, captured graphs, whether it works. A seam for tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Protocol
 
 import torch
 
-from model_worker.engine.decode_graphs import Capture, CudaCapture
+from model_worker.engine.cuda_capture import CudaCapture
+from model_worker.engine.decode_graphs import Capture
 from model_worker.engine.gpu_memory import CudaMemory, DeviceMemory
 from model_worker.engine.layers.attention import ForwardContext
 
@@ -28,6 +29,10 @@ class Accelerator(Protocol):
         """Of the steps of the model that has this context."""
         ...
 
+    def has_failed(self) -> bool:
+        """Whether it computes nothing any more in this process; waits for what was launched."""
+        ...
+
 
 class CudaAccelerator:
     """See Accelerator."""
@@ -41,3 +46,11 @@ class CudaAccelerator:
 
     def capture(self, context: ForwardContext) -> Capture:
         return CudaCapture()
+
+    def has_failed(self) -> bool:
+        """After an access to memory that is not there, for one, CUDA answers everything with the same error."""
+        try:
+            torch.cuda.synchronize(self._device)
+        except RuntimeError:
+            return True
+        return False

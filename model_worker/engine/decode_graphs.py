@@ -1,18 +1,19 @@
-"""Decode steps as captured graphs: one launch for the whole model, whatever the batch.
+"""Decode steps as captured graphs: one launch for the whole model with its head, whatever the batch.
 
-    batch of S sequences ──► the next larger bucket B ──► static inputs, filled up to B ──► replay ──► hidden [:S]
+    batch of S sequences ──► the next larger bucket B ──► static inputs, filled up to B ──► replay ──► logits [:S]
 
 There are several graphs for each bucket: one for the base alone, and others that read whose rows are where from tables
 that are filled before the replay, and so serve any mix of variants; they differ in the kinds of terms that they
 compute, and the first that has all that the rows need is replayed. A graph reads only memory that stays where it is:
-the inputs (`DeviceInputs`), what was drawn last, the variants' tables, weights and KV cache.
+the inputs (`DeviceInputs`), block tables, what was drawn last, the variants' tables, weights and KV cache. Block tables
+are as wide as the longest sequence that may come; of them only the columns in use are sent to the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ from model_worker.engine.step_batch import StepBatch
 from model_worker.engine.step_inputs import BatchShape, DeviceInputs, StepTensors
 from registry.progress import CountProgress
 
-_BUCKET_STEP = 8
+_STEPS = ((32, 8), (64, 16))  # up to so many rows buckets are so many apart
+_LARGE_STEP = 32
 
 
 class GraphTerms(Protocol):
@@ -52,6 +54,10 @@ class GraphedModel(Protocol):
         """See CausalModel."""
         ...
 
+    def logits(self, hidden: Tensor, *, graph_terms: Any = None) -> Tensor:
+        """See CausalModel; of the rows of a graph that is captured with these `GraphTerms`."""
+        ...
+
     def graph_terms(self, num_rows: int) -> Sequence[Any]:
         """GraphTerms for graphs of so many rows, from those that compute least to those that serve the most."""
         ...
@@ -65,46 +71,45 @@ class Capture(Protocol):
         ...
 
 
-class CudaCapture:
-    """Captures CUDA graphs, which share their memory: no two of them run at the same time.
+class Replayed(NamedTuple):
+    """What a replay gives, until the next one.
 
-    All are captured on one stream, because torch reuses the memory of a pool, and cuBLAS its workspace, only on the
-    stream for which it was taken.
+    Attributes:
+        hidden: [T, hidden] in the model's dtype.
+        logits: [T, vocab] float32.
     """
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        stream = self._stream
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles kernels and makes workspaces, which a capture must not
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # What other threads ask of the device meanwhile, such as NCCL's that watches its calls, is their affair.
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            run()
-        return graph.replay
+    hidden: Tensor
+    logits: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Graph:
     """Attributes:
+    num_rows: of the bucket.
+    block_tables: [G, num_rows, max_blocks] int32
     metadata: what attention keeps there is read by the graph.
     terms: of the variants; None: the graph is of the base alone.
     """
 
-    shape: BatchShape
+    num_rows: int
     replay: Callable[[], None]
+    block_tables: Tensor
     metadata: tuple[AttentionMetadata, ...]
     terms: GraphTerms | None
 
 
 def bucket_sizes(max_num_seqs: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then by 8, and max_num_seqs itself."""
-    sizes = {1, 2, 4, *range(_BUCKET_STEP, max_num_seqs, _BUCKET_STEP)}
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, then by 32, and max_num_seqs itself.
+
+    Rows that fill a bucket up cost next to nothing as long as a step's time is that of reading the weights, up to a
+    hundred rows and more; each size costs four graphs.
+    """
+    sizes = {1, 2, 4}
+    first = 0
+    for last, step in (*_STEPS, (max_num_seqs, _LARGE_STEP)):
+        sizes |= {*range(first + step, last + 1, step)}
+        first = last
     return tuple(sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs}))
 
 
@@ -138,7 +143,8 @@ class DecodeGraphs:
         self._num_groups = num_groups
         self._max_blocks = max_blocks
         self._capture = capture
-        self._hidden: Tensor | None = None  # [max_num_seqs, hidden]
+        self._outputs: Replayed | None = None  # of max_num_seqs rows
+        self._block_tables = torch.zeros(num_groups * max_num_seqs * max_blocks, dtype=torch.int32, device=drawn.device)
         self._graphs: dict[tuple[int, int], _Graph] = {}  # by size and kind: 0, the base's, or 1 + that of the terms
         self._num_kinds = 1 + len(model.graph_terms(1))
 
@@ -163,7 +169,7 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Forget all graphs and give their memory back."""
         self._graphs.clear()
-        self._hidden = None
+        self._outputs = None
 
     def fits(self, batch: StepBatch, segments: VariantSegments) -> bool:
         """There is a graph for this batch: of one token of each sequence, from all of which is sampled."""
@@ -173,16 +179,17 @@ class DecodeGraphs:
             return False
         return self._find(batch, segments) is not None
 
-    def replay(self, batch: StepBatch, segments: VariantSegments) -> Tensor:
-        """Compute a batch that fits. -> [T, hidden], until the next call"""
+    def replay(self, batch: StepBatch, segments: VariantSegments) -> Replayed:
+        """Compute a batch that fits."""
         graph = self._find(batch, segments)
         assert graph is not None
-        self._inputs.fill(batch, graph.shape)
+        tables = self._inputs.load(batch, num_rows=graph.num_rows).block_tables
+        graph.block_tables[:, :, : tables.shape[2]].copy_(tables)
         if graph.terms is not None:
             graph.terms.fill(segments)
         graph.replay()
-        assert self._hidden is not None
-        return self._hidden[: batch.num_tokens]
+        assert self._outputs is not None
+        return Replayed(*(output[: batch.num_tokens] for output in self._outputs))
 
     def _find(self, batch: StepBatch, segments: VariantSegments) -> _Graph | None:
         size = next((size for size in self._sizes if size >= batch.num_tokens), 0)
@@ -195,9 +202,11 @@ class DecodeGraphs:
         return None
 
     def _captured(self, size: int, kind: int) -> _Graph:
-        shape = BatchShape(self._num_groups, size, size, self._max_blocks, 0)
-        tensors = self._inputs.tensors(shape)
-        metadata = tuple(decode_metadata(tensors, group) for group in range(self._num_groups))
+        num_groups = self._num_groups
+        block_tables = self._block_tables[: num_groups * size * self._max_blocks].view(num_groups, size, -1)
+        shape = BatchShape(num_groups, size, size, 0, 0)
+        tensors = self._inputs.tensors(shape)._replace(block_tables=block_tables)
+        metadata = tuple(decode_metadata(tensors, group) for group in range(num_groups))
         terms: GraphTerms | None = None
         if kind > 0:
             terms = self._model.graph_terms(size)[kind - 1]
@@ -207,14 +216,19 @@ class DecodeGraphs:
 
         def run() -> None:
             hidden = self._model(tensors.known_input_ids(self._drawn), tensors.positions)
-            if self._hidden is None:  # in the first run, which is not captured
-                self._hidden = hidden.new_empty((self._sizes[-1], hidden.shape[1]))
-            self._hidden[:size].copy_(hidden)
+            logits = self._model.logits(hidden, graph_terms=terms)
+            outputs = self._outputs
+            if outputs is None:  # in the first run, which is not captured
+                num_rows = self._sizes[-1]
+                of_logits = logits.new_empty((num_rows, logits.shape[1]), dtype=torch.float32)
+                self._outputs = outputs = Replayed(hidden.new_empty((num_rows, hidden.shape[1])), of_logits)
+            outputs.hidden[:size].copy_(hidden)
+            outputs.logits[:size].copy_(logits)
 
         set_step(context, metadata, tensors)
         context.terms = cast(Any, terms)
         try:
-            return _Graph(shape, self._capture(run), metadata, terms)
+            return _Graph(size, self._capture(run), block_tables, metadata, terms)
         finally:
             context.metadata = context.slot_mapping = context.terms = None
             context.further_groups = ()

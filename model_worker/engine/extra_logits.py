@@ -8,6 +8,7 @@ Nothing is masked, and what a row draws does not depend on the vocabularies besi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from model_worker.engine.ops.low_rank import to_device
 from model_worker.engine.outputs import SampledToken
-from model_worker.engine.pending_samples import FinishedSamples
+from model_worker.engine.pending_samples import PendingSamples
 from model_worker.engine.sampled_row import SampledRow
 from model_worker.engine.sampler import Sampler
 from registry.errors import RootgraftError
@@ -34,36 +36,64 @@ class ExtraLogits(NamedTuple):
     logits: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplesByVocabulary:
+    """See `PendingSamples`.
+
+    Attributes:
+        groups: places of samples, and these.
+    """
+
+    tokens: Tensor
+    groups: Sequence[tuple[list[int], PendingSamples]]
+
+    def finish(self) -> list[SampledToken | RootgraftError]:
+        drawn = {
+            place: sample
+            for places, samples in self.groups
+            for place, sample in zip(places, samples.finish(), strict=True)
+        }
+        return [drawn[place] for place in range(len(drawn))]
+
+
 def sample_by_vocabulary(
     sampler: Sampler,
     logits: Tensor,
     extra: Sequence[ExtraLogits],
     rows: npt.NDArray[np.int64],
     sampled: Sequence[SampledRow],
-) -> FinishedSamples:
-    """As `Sampler.launch`, but waits for the samples, with as many passes as there are sizes of vocabularies.
+) -> SamplesByVocabulary:
+    """As `Sampler.launch`, with as many passes as there are sizes of vocabularies.
 
     Args:
         logits: [S, V] of the base's tokens.
         rows: [S] of the step's logits, which `extra` is about.
         sampled: [S]
     """
+    device = logits.device
     in_base = np.ones(len(rows), dtype=bool)
-    wider: dict[int, list[tuple[npt.NDArray[np.int64], Tensor]]] = {}  # by E: samples [n], logits [n, V + E]
+    wider: dict[int, list[tuple[npt.NDArray[np.int64], Tensor]]] = {}  # by E: samples [n], their extra logits [n, E]
     for start, end, of_rows in extra:
         samples = np.flatnonzero((start <= rows) & (rows < end))
         in_base[samples] = False
-        of_samples = of_rows[torch.from_numpy(rows[samples] - start).to(logits.device)]
-        mine = logits[torch.from_numpy(samples).to(logits.device)]
-        wider.setdefault(of_rows.shape[1], []).append((samples, torch.cat([mine, of_samples], dim=1)))
-    (rest,) = in_base.nonzero()
-    groups = [(rest, logits[torch.from_numpy(rest).to(logits.device)])]
-    for parts in wider.values():
-        groups.append((np.concatenate([samples for samples, _ in parts]), torch.cat([wide for _, wide in parts])))
-    drawn: dict[int, SampledToken | RootgraftError] = {}
-    for samples, of_group in groups:
+        wider.setdefault(of_rows.shape[1], []).append((samples, of_rows[_index(rows[samples] - start, device)]))
+    tokens = torch.empty(len(rows), dtype=torch.int64, device=device)
+    groups: list[tuple[list[int], PendingSamples]] = []
+
+    def launch(samples: npt.NDArray[np.int64], of_group: Tensor, index: Tensor) -> None:
         places = samples.tolist()
-        drawn.update(zip(places, sampler.sample(of_group, [sampled[place] for place in places]), strict=True))
-    found = [drawn[place] for place in range(len(sampled))]
-    token_ids = [sample.token_id if isinstance(sample, SampledToken) else 0 for sample in found]
-    return FinishedSamples(torch.tensor(token_ids, device=logits.device), found)
+        drawn = sampler.launch(of_group, [sampled[place] for place in places])
+        tokens[index] = drawn.tokens
+        groups.append((places, drawn))
+
+    (rest,) = in_base.nonzero()
+    launch(rest, logits[index := _index(rest, device)], index)
+    for parts in wider.values():
+        samples = np.concatenate([samples for samples, _ in parts])
+        index = _index(samples, device)
+        launch(samples, torch.cat([logits[index], torch.cat([more for _, more in parts])], dim=1), index)
+    return SamplesByVocabulary(tokens, groups)
+
+
+def _index(numbers: npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    return to_device(torch.from_numpy(numbers), device)

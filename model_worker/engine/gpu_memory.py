@@ -4,14 +4,15 @@
     budget                     | <------------- gpu_memory_utilization * total -------------> |
 
 Weights and all that stays are what is gone from the free memory after loading. Activations are what the largest step
-takes beside that, with its logits and samples; graphs are measured with the two largest of each kind. Variants may take
-their bound (`--lora-memory-gib`).
+takes beside that, with its logits and samples, and what variants would add to it (`variant_activations.py`); graphs are
+measured with the two largest of each kind. Variants may take their bound (`--lora-memory-gib`).
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -74,7 +75,7 @@ class MemoryUse:
         total: of the GPU.
         budget: what this process may take.
         weights: with all else that stays.
-        activations: of the largest step.
+        activations: of the largest step, of rows with variants.
         graphs: of all of them.
         variants: at their bound.
     """
@@ -119,12 +120,40 @@ def budget_bytes(memory: DeviceMemory, utilization: float) -> int:
     return budget
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a GPU, or pinned host memory, is used up: torch has a type of its own for its own."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text
+
+
+@contextmanager
+def binding_variants() -> Iterator[None]:
+    """Around putting a variant into the memory of a device.
+
+    Raises:
+        InsufficientMemoryError: it does not fit.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        error.__traceback__ = None  # it holds what was made in vain
+        raise InsufficientMemoryError(
+            "The GPU had no memory left for this fine-tune, although it is within the bound of them all: something "
+            "else uses the GPU too, or its memory is in pieces. The others are served on. Start the model worker with "
+            "a smaller --lora-memory-gib, a smaller --max-loras or a smaller --gpu-memory-utilization. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
 def measure(
     memory: DeviceMemory,
     *,
     budget: int,
     free_before: int,
     variants: int,
+    variant_activations: int,
     compute_largest_step: Callable[[], object],
     capture: Callable[[int], None] | None,
     forget: Callable[[], None],
@@ -136,6 +165,7 @@ def measure(
         budget: see `budget_bytes`.
         free_before: memory that was free before anything was loaded.
         variants: at their bound.
+        variant_activations: what they take in the largest step, which is computed without any.
         compute_largest_step: with all logits and samples; called twice, because what is made in the first call stays.
         capture: captures the graphs of so many buckets, and keeps those that are there; None: there are no graphs.
         forget: frees the graphs, and whatever else was made only to measure.
@@ -144,7 +174,7 @@ def measure(
     compute_largest_step()
     memory.trim()
     compute_largest_step()
-    activations = memory.peak()
+    activations = memory.peak() + variant_activations
     graphs = 0
     if capture is not None:
         memory.trim()

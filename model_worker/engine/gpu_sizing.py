@@ -11,7 +11,7 @@ from adapters.load_plan import LoadPlan
 from adapters.memory import gib
 from model_worker.engine.cache_layout import CacheLayout
 from model_worker.engine.config import EngineConfig
-from model_worker.engine.gpu_memory import DeviceMemory, MemoryUse, budget_bytes, measure
+from model_worker.engine.gpu_memory import DeviceMemory, MemoryUse, budget_bytes, is_out_of_memory, measure
 from model_worker.engine.kv_cache import choose_num_blocks
 from registry.errors import InsufficientMemoryError
 
@@ -60,6 +60,7 @@ class GpuSizing:
     def measure(
         self,
         *,
+        variant_activations: int,
         compute_largest_step: Callable[[], object],
         capture: Callable[[int], None] | None,
         forget: Callable[[], None],
@@ -71,6 +72,7 @@ class GpuSizing:
             budget=self._budget,
             free_before=self._free_before,
             variants=self.variants_bytes,
+            variant_activations=variant_activations,
             compute_largest_step=compute_largest_step,
             capture=capture,
             forget=forget,
@@ -101,7 +103,9 @@ class GpuSizing:
     def _explained(self, explain: Callable[[], str]) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             message = explain()
             error.__traceback__ = None  # it holds what was made in vain
             self._memory.trim()

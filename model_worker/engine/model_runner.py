@@ -11,14 +11,13 @@ import logging
 import time
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adapters.load_plan import LoadPlan
-from adapters.memory import available_memory_bytes, gib
+from adapters.memory import DTYPE_BYTES, available_memory_bytes, gib
 from model_worker.engine.accelerator import Accelerator, CudaAccelerator
 from model_worker.engine.batch_builder import BatchBuilder, prompt_targets
 from model_worker.engine.cache_layout import CacheLayout
@@ -28,9 +27,10 @@ from model_worker.engine.executor import PendingStep
 from model_worker.engine.extra_logits import sample_by_vocabulary
 from model_worker.engine.gpu_sizing import GpuSizing
 from model_worker.engine.kv_cache import KVCache, choose_num_blocks, choose_num_host_blocks
+from model_worker.engine.launched_step import LaunchedStep, WatchedStep, end_of_launched, watched
 from model_worker.engine.load_report import LoadReport
 from model_worker.engine.loader import NativeRoute, load_model
-from model_worker.engine.lora.bound_variant import BoundVariant
+from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.ops.cpu.program import KernelLibrary, Team
 from model_worker.engine.ops.low_rank import to_device
@@ -45,11 +45,14 @@ from model_worker.engine.step_batch import BlockMoves, StepBatch
 from model_worker.engine.step_inputs import BatchShape, DeviceInputs
 from model_worker.engine.step_profiler import Profiler
 from model_worker.engine.step_runner import BoundVariants, StepRunner
+from model_worker.engine.variant_activations import variant_activation_bytes
 from model_worker.engine.visibility import Visibility
 from model_worker.engine.warm_up_steps import every_kind_of_step, largest_step
 from registry.progress import CountProgress, Report
 
 logger = logging.getLogger(__name__)
+
+_WARM_UP_ROWS = 64  # with logits, at most
 
 
 class ModelRunner:
@@ -100,6 +103,7 @@ class ModelRunner:
         self._accelerator = accelerator
         self._group = OneRank() if group is None else group
         self._max_model_len = plan.max_model_len
+        self._dtype_bytes = DTYPE_BYTES[plan.dtype]
         self._config = config
         self.max_num_batched_tokens = config.scheduler.max_num_batched_tokens
         self.load_report = LoadReport()
@@ -157,6 +161,7 @@ class ModelRunner:
         with sizing.measuring():
             self._set_up(num_blocks, num_host_blocks=0)
             use = sizing.measure(
+                variant_activations=self._variant_activations(),
                 compute_largest_step=lambda: self._compute(step),
                 capture=None if self._graphs is None else lambda num: self._capture(most=num),
                 forget=self._forget_cache,
@@ -168,6 +173,17 @@ class ModelRunner:
             self._capture(CountProgress("Graphs of decode steps captured", report))
         cache_bytes = self.num_blocks * self._layout.block_bytes
         report(f"Memory of the GPU: {use.describe()}, {gib(cache_bytes)} for the KV cache")
+
+    def _variant_activations(self) -> int:
+        if not isinstance(self.model, VariantHost):
+            return 0
+        return variant_activation_bytes(
+            (tensor.shape for _, tensor in self.model.weights()),
+            num_tokens=self.max_num_batched_tokens,
+            num_samples=2 * self._config.scheduler.max_num_seqs,
+            vocab_size=self.vocab_size,
+            dtype_bytes=self._dtype_bytes,
+        )
 
     def _set_up(self, num_blocks: int, *, num_host_blocks: int | None) -> None:
         """Make the cache and what computes with it, and compute with it once.
@@ -210,7 +226,8 @@ class ModelRunner:
         if self._accelerator is None:
             return StepRunner(self.model, self._cache, self.device)
         scheduler = self._config.scheduler
-        num_groups, max_rows = self._layout.groups.num_groups, 2 * scheduler.max_num_seqs  # a draft for each sequence
+        num_groups = self._layout.groups.num_groups
+        max_rows = max(_WARM_UP_ROWS, 2 * scheduler.max_num_seqs)  # a draft for each sequence
         largest = BatchShape(
             num_groups, self.max_num_batched_tokens, scheduler.max_num_seqs, self._layout.max_blocks, max_rows
         )
@@ -276,11 +293,12 @@ class ModelRunner:
 
         Raises:
             InsufficientMemoryError: the GPU has no memory left for it.
+            ExecutorLostError: the GPU has failed.
         """
-        if self._sizing is None:
+        if self._accelerator is None or self._sizing is None:
             return self._launch(output)
-        with self._active(), self._sizing.computing(output.num_tokens):
-            return self._launch(output)
+        with self._active(), watched(self._accelerator), self._sizing.computing(output.num_tokens):
+            return WatchedStep(self._launch(output), self._accelerator)
 
     def _launch(self, output: SchedulerOutput) -> PendingStep:
         with self.profiler.span("prepare"):
@@ -292,7 +310,7 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(output.scheduled, batch, hidden, bound)
         sampled = _sampled_rows(output.scheduled)
         if not sampled:
-            return _PendingStep(None, prompt_logprobs, swap_s, bound, _end_of_launched(self.device))
+            return LaunchedStep(None, prompt_logprobs, swap_s, bound, end_of_launched(self.device))
         with self.profiler.span("logits", rows=len(sampled)):
             logits = self.steps.logits(batch, hidden, bound)
             extra = self.steps.extra_logits(batch, hidden, bound)
@@ -306,7 +324,7 @@ class ModelRunner:
                 samples = self._sampler.launch(logits, sampled)
             if self.runs_ahead:
                 self.steps.remember(samples.tokens)
-        return _PendingStep(samples, prompt_logprobs, swap_s, bound)
+        return LaunchedStep(samples, prompt_logprobs, swap_s, bound)
 
     def _move_blocks(self, moves: BlockMoves) -> float:
         """Returns the seconds that swapping took."""
@@ -337,34 +355,6 @@ class ModelRunner:
                 logits = self.steps.prompt_logits(rows, hidden, bound)
                 of_item += self._sampler.prompt_logprobs(logits, token_ids, num_top)
         return found
-
-
-@dataclass(frozen=True, slots=True)
-class _PendingStep:
-    """See `PendingStep`.
-
-    Attributes:
-        samples: None: nothing is sampled.
-        bound: variants of the step, which have to live until it is done.
-        done: recorded at its end; None: `samples` come then, or it is done.
-    """
-
-    samples: PendingSamples | None
-    prompt_logprobs: dict[int, list[TokenLogprobs]]
-    swap_s: float
-    bound: BoundVariants
-    done: torch.cuda.Event | None = None
-
-    def result(self) -> StepResult:
-        if self.done is not None:
-            self.done.synchronize()
-        samples = () if self.samples is None else tuple(self.samples.finish())
-        return StepResult(samples, self.prompt_logprobs, self.swap_s)
-
-
-def _end_of_launched(device: torch.device) -> torch.cuda.Event | None:
-    """Of all that was launched on a GPU until now; None for others."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def _sampled_rows(scheduled: SequenceOf[ScheduledSequence]) -> list[SampledRow]:

@@ -53,6 +53,7 @@ class StepRunner:
         self._graphs = graphs
         self.drawn = torch.zeros(0, dtype=torch.int64, device=device) if drawn is None else drawn
         self._logit_rows: Tensor | None = None  # of the last batch; not of one that was replayed
+        self._logits: Tensor | None = None  # of one that was
 
     def move_blocks(self, moves: BlockMoves) -> None:
         """Swap, copy and clear blocks; waits for the swapping."""
@@ -65,9 +66,10 @@ class StepRunner:
     def forward(self, batch: StepBatch, variants: BoundVariants) -> Tensor:
         """Write K and V of all tokens. -> [T, hidden], until the next call"""
         segments = _bound(batch.segments, variants)
-        self._logit_rows = None
+        self._logit_rows = self._logits = None
         if self._graphs is not None and self._graphs.fits(batch, segments):
-            return self._graphs.replay(batch, segments)
+            hidden, self._logits = self._graphs.replay(batch, segments)
+            return hidden
         tensors = self._inputs.load(batch)
         self._logit_rows = tensors.logit_rows
         context = self._model.context
@@ -85,9 +87,11 @@ class StepRunner:
         self.drawn[: len(tokens)].copy_(tokens)
 
     def logits(self, batch: StepBatch, hidden: Tensor, variants: BoundVariants) -> Tensor:
-        """Of `batch.logit_rows`. hidden [T, hidden] -> [R, vocab], until the next call"""
+        """Of `batch.logit_rows`. hidden [T, hidden] -> [R, vocab] of a floating dtype, until the next call"""
+        if self._logits is not None:
+            return self._logits
         if len(batch.logit_rows) != len(hidden):
-            assert self._logit_rows is not None, "only batches of which each row is sampled can be replayed"
+            assert self._logit_rows is not None
             hidden = hidden[self._logit_rows]
         return self._head(hidden, _bound(batch.logit_segments, variants))
 

@@ -81,8 +81,10 @@ class DeviceModel(VariantHost):
                     hidden[rows, group % HIDDEN] += sums[positions[rows]]
         return hidden + self._offsets(len(hidden))[:, None]
 
-    def logits(self, hidden: Tensor, variants: VariantSegments = ()) -> Tensor:
-        offsets = _offsets(variants, len(hidden))
+    def logits(
+        self, hidden: Tensor, variants: VariantSegments = (), *, graph_terms: OffsetTerms | None = None
+    ) -> Tensor:
+        offsets = _offsets(variants, len(hidden)) if graph_terms is None else graph_terms.offsets
         return (hidden + offsets[:, None]) @ self.head.T
 
     def graph_terms(self, num_rows: int) -> tuple[OffsetTerms, ...]:

@@ -13,7 +13,8 @@ from model_worker.engine.decode_graphs import Capture
 from model_worker.engine.gpu_memory import DeviceMemory
 from model_worker.engine.layers import rotary_attention
 from model_worker.engine.layers.attention import ForwardContext
-from model_worker.engine.layers.row_terms import NO_TERMS, RowTerms
+from model_worker.engine.layers.bound_terms import NO_TERMS
+from model_worker.engine.layers.row_terms import RowTerms
 from model_worker.engine.lora.bound_variant import VariantSegments
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.ops.low_rank import SegmentPlan
@@ -63,6 +64,7 @@ class FakeAccelerator:
         self._graph_bytes = graph_bytes
         self.captures: list[FakeCapture] = []
         self.num_active = 0
+        self.failed = False
 
     @property
     def memory(self) -> DeviceMemory:
@@ -85,6 +87,9 @@ class FakeAccelerator:
             return capture(run)
 
         return measured
+
+    def has_failed(self) -> bool:
+        return self.failed
 
     @property
     def num_replays(self) -> int:

@@ -10,6 +10,7 @@ from delta.peft.compose import compose
 from delta.variant_reader import read_variant
 from delta.variant_terms import VariantTerms
 from model_worker.engine.config import LoraConfig
+from model_worker.engine.gpu_memory import binding_variants
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantBinder, VariantHost
 from model_worker.engine.lora.loader_thread import loader_thread
 from model_worker.engine.lora.lora_manager import LoraManager
@@ -44,7 +45,8 @@ def make_lora_manager(
 
     def bind(terms: VariantTerms) -> BoundVariant:
         assert binder is not None
-        return binder.bind(terms)
+        with binding_variants():
+            return binder.bind(terms)
 
     if config.lora_memory_gib is None:
         memory_bytes = int(available_memory_bytes() * _SHARE_OF_FREE)

@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from model_worker.engine.config import CacheConfig, EngineConfig, LoraConfig, SchedulerConfig, SpeculationConfig
+from model_worker.engine.executor import ExecutorLostError
+from model_worker.engine.gpu_memory import binding_variants
+from model_worker.engine.launched_step import WatchedStep
 from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.parallel.group import OneRank
 from model_worker.engine.sampling_params import SamplingParams
-from registry.errors import InsufficientMemoryError
+from model_worker.engine.step import StepResult
+from model_worker.engine.variant_activations import variant_activation_bytes
+from registry.errors import InsufficientMemoryError, InternalError
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_accelerator import GIB, FakeAccelerator, FakeMemory, compute_as_on_a_gpu
 from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
@@ -162,3 +167,60 @@ def test_out_of_memory_while_loading_while_measuring_and_in_a_step(
     engine.add_request("s", [1, 2, 3], SamplingParams(max_tokens=5))
     while engine.has_unfinished_requests:
         assert all(output.error is None for output in engine.step())
+
+
+@pytest.mark.parametrize("where", ["forward", "logits"])
+def test_a_gpu_that_has_failed_ends_the_executor(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    compute_as_on_a_gpu(monkeypatch)
+    accelerator = FakeAccelerator()
+    runner = make_runner(checkpoint, accelerator, enforce_eager=True)
+    engine = LLMEngine(EngineConfig(SMALL), runner, ByteTokenizer(), stop_token_ids=(), max_model_len=64)
+
+    def fail(*args: object, **more: object) -> object:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
+
+    monkeypatch.setattr(GpuDecoder, where, fail)
+    engine.add_request("r", [1, 2, 3], SamplingParams(max_tokens=5))
+    (output,) = engine.step()
+    assert isinstance(output.error, InternalError)  # a bug, and the device works
+    accelerator.failed = True
+    engine.add_request("s", [1, 2, 3], SamplingParams(max_tokens=5))
+    with pytest.raises(ExecutorLostError, match=r"illegal memory access was encountered\). Start the worker again"):
+        engine.step()
+
+
+def test_a_failure_that_shows_with_the_result_ends_the_executor_too() -> None:
+    class Broken:
+        def result(self) -> StepResult:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    accelerator = FakeAccelerator()
+    with pytest.raises(RuntimeError, match="launch failure"):
+        WatchedStep(Broken(), accelerator).result()
+    accelerator.failed = True
+    with pytest.raises(ExecutorLostError):
+        WatchedStep(Broken(), accelerator).result()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=str,
+)
+def test_a_variant_that_does_not_fit_is_refused(error: RuntimeError) -> None:
+    with pytest.raises(InsufficientMemoryError, match=r"--lora-memory-gib, .* --max-loras .* --gpu-memory-utilization"):
+        with binding_variants():
+            raise error
+    with pytest.raises(RuntimeError, match="a bug"), binding_variants():
+        raise RuntimeError("a bug")
+
+
+def test_variants_are_accounted_for_in_the_largest_step() -> None:
+    shapes = [torch.Size(shape) for shape in ((1000, 64), (96, 64), (64, 96), (64,))]
+    found = variant_activation_bytes(shapes, num_tokens=10, num_samples=2, vocab_size=1000, dtype_bytes=2)
+    assert found == 10 * (2 * (64 + 2 * 96) + 4 * 3 * 1024)
+    assert variant_activation_bytes(shapes, num_tokens=10, num_samples=90, vocab_size=1000, dtype_bytes=2) == 360_000
