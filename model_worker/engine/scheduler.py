@@ -43,8 +43,9 @@ from model_worker.engine.lora.variant_gate import OpenGate, VariantGate
 from model_worker.engine.outputs import FinishReason
 from model_worker.engine.preemption import Preemption
 from model_worker.engine.prompt_share import PromptShare
+from model_worker.engine.running_sequences import RunningSequences, num_slots
 from model_worker.engine.sequence import Sequence, SequenceGroup, SequenceStatus
-from model_worker.engine.sequence_queue import SequenceQueue, rank
+from model_worker.engine.sequence_queue import rank
 from model_worker.engine.speculation.speculator import Speculator
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
 from model_worker.engine.step_drafts import StepDrafts
@@ -77,8 +78,7 @@ class Scheduler:
         self.config = config
         self.block_manager = block_manager
         self.groups: dict[str, SequenceGroup] = {}
-        self.running = SequenceQueue()
-        self._num_used_slots = 0  # of max_num_seqs, by running sequences
+        self.running = RunningSequences(config.max_num_seqs)
         self.left_out = False
         self._prompt_lacks_blocks = False  # one was left out of the last step
         self._drafts = None if speculator is None else StepDrafts(speculator, block_manager, config)
@@ -254,7 +254,7 @@ class Scheduler:
         self.block_manager.check_integrity(self.running, swapped)
         for queue in (self.running, self.waiting):
             assert [s.rank for s in queue] == sorted(s.rank for s in queue)
-        assert self._num_used_slots == sum(self._num_slots(s) for s in self.running)
+        self.running.check_integrity()
         live = {s for g in self.groups.values() for s in (g.sequences if g.forked else g.sequences[:1])}
         assert {s for s in live if not s.finished} == {*self.running, *self.waiting}
         unheld = [s for s in self.waiting if s.status is SequenceStatus.WAITING]
@@ -295,8 +295,8 @@ class Scheduler:
         num_decodes = len(step.scheduled)
         budget = self.config.max_num_batched_tokens - num_decodes
         if num_decodes:
-            num_free_slots = self.config.max_num_seqs - self._num_used_slots
-            num_prompts = len(prompts) + sum(1 for _ in islice(self.waiting.admissible(), num_free_slots))
+            newcomers = islice(self.waiting.admissible(), self.running.num_free_slots)
+            num_prompts = len(prompts) + sum(1 for _ in newcomers)
             most = self.config.max_mixed_prefill_tokens
             budget = min(budget, max(most, most * num_prompts // num_decodes))
         share = PromptShare(budget)
@@ -333,14 +333,14 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, prompts: list[Sequence], step: StepInProgress) -> bool:
         """Let an admissible sequence run, if there is room for it and for the first one that waits in turn."""
-        num_slots = num_slots_wanted = self._num_slots(sequence)
+        num_slots_wanted = num_slots(sequence)
         # A block for each running sequence stays free, so that admission does not cause the next preemption.
         reserve = len(self.running)
         first = self.waiting.first_in_turn(somebody_runs=bool(self.running))
         if first is not None and first is not sequence:
-            num_slots_wanted += self._num_slots(first)
+            num_slots_wanted += num_slots(first)
             reserve += self.block_manager.num_blocks_for(first.num_tokens) + 1
-        if self._num_used_slots + num_slots_wanted > self.config.max_num_seqs:
+        if num_slots_wanted > self.running.num_free_slots:
             return False
         if sequence.status is SequenceStatus.SWAPPED:
             if not self.preemption.give_back(sequence, step, reserve=reserve):
@@ -348,7 +348,6 @@ class Scheduler:
         elif not self._admit_anew(sequence, reserve):
             return False
         self._gate.enter(sequence)
-        self._num_used_slots += num_slots
         self.waiting.start(sequence)
         sequence.status = SequenceStatus.RUNNING
         self.running.add(sequence)
@@ -365,20 +364,14 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed_tokens
         return True
 
-    def _num_slots(self, sequence: Sequence) -> int:
-        """Sequences that this one stands for: an unforked prompt keeps room for all choices of its request."""
-        group = sequence.group
-        assert group is not None
-        return 1 if group.forked else len(group.sequences)
-
     def _preempt(self, sequence: Sequence, step: StepInProgress) -> None:
-        self._leave_running(sequence)
+        self.running.remove(sequence)
         self.preemption.take_blocks(sequence, step)
         self.waiting.add(sequence)
 
     def _restart(self, sequence: Sequence) -> None:
         """Have a running sequence computed again, from its first token."""
-        self._leave_running(sequence)
+        self.running.remove(sequence)
         self.block_manager.release(sequence)
         sequence.status = SequenceStatus.WAITING
         self.waiting.add(sequence)
@@ -389,24 +382,19 @@ class Scheduler:
         assert group is not None
         if group.forked:
             return (sequence,)
-        group.forked = True
+        self.running.fork(group)
         for sibling in group.sequences[1:]:
             self.block_manager.fork(sequence, sibling)
             sibling.num_cached_tokens = sequence.num_cached_tokens
             sibling.status = SequenceStatus.RUNNING
             self._gate.enter(sibling)
-            self.running.add(sibling)
         return tuple(group.sequences)
-
-    def _leave_running(self, sequence: Sequence) -> None:
-        self._num_used_slots -= self._num_slots(sequence)
-        self.running.remove(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         group = sequence.group
         assert group is not None
         if sequence.status is SequenceStatus.RUNNING:
-            self._leave_running(sequence)
+            self.running.remove(sequence)
         elif not sequence.finished and (group.forked or sequence is group.sequences[0]):
             self.waiting.remove(sequence)  # the other choices of a prompt are not queued before it is forked
         self._gate.leave(sequence)
