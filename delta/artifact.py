@@ -54,10 +54,6 @@ class Delta:
             raise CheckpointError(f"{self.path / TENSORS_FILE}: {name!r}: {error}; make the delta again") from error
         return terms
 
-    def _read_parts(self, name: str, index: int) -> dict[str, torch.Tensor]:
-        parts = self.config.tensors[name].terms[index].parts
-        return {part: self._read_part(part_key(name, index, part), stored) for part, stored in parts.items()}
-
     def _read_part(self, key: str, stored: StoredPart) -> torch.Tensor:
         tensor = read_tensor(self._opened, self._headers[key])
         if tensor_digest(tensor) != stored.digest:
