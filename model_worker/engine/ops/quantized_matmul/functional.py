@@ -9,8 +9,9 @@
 
         x, y, b    bfloat16, float16 or float32; rows of x contiguous; round is to x's dtype
 
-Sums are float32. A GPU computes one row with W as it is, in the time of reading it; for more rows the weights of groups
-are rounded to the dtype of x, and multiplied by tensor cores.
+Sums are float32. A GPU computes one row with W as it is, in the time of reading it; if W has groups, x is rounded to
+integers of 16 bits, times a unit that each 16 or 32 inputs have: their largest magnitude / 32767. For more rows the
+weights of groups are rounded to the dtype of x, and multiplied by tensor cores.
 
 Float8 needs compute capability 8.9.
 

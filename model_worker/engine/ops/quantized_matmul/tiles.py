@@ -20,8 +20,9 @@ class Tile:
     Attributes:
         rows: at most; 1: the kernel for one row. At least 16 otherwise.
         outputs: at most; at least 16 with more rows than one.
-        depth: inputs that it looks at at once; at least 32 with packed groups, 16 with float8.
-        num_stages: tiles that are read ahead, this one included.
+        depth: inputs that it looks at at once; at least 32 with packed groups, 16 with float8. With one row each thread
+            should have 16 bytes of an output: 1,024 for each warp of 4 bits, 512 of 8.
+        num_stages: tiles that are read ahead, this one included; of no effect with one row.
     """
 
     rows: int
@@ -61,16 +62,16 @@ def tiles_for(weight: PackedGroups | Float8Weight, table: TunedTable) -> MatmulT
     for rows in ROW_CLASSES:
         name = shape_class(weight_format(weight), weight.num_outputs, weight.num_inputs, rows)
         tuned = table.find(OP, name)
-        chosen.append(default_tile(rows, grouped=isinstance(weight, PackedGroups)) if tuned is None else Tile(**tuned))
+        chosen.append(default_tile(rows, weight_format(weight)) if tuned is None else Tile(**tuned))
     return MatmulTiles(tuple(chosen))
 
 
-def default_tile(rows: int, *, grouped: bool) -> Tile:
-    """For devices and shapes that are in no table; rows: one of ROW_CLASSES."""
+def default_tile(rows: int, weight_format: str) -> Tile:
+    """For devices and shapes that are in no table; rows: one of ROW_CLASSES. They fit the 99 KiB of small devices."""
     if rows == 1:
-        return Tile(1, 16 if grouped else 8, 1024)
+        return Tile(1, 8, 4096 if weight_format == "int4" else 2048)
     if rows <= 16:
-        return Tile(16, 32, 128)
+        return Tile(16, 64, 128, num_stages=4)
     if rows <= 64:
-        return Tile(64, 64, 128)
-    return Tile(128, 128, 128, num_warps=8)
+        return Tile(64, 64, 64, num_stages=4)
+    return Tile(128, 128, 64, num_warps=8)

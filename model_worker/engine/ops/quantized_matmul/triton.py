@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +13,7 @@ from model_worker.engine.ops.quantized_matmul.float8_weight import FLOAT8, SMALL
 from model_worker.engine.ops.quantized_matmul.packed_groups import PackedGroups
 from model_worker.engine.ops.quantized_matmul.tiles import Tile
 from model_worker.engine.ops.quantized_matmul.triton_kernels import (
+    add_splits_kernel,
     float8_row_kernel,
     float8_rows_kernel,
     grouped_row_kernel,
@@ -21,8 +24,12 @@ from model_worker.engine.ops.quantized_matmul.triton_kernels import (
 _PRODUCT_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _QUANTIZED_BLOCK = 4096
 _QUAD_BITS = 128
-_EXPONENT_OF_ONE, _MANTISSA_BITS = 127, 23  # of float32
+_CHUNK = 16  # numbers of float8 that a thread reads at once
 _SCALED_MM_MULTIPLE = 16  # of both sizes of the weight
+_SPLIT_ROWS = 64  # beyond which there are enough products to keep a device busy
+_PROGRAMS_PER_MULTIPROCESSOR = 3  # so that enough of W is under way
+_MIN_SPLIT_TILES, _MAX_SPLITS = 4, 8
+_ADDED_BLOCK = 1024
 
 
 def grouped_matmul(x: Tensor, weight: PackedGroups, bias: Tensor | None, tile: Tile) -> Tensor:
@@ -30,6 +37,8 @@ def grouped_matmul(x: Tensor, weight: PackedGroups, bias: Tensor | None, tile: T
     num_rows, num_outputs = len(x), weight.num_outputs
     out = torch.empty(num_rows, num_outputs, dtype=x.dtype, device=x.device)
     grids = weight.grids if weight.bits == 8 else weight.grids.view(torch.int32)
+    if not num_rows:
+        return out
     with torch.cuda.device(x.get_device()):
         if tile.rows == 1:
             assert num_rows == 1
@@ -41,23 +50,25 @@ def grouped_matmul(x: Tensor, weight: PackedGroups, bias: Tensor | None, tile: T
                 out,
                 num_outputs,
                 weight.num_inputs,
-                (_EXPONENT_OF_ONE + weight.bits) << _MANTISSA_BITS,
                 BITS=weight.bits,
                 BLOCK_OUTPUTS=tile.outputs,
-                BLOCK_QUADS=max(1, tile.depth * weight.bits // _QUAD_BITS),
+                BLOCK_QUADS=tile.depth * weight.bits // _QUAD_BITS,
+                EMULATED=not x.is_cuda,
                 num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
             )
-        elif num_rows:
-            grouped_rows_kernel[(-(-num_rows // tile.rows), -(-num_outputs // tile.outputs))](
+        else:
+            splits = _splits(x, weight.num_inputs, num_outputs, tile)
+            sums, added = (out, bias) if splits.number == 1 else (splits.partial(num_rows, num_outputs), None)
+            grouped_rows_kernel[(-(-num_rows // tile.rows), -(-num_outputs // tile.outputs), splits.number)](
                 x,
                 weight.words,
                 grids,
-                bias,
-                out,
+                added,
+                sums,
                 num_rows,
                 num_outputs,
                 weight.num_inputs,
+                splits.num_tiles,
                 x.stride(0),
                 BITS=weight.bits,
                 BLOCK_ROWS=tile.rows,
@@ -68,6 +79,8 @@ def grouped_matmul(x: Tensor, weight: PackedGroups, bias: Tensor | None, tile: T
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
+            if splits.number > 1:
+                _add_splits(sums, bias, out)
     return out
 
 
@@ -101,6 +114,8 @@ def float8_product(
     """x [T, K] of `dtype`, or float8 with scales [T, 1] -> y [T, N] of `dtype`"""
     num_rows, num_outputs = len(x), weight.num_outputs
     out = torch.empty(num_rows, num_outputs, dtype=dtype, device=x.device)
+    if not num_rows:
+        return out
     with torch.cuda.device(x.get_device()):
         if tile.rows == 1:
             assert num_rows == 1
@@ -114,21 +129,23 @@ def float8_product(
                 num_outputs,
                 weight.num_inputs,
                 BLOCK_OUTPUTS=tile.outputs,
-                BLOCK_INPUTS=tile.depth,
+                BLOCK_CHUNKS=tile.depth // _CHUNK,
                 num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
             )
-        elif num_rows:
-            float8_rows_kernel[(-(-num_rows // tile.rows), -(-num_outputs // tile.outputs))](
+        else:
+            splits = _splits(x, weight.num_inputs, num_outputs, tile)
+            sums, added = (out, bias) if splits.number == 1 else (splits.partial(num_rows, num_outputs), None)
+            float8_rows_kernel[(-(-num_rows // tile.rows), -(-num_outputs // tile.outputs), splits.number)](
                 x,
                 row_scales,
                 weight.values,
                 weight.scales,
-                bias,
-                out,
+                added,
+                sums,
                 num_rows,
                 num_outputs,
                 weight.num_inputs,
+                splits.num_tiles,
                 x.stride(0),
                 BLOCK_ROWS=tile.rows,
                 BLOCK_OUTPUTS=tile.outputs,
@@ -138,7 +155,54 @@ def float8_product(
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
             )
+            if splits.number > 1:
+                _add_splits(sums, bias, out)
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Splits:
+    """How the inputs are divided among programs.
+
+    Attributes:
+        number: 1: they are not.
+        num_tiles: of each but the last.
+        device: of the products.
+    """
+
+    number: int
+    num_tiles: int
+    device: torch.device
+
+    def partial(self, num_rows: int, num_outputs: int) -> Tensor:
+        """For their sums. -> [splits, T, N] float32"""
+        return torch.empty(self.number, num_rows, num_outputs, dtype=torch.float32, device=self.device)
+
+
+def _splits(x: Tensor, num_inputs: int, num_outputs: int, tile: Tile) -> _Splits:
+    """Few rows of a weight with few outputs are too few programs: their inputs are split.
+
+    The number of rows has no part in it but by the tile, so that kernels of all steps are known beforehand.
+    """
+    num_tiles = -(-num_inputs // tile.depth)
+    if tile.rows > _SPLIT_ROWS:
+        return _Splits(1, num_tiles, x.device)
+    wanted = _PROGRAMS_PER_MULTIPROCESSOR * _num_multiprocessors(x.device) // -(-num_outputs // tile.outputs)
+    each = -(-num_tiles // max(1, min(wanted, _MAX_SPLITS, num_tiles // _MIN_SPLIT_TILES)))
+    return _Splits(-(-num_tiles // each), each, x.device)
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    """Those of an H200 where kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _add_splits(partial: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out [T, N] = sum of partial [splits, T, N] + bias"""
+    num_splits, num_rows, num_outputs = partial.shape
+    add_splits_kernel[(num_rows, -(-num_outputs // _ADDED_BLOCK))](
+        partial, bias, out, num_splits, num_outputs, BLOCK=_ADDED_BLOCK
+    )
 
 
 def _product_dtype(tensor: Tensor) -> tl.dtype:

@@ -44,22 +44,22 @@ def quantized_problems(
             yield Problem(
                 OP,
                 shape_class(weight_format, num_outputs, num_inputs, rows),
-                candidate_tiles(rows, grouped=weight_format != "float8"),
+                candidate_tiles(rows, weight_format),
                 partial(_run, x, weight),
                 partial(_check, x, weight, expected),
             )
 
 
-def candidate_tiles(rows: int, *, grouped: bool) -> tuple[Choice, ...]:
+def candidate_tiles(rows: int, weight_format: str) -> tuple[Choice, ...]:
     """The default first."""
     if rows == 1:
-        tiles = [Tile(1, *each) for each in product((4, 8, 16, 32), (512, 1024, 2048), (2, 4, 8))]
+        tiles = [Tile(1, *each) for each in product((4, 8, 16), (1024, 2048, 4096), (2, 4, 8))]
     else:
         most = min(rows, 128)
         tiles = [
             Tile(max(16, most), *each) for each in product((16, 32, 64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4))
         ]
-    default = default_tile(rows, grouped=grouped)
+    default = default_tile(rows, weight_format)
     return tuple(asdict(tile) for tile in [default, *(tile for tile in tiles if tile != default)])
 
 

@@ -61,16 +61,16 @@ def test_tiles_come_from_the_table_where_it_has_them():
     tuned = {"rows": 16, "outputs": 16, "depth": 64, "num_warps": 2, "num_stages": 4}
     tiles = tiles_for(weight, TunedTable({OP: {"int4 64x96 rows 16": tuned}}))
     assert tiles.for_rows(2) == tiles.for_rows(16) == Tile(**tuned)
-    assert tiles.for_rows(1) == default_tile(1, grouped=True)
-    assert tiles.for_rows(10_000) == default_tile(ROW_CLASSES[-1], grouped=True)
+    assert tiles.for_rows(1) == default_tile(1, "int4")
+    assert tiles.for_rows(10_000) == default_tile(ROW_CLASSES[-1], "int4")
     assert [row_class(rows) for rows in (0, 1, 2, 16, 17, 64, 65, 256, 257)] == [0, 0, 1, 1, 2, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("rows", ROW_CLASSES)
-@pytest.mark.parametrize("grouped", [False, True])
-def test_candidates_are_distinct_and_begin_with_the_default(rows: int, grouped: bool):
-    candidates = candidate_tiles(rows, grouped=grouped)
-    assert Tile(**candidates[0]) == default_tile(rows, grouped=grouped)
+@pytest.mark.parametrize("weight_format", ["int4", "int8", "float8"])
+def test_candidates_are_distinct_and_begin_with_the_default(rows: int, weight_format: str):
+    candidates = candidate_tiles(rows, weight_format)
+    assert Tile(**candidates[0]) == default_tile(rows, weight_format)
     tiles = [Tile(**candidate) for candidate in candidates]
     assert len(set(tiles)) == len(tiles)
     assert all((tile.rows == 1) is (rows == 1) for tile in tiles)
