@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
-
 from adapters.load_plan import MemoryEstimate
 from adapters.model_adapter import ModelAdapter
 from adapters.quantization import GROUP_BYTES, WeightPrecision
@@ -18,6 +16,7 @@ _ACTIVATION_BYTES = 4  # float32 in the native decoder, whatever the weights are
 # drafts at most.
 _MAX_LOGIT_ROWS = 128
 _CGROUP = Path("/sys/fs/cgroup")
+_MEMORY = Path("/proc/meminfo")
 
 
 def estimate_memory(
@@ -56,7 +55,7 @@ def estimate_memory(
 
 def available_memory_bytes() -> int:
     """Memory that this process may still take: what the machine has free, or less under a container's limit."""
-    available: int = psutil.virtual_memory().available
+    available = _free_on_machine()
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         current = int((_CGROUP / "memory.current").read_text())
@@ -68,6 +67,16 @@ def available_memory_bytes() -> int:
         return available
     reclaimable = sum(int(line.split()[1]) for line in statistics if line.startswith("inactive_file "))
     return min(available, max(0, int(limit) - (current - reclaimable)))
+
+
+def _free_on_machine() -> int:
+    try:
+        lines = _MEMORY.read_text().splitlines()
+    except OSError:  # not Linux
+        import psutil  # which scripts/gpu-check does without
+
+        return int(psutil.virtual_memory().available)
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
 
 
 def gib(num_bytes: int) -> str:

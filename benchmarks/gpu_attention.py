@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from gpu_ceilings import Ceilings, measure_ceilings, median_s, replayed_s
+from gpu_checkpoint import DEVICE
 from gpu_figures import Figure, format_table, write_figures
 
 from model_worker.engine.ops.paged_attention import AttentionMetadata, AttentionParams, paged_attention
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
-DECODES = ((1, 1024), (1, 8192), (32, 1024), (64, 8192), (128, 1024))
+DECODES = ((1, 1024), (1, 8192), (32, 1024), (128, 1024))
 TARGET_SHAPE, TARGET = (64, 8192), 0.85
 PROMPT_TOKENS = 8192
 UNCACHED_BYTES = 256 << 20
@@ -26,14 +27,22 @@ UNCACHED_BYTES = 256 << 20
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="where the figures are written")
+    parser.add_argument("--json", type=Path, help="where the figures are written, after each one")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     ceilings = measure_ceilings()
-    figures = [decode(*shape, torch.bfloat16, ceilings) for shape in DECODES]
-    figures += [decode(*TARGET_SHAPE, torch.float8_e4m3fn, ceilings), prefill(ceilings)]
-    if options.json is not None:
-        write_figures(figures, options.json)
+    figures: list[Figure] = []
+
+    def report(figure: Figure) -> None:
+        figures.append(figure)
+        if options.json is not None:
+            write_figures(figures, options.json)
+
+    report(decode(*TARGET_SHAPE, torch.bfloat16, ceilings))
+    for shape in DECODES:
+        report(decode(*shape, torch.bfloat16, ceilings))
+    report(decode(*TARGET_SHAPE, torch.float8_e4m3fn, ceilings))
+    report(prefill(ceilings))
     print(format_table(figures))
     return 0
 
@@ -43,7 +52,7 @@ def decode(num_sequences: int, context: int, kv_dtype: torch.dtype, ceilings: Ce
     num_bytes = 2 * num_sequences * context * NUM_KV_HEADS * HEAD_DIM * kv_dtype.itemsize
     # Layers, each with a cache of its own, as many as the GPU's cache cannot hold.
     layers = [_batch(num_sequences, context, 1, kv_dtype) for _ in range(-(-UNCACHED_BYTES // num_bytes))]
-    query = torch.randn(num_sequences, NUM_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(num_sequences, NUM_HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
     params = AttentionParams(scale=HEAD_DIM**-0.5)
 
     def run() -> None:
@@ -65,7 +74,7 @@ def decode(num_sequences: int, context: int, kv_dtype: torch.dtype, ceilings: Ce
 def prefill(ceilings: Ceilings) -> Figure:
     """One prompt."""
     metadata, key_cache, value_cache = _batch(1, PROMPT_TOKENS, PROMPT_TOKENS, torch.bfloat16)
-    query = torch.randn(PROMPT_TOKENS, NUM_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(PROMPT_TOKENS, NUM_HEADS, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
     params = AttentionParams(scale=HEAD_DIM**-0.5)
     seconds = median_s(lambda: paged_attention(query, key_cache, value_cache, metadata, params))
     flops = 2 * PROMPT_TOKENS * (PROMPT_TOKENS + 1) * NUM_HEADS * HEAD_DIM  # of the visible half
@@ -83,16 +92,16 @@ def _batch(
 ) -> tuple[AttentionMetadata, torch.Tensor, torch.Tensor]:
     """Sequences of `context` tokens, the last `query_len` of which are computed, and caches of random numbers."""
     num_blocks = -(-context // BLOCK_SIZE)
-    tables = torch.randperm(num_sequences * num_blocks, device="cuda", dtype=torch.int32).view(num_sequences, -1)
+    tables = torch.randperm(num_sequences * num_blocks, device=DEVICE, dtype=torch.int32).view(num_sequences, -1)
     metadata = AttentionMetadata(
         block_tables=tables,
         query_start=tuple(range(0, num_sequences * query_len + 1, query_len)),
         seq_lens=(context,) * num_sequences,
-        positions=torch.arange(context - query_len, context, device="cuda").repeat(num_sequences),
-        device_seq_lens=torch.full((num_sequences,), context, dtype=torch.int32, device="cuda"),
+        positions=torch.arange(context - query_len, context, device=DEVICE).repeat(num_sequences),
+        device_seq_lens=torch.full((num_sequences,), context, dtype=torch.int32, device=DEVICE),
     )
     lead = (num_sequences * num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
-    key_cache, value_cache = (torch.randn(lead, device="cuda", dtype=torch.bfloat16).to(kv_dtype) for _ in range(2))
+    key_cache, value_cache = (torch.randn(lead, device=DEVICE, dtype=torch.bfloat16).to(kv_dtype) for _ in range(2))
     return metadata, key_cache, value_cache
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from gpu_checkpoint import DEVICE
 
 _COPIED_BYTES = 4 << 30
 _MATRIX = 8192
@@ -31,13 +32,13 @@ def measure_ceilings() -> Ceilings:
 
 
 def _copy_s() -> float:
-    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return median_s(lambda: target.copy_(source))
 
 
 def _matmul_s() -> float:
-    a, b = torch.randn(2, _MATRIX, _MATRIX, device="cuda", dtype=torch.bfloat16).unbind(0)
+    a, b = torch.randn(2, _MATRIX, _MATRIX, device=DEVICE, dtype=torch.bfloat16).unbind(0)
     out = torch.empty_like(a)
     return median_s(lambda: torch.matmul(a, b, out=out))
 

@@ -1,7 +1,9 @@
 """Check rootgraft on this machine's NVIDIA GPU: run all GPU tests, then the benchmarks, and print one table.
 
-Each part is a process of its own, so that one which fails leaves the others alone; all of them end within the time that
-is set. Needs only torch, triton, transformers, safetensors and pytest; rootgraft itself need not be installed.
+Each part is a process of its own, so that one which fails leaves the others alone. All of them end within the time that
+is set: each has a share of it, and whatever those before it have left over; of a part that is stopped, the figures stay
+that it had by then. Needs only torch, triton, transformers, safetensors and pytest; rootgraft itself need not be
+installed.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,40 +42,46 @@ class Part:
     """A part of the check.
 
     Attributes:
-        limit_s: it is stopped after this, or when the time for all parts is over.
+        share: of the time for all parts, in proportion to the others' shares: the seconds that it is thought to take
+            on an H200 with 16 processors.
         tests: pytest's arguments; or
         script: a benchmark that writes figures.
-        in_parallel: several processes share the tests, whose time goes into compiling, where pytest-xdist is installed.
         arguments: of the script.
         needs_checkpoint: the script is told where the model of random weights is.
-        needs_throughput: it is told what was measured before it.
+        needs_throughput: it is told what was measured before it, and how many seconds it has.
+        package: that has to be there, else the script only says so.
     """
 
-    limit_s: float
+    share: float
     tests: tuple[str, ...] = ()
-    in_parallel: bool = False
     script: str = ""
     arguments: tuple[str, ...] = ()
     needs_checkpoint: bool = False
     needs_throughput: bool = False
+    package: str | None = None
 
 
 def _peer(name: str) -> Part:
     arguments = ("--peer", name)
-    return Part(90, script="gpu_peers.py", arguments=arguments, needs_checkpoint=True, needs_throughput=True)
+    return Part(
+        60, script="gpu_peers.py", arguments=arguments, needs_checkpoint=True, needs_throughput=True, package=name
+    )
 
 
 PARTS: dict[str, Part] = {
-    "kernels": Part(120, tests=("tests/gpu/test_kernels.py",), in_parallel=True),
-    "attention": Part(40, script="gpu_attention.py"),
-    "engine": Part(120, script="gpu_engine.py", needs_checkpoint=True),
-    "parity": Part(90, tests=("tests/gpu/test_parity.py",)),
-    "graphs": Part(45, tests=("tests/gpu/test_graphs.py",)),
-    "variants": Part(90, script="gpu_variants.py", needs_checkpoint=True),
-    "quantized": Part(75, script="gpu_quantized.py", needs_checkpoint=True),
+    "kernels": Part(60, tests=("tests/gpu/test_kernels.py",)),
+    "compile": Part(70, script="gpu_compile.py", needs_checkpoint=True),
+    "attention": Part(25, script="gpu_attention.py"),
+    "engine": Part(70, script="gpu_engine.py", needs_checkpoint=True),
+    "parity": Part(60, tests=("tests/gpu/test_parity.py",)),
+    "graphs": Part(25, tests=("tests/gpu/test_graphs.py",)),
+    "variants": Part(65, script="gpu_variants.py", needs_checkpoint=True),
+    "quantized": Part(40, script="gpu_quantized.py", needs_checkpoint=True),
     "transformers": _peer("transformers"),
     "vllm": _peer("vllm"),
 }
+"""In the order in which they are run. Those after `compile` find their kernels compiled in Triton's cache."""
+_SHARE_OF_MISSING = 3.0  # of a part whose package is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,38 +158,50 @@ def why_not(machine: dict[str, Any]) -> str:
 
 def run_parts(names: Sequence[str], budget_s: float, checkpoint: Path | None) -> list[Outcome]:
     """One after the other, until the time is over."""
-    deadline_s = time.monotonic() + budget_s
+    begin_s = time.monotonic()
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="rootgraft-gpu-check-") as scratch:
-        for name in names:
-            remaining_s = deadline_s - time.monotonic()
-            if remaining_s < 1:
+        for name, end_s in deadlines(names, budget_s).items():
+            limit_s = begin_s + end_s - time.monotonic()
+            if limit_s < 1:
                 outcomes.append(Outcome(name, 0.0, [], "no time was left"))
                 continue
-            print(f"== {name}", flush=True)
+            print(f"== {name}, {limit_s:.0f} s at most", flush=True)
             part = PARTS[name]
-            command, wanted = command_of(part, name, Path(scratch), checkpoint, outcomes)
-            outcome = _run(name, part, command, wanted, min(part.limit_s, remaining_s))
+            command, wanted = command_of(part, name, Path(scratch), checkpoint, outcomes, limit_s)
+            outcome = _run(name, part, command, wanted, limit_s)
             print(f"== {name}: {outcome.problem or 'ok'}, {outcome.seconds:.0f} s", flush=True)
             outcomes.append(outcome)
     return outcomes
 
 
+def deadlines(names: Sequence[str], budget_s: float) -> dict[str, float]:
+    """When each part has to end, in seconds from the start: what one leaves over goes to those after it."""
+    shares = {name: PARTS[name].share if _is_there(PARTS[name].package) else _SHARE_OF_MISSING for name in names}
+    ends = accumulate(shares.values())
+    return {name: budget_s * end / sum(shares.values()) for name, end in zip(shares, ends, strict=True)}
+
+
+def _is_there(package: str | None) -> bool:
+    return package is None or importlib.util.find_spec(package) is not None
+
+
 def command_of(
-    part: Part, name: str, scratch: Path, checkpoint: Path | None, before: Sequence[Outcome]
+    part: Part, name: str, scratch: Path, checkpoint: Path | None, before: Sequence[Outcome], limit_s: float
 ) -> tuple[list[str], Path]:
     """How a part is run, and the file that it writes."""
     if part.tests:
-        wanted = scratch / f"{name}.xml"
+        wanted = scratch / f"{name}.jsonl"
         pytest = ["-m", "pytest", "-c", str(ROOT / "tests" / "gpu" / "pytest.ini"), f"--rootdir={ROOT}"]
-        if part.in_parallel and importlib.util.find_spec("xdist") is not None:
+        if importlib.util.find_spec("xdist") is not None:  # most of their time goes into compiling
             pytest += ["-n", str(min(_MOST_PROCESSES, os.cpu_count() or 1))]
-        return [sys.executable, *pytest, f"--junitxml={wanted}", *part.tests], wanted
+        return [sys.executable, *pytest, f"--outcomes={wanted}", *part.tests], wanted
     wanted = scratch / f"{name}.json"
     command = [sys.executable, str(ROOT / "benchmarks" / part.script), *part.arguments, "--json", str(wanted)]
     if part.needs_checkpoint:
         command += ["--checkpoint", str(checkpoint or scratch / "model")]
     if part.needs_throughput:
+        command += ["--seconds", f"{limit_s:.0f}"]
         ours = [f.value for o in before for f in o.figures if f.name.startswith(_THROUGHPUT) and f.value is not None]
         command += [part for rate in ours[:1] for part in ("--ours", f"{rate:.1f}")]
     return command, wanted
@@ -209,7 +230,7 @@ def _run(name: str, part: Part, command: list[str], wanted: Path, limit_s: float
     else:
         figures, problem = read_figures(wanted), ""
     if status is None:
-        problem = f"stopped after {limit_s:.0f} s"
+        problem = "; ".join(filter(None, (f"stopped after {limit_s:.0f} s", problem)))
     elif status != 0 and not problem:
         problem = f"ended with status {status}"
     if problem:
@@ -218,17 +239,13 @@ def _run(name: str, part: Part, command: list[str], wanted: Path, limit_s: float
 
 
 def read_tests(name: str, path: Path) -> tuple[list[Figure], str]:
-    """What pytest wrote: how many of the tests passed, and the problem, if there is one."""
-    if not path.is_file():
-        return [Figure(f"tests: {name}", None, "passed", detail="pytest did not end")], "pytest did not end"
-    suites = list(ET.parse(path).getroot().iter("testsuite"))
-    keys = ("tests", "failures", "errors", "skipped")
-    counts = {key: sum(int(suite.get(key, 0)) for suite in suites) for key in keys}
-    num_run = counts["tests"] - counts["skipped"]
-    num_bad = counts["failures"] + counts["errors"]
-    detail = f"{num_run - num_bad} of {num_run} passed, {counts['skipped']} skipped"
-    problem = f"{num_bad} tests failed" if num_bad else "" if num_run else "no test ran"
-    share = (num_run - num_bad) / num_run if num_run else None
+    """What tests/gpu/conftest.py wrote: how many tests passed of those that were run, and the problem, if any."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    counts = Counter(json.loads(line)["outcome"] for line in lines)
+    num_run = counts["passed"] + counts["failed"]
+    detail = f"{counts['passed']} of {num_run} passed, {counts['skipped']} skipped"
+    problem = f"{counts['failed']} tests failed" if counts["failed"] else "" if num_run else "no test ran"
+    share = counts["passed"] / num_run if num_run else None
     return [Figure(f"tests: {name}", share, "passed", 1.0, detail)], problem
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from gpu_ceilings import Ceilings, measure_ceilings
-from gpu_checkpoint import LLAMA_8B, write_checkpoint
+from gpu_checkpoint import DEVICE, LLAMA_8B, write_checkpoint
 from gpu_figures import Figure, format_table, write_figures
 from gpu_steps import (
     decode_floor_s,
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="directory of the model of random weights")
     parser.add_argument("--json", type=Path, help="where the figures are written, after each one")
     options = parser.parse_args(arguments)
-    before_s = _seconds_of_process()
-    write_checkpoint(options.checkpoint, LLAMA_8B, "cuda")
+    before_s = seconds_of_process()
+    write_checkpoint(options.checkpoint, LLAMA_8B, DEVICE)
     ceilings = measure_ceilings()
     figures: list[Figure] = []
 
@@ -131,7 +131,7 @@ def throughput(llm: LLM) -> Figure:
     )
 
 
-def _seconds_of_process() -> float:
+def seconds_of_process() -> float:
     """Since this process was started, imports included."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     started_s = ticks / os.sysconf("SC_CLK_TCK")

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from gpu_checkpoint import LLAMA_8B, write_checkpoint
+from gpu_checkpoint import DEVICE, LLAMA_8B, write_checkpoint
 from gpu_figures import Figure, format_table, write_figures
 from gpu_steps import decode_step_s, random_prompts
 
@@ -29,9 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="directory of the model of random weights")
     parser.add_argument("--json", type=Path, help="where the figures are written, after each one")
     options = parser.parse_args(arguments)
-    write_checkpoint(options.checkpoint, LLAMA_8B, "cuda")
-    plain_s = step_s(options.checkpoint, "none")
+    write_checkpoint(options.checkpoint, LLAMA_8B, DEVICE)
     figures: list[Figure] = []
+    plain_s = step_s(options.checkpoint, "none")
     for quantization, target in TARGETS.items():
         seconds = step_s(options.checkpoint, quantization)
         detail = f"{seconds * 1e3:.2f} ms a step, bfloat16 {plain_s * 1e3:.2f} ms"

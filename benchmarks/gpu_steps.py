@@ -21,6 +21,7 @@ _WARM_UP_STEPS = 8
 _MOST_STEPS_BEFORE = 256  # while the other prompts are computed, and to warm up
 # Kernels of one graph follow each other within this; a longer gap is one in which nothing was launched.
 _LAUNCHED_GAP_US = 3.0
+_TRACED, _TRACED_DEVICE = torch.profiler.ProfilerActivity.CUDA, torch.autograd.DeviceType.CUDA
 
 
 class Busy(NamedTuple):
@@ -82,14 +83,14 @@ def trace_decoding(engine: LLMEngine, prompts: Sequence[list[int]], *, num_steps
     """How much of some decode steps the GPU worked, by torch's profiler."""
     with (
         _decoding(engine, prompts, num_steps, None),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler,
+        torch.profiler.profile(activities=[_TRACED]) as profiler,
     ):
         _take(engine, num_steps * len(prompts))
         torch.cuda.synchronize()
     kernels = [
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == _TRACED_DEVICE
     ]
     return gaps(kernels)
 

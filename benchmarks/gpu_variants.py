@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from gpu_checkpoint import LLAMA_8B, parameter_shapes, write_checkpoint
+from gpu_checkpoint import DEVICE, LLAMA_8B, parameter_shapes, write_checkpoint
 from gpu_figures import Figure, format_table, write_figures
 from gpu_steps import decode_step_s, prefill_s, random_prompts
 from torch import Tensor
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", type=Path, required=True, help="directory of the model of random weights")
     parser.add_argument("--json", type=Path, help="where the figures are written, after each one")
     options = parser.parse_args(arguments)
-    write_checkpoint(options.checkpoint, LLAMA_8B, "cuda")
+    write_checkpoint(options.checkpoint, LLAMA_8B, DEVICE)
     measured = Measurements(make_engine(options.checkpoint), options.json)
     *fewer, most = LORA_TARGETS
     for num_rows in fewer:

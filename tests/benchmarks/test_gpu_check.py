@@ -19,7 +19,7 @@ import torch
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NAMES = (
     "gpu_check", "gpu_figures", "gpu_steps", "gpu_checkpoint", "gpu_ceilings", "gpu_attention", "gpu_engine",
-    "gpu_variants", "gpu_quantized", "gpu_peers",
+    "gpu_compile", "gpu_variants", "gpu_quantized", "gpu_peers",
 )  # fmt: skip
 MACHINE: dict[str, Any] = {
     "torch": "2.11.0", "triton": "3.6.0", "transformers": "5.17.0", "safetensors": "0.8.0", "pytest": "9.0",
@@ -66,7 +66,7 @@ def test_parts_are_chosen_by_name(modules: dict[str, ModuleType], capsys: pytest
     check = modules["gpu_check"]
     with pytest.raises(SystemExit):
         check.main(["--only", "kernels,nonsense"])
-    assert "nonsense: no such part; there are kernels, attention" in capsys.readouterr().err
+    assert "nonsense: no such part; there are kernels, compile, attention" in capsys.readouterr().err
 
 
 def test_every_part_is_there(modules: dict[str, ModuleType]) -> None:
@@ -85,34 +85,50 @@ def test_parts_run_and_what_they_find_is_written_down(
     part = modules["gpu_check"].Part
     script = tmp_path / "part.py"
     script.write_text(
-        "import json, sys\n"
+        "import json, sys, time\n"
         "figure = {'name': 'decode', 'value': 0.9, 'unit': 'of the floor', 'target': 0.85, 'detail': 'fast'}\n"
         "open(sys.argv[sys.argv.index('--json') + 1], 'w').write(json.dumps([figure, {**figure, 'value': 0.2}]))\n"
+        "time.sleep(60 * ('slow' in sys.argv[0]))\n"
         "print('went wrong')\n"
         "sys.exit('broken' in sys.argv[0])\n"
     )
-    broken = tmp_path / "broken.py"
-    broken.write_text(script.read_text())
-    slow = tmp_path / "slow.py"
-    slow.write_text("import time\ntime.sleep(60)\n")
+    for name in ("broken", "slow"):
+        (tmp_path / f"{name}.py").write_text(script.read_text())
     check = _with_parts(
         modules,
         monkeypatch,
+        slow=part(1, script=str(tmp_path / "slow.py")),
         good=part(20, script=str(script)),
-        bad=part(20, script=str(broken)),
-        slow=part(0.5, script=str(slow)),
+        bad=part(20, script=str(tmp_path / "broken.py")),
     )
     path = tmp_path / "result.json"
-    assert check.main(["--only", "good,bad,slow", "--json", str(path)]) == 1
+    assert check.main(["--only", "slow,good,bad", "--budget", "82", "--json", str(path)]) == 1
     out = capsys.readouterr().out
     assert "went wrong" in out
     assert "decode" in out
-    assert "NOT COMPLETE: bad (ended with status 1), slow (stopped after 0 s)" in out
+    assert "NOT COMPLETE: slow (stopped after 2 s), bad (ended with status 1)" in out
     report = json.loads(path.read_text())
     assert report["machine"] == MACHINE
-    assert report["command"] == "scripts/gpu-check --only good,bad,slow"
+    assert report["command"] == "scripts/gpu-check --only slow,good,bad"
     assert report["parts"]["good"]["problem"] == ""
-    assert [figure["met"] for figure in report["figures"]] == [True, False] * 2
+    assert [figure["met"] for figure in report["figures"]] == [True, False] * 3
+
+
+def test_all_parts_end_within_the_time_and_leave_what_they_do_not_need(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = modules["gpu_check"]
+    there = {None, "transformers"}
+    monkeypatch.setattr(check, "_is_there", lambda package: package in there)
+    ends = check.deadlines(tuple(check.PARTS), 480.0)
+    assert list(ends) == list(check.PARTS)
+    assert ends["vllm"] == 480.0
+    seconds = [end - begin for begin, end in zip([0.0, *ends.values()], ends.values(), strict=False)]
+    assert all(share >= check.PARTS[name].share for name, share in zip(ends, seconds, strict=True) if name != "vllm")
+    assert seconds[-1] < 4.0
+    there.add("vllm")
+    assert check.deadlines(tuple(check.PARTS), 480.0)["vllm"] == 480.0
+    assert check.deadlines(("engine",), 480.0) == {"engine": 480.0}
 
 
 def test_what_has_no_time_left_is_not_begun(
@@ -125,14 +141,28 @@ def test_what_has_no_time_left_is_not_begun(
 
 def test_results_of_tests_are_read(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     check = modules["gpu_check"]
-    path = tmp_path / "kernels.xml"
-    assert check.read_tests("kernels", path)[1] == "pytest did not end"
-    path.write_text('<testsuites><testsuite tests="12" failures="1" errors="0" skipped="2"/></testsuites>')
+    path = tmp_path / "kernels.jsonl"
+    assert check.read_tests("kernels", path)[1] == "no test ran"
+    outcomes = ["passed"] * 9 + ["failed"] + ["skipped"] * 2
+    path.write_text("".join(json.dumps({"test": "t", "outcome": outcome}) + "\n" for outcome in outcomes))
     (figure,), problem = check.read_tests("kernels", path)
     assert (figure.value, figure.met, problem) == (0.9, False, "1 tests failed")
-    path.write_text('<testsuites><testsuite tests="3" failures="0" errors="0" skipped="3"/></testsuites>')
+    path.write_text(json.dumps({"test": "t", "outcome": "skipped"}) + "\n")
     (figure,), problem = check.read_tests("kernels", path)
     assert (figure.value, problem) == (None, "no test ran")
+
+
+def test_tests_that_end_all_at_once_leave_what_they_have_found(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    check = modules["gpu_check"]
+    part = check.Part(1, tests=(str(tmp_path / "test_dying.py"),))
+    (tmp_path / "conftest.py").write_text("from tests.gpu.conftest import pytest_addoption, pytest_configure\n")
+    (tmp_path / "test_dying.py").write_text(
+        "import os\ndef test_one(): pass\ndef test_other(): assert False\ndef test_last(): os._exit(3)\n"
+    )
+    command, wanted = check.command_of(part, "dying", tmp_path, None, [], 60.0)
+    outcome = check._run("dying", part, command, wanted, 60.0)
+    assert outcome.problem == "1 tests failed"
+    assert outcome.figures[0].detail == "1 of 2 passed, 0 skipped"
 
 
 def test_peers_are_compared_with_what_was_measured_before(modules: dict[str, ModuleType], tmp_path: Path) -> None:
@@ -140,10 +170,10 @@ def test_peers_are_compared_with_what_was_measured_before(modules: dict[str, Mod
     part = check.PARTS["vllm"]
     found = [figure("start", 20.0, "s"), figure("throughput, 512 requests", 20000.0, "tokens/s")]
     before = [check.Outcome("engine", 1.0, found)]
-    command, _ = check.command_of(part, "vllm", tmp_path, None, before)
-    assert command[-4:] == ["--checkpoint", str(tmp_path / "model"), "--ours", "20000.0"]
-    command, _ = check.command_of(part, "vllm", tmp_path, Path("kept"), [])
-    assert command[-2:] == ["--checkpoint", "kept"]
+    command, _ = check.command_of(part, "vllm", tmp_path, None, before, 33.3)
+    assert command[-6:] == ["--checkpoint", str(tmp_path / "model"), "--seconds", "33", "--ours", "20000.0"]
+    command, _ = check.command_of(part, "vllm", tmp_path, Path("kept"), [], 33.3)
+    assert command[-4:] == ["--checkpoint", "kept", "--seconds", "33"]
 
 
 def test_a_peer_that_takes_too_long_is_slower_than_that(modules: dict[str, ModuleType]) -> None:
@@ -159,7 +189,7 @@ def test_a_peer_that_takes_too_long_is_slower_than_that(modules: dict[str, Modul
     assert (figure.value, figure.met) == (3.0, True)
     assert "less than 1,000" in figure.detail
     assert peers.figure_of("vllm", None, 3000.0, "vllm is not installed").met is None
-    assert peers.measure("vllm", Path("nowhere"), 1.0).detail == "vllm is not installed"
+    assert peers.measure("vllm", Path("nowhere"), 1.0, 9.0).detail == "vllm is not installed"
 
 
 def test_random_variants_have_the_shapes_of_the_model(modules: dict[str, ModuleType]) -> None:
@@ -184,11 +214,12 @@ def test_random_variants_have_the_shapes_of_the_model(modules: dict[str, ModuleT
 
 def test_the_engine_needs_no_package_of_the_server() -> None:
     """Nor do the benchmarks; transformers may look for some of them, so it comes first."""
-    absent = ("alembic", "fastapi", "gguf", "pydantic", "starlette", "sqlalchemy", "uvicorn", "zstandard")
+    absent = ("alembic", "fastapi", "gguf", "psutil", "pydantic", "starlette", "sqlalchemy", "uvicorn", "zstandard")
     script = (
         "import sys, transformers.generation, transformers.models.llama.modeling_llama\n"
         f"sys.modules.update({{name: None for name in {absent!r}}})\n"
-        "import gpu_engine, gpu_variants, gpu_quantized, gpu_peers, gpu_attention\n"
+        "import gpu_engine, gpu_variants, gpu_quantized, gpu_peers, gpu_attention, gpu_compile\n"
+        "import tests.gpu.test_parity, tests.gpu.test_graphs, tests.gpu.test_kernels\n"
     )
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
     done = subprocess.run([sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=False)

@@ -1,97 +1,58 @@
-"""The benchmarks for GPUs, on a tiny model and a CPU: they ask the engine for what they say, and write it down."""
+"""The benchmarks for GPUs, rehearsed on a CPU: they ask the engine for what they say, and write it down."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
+
+from tests.benchmarks.gpu_rehearsal import NAMES, rehearse
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = (
-    "gpu_figures", "gpu_ceilings", "gpu_checkpoint", "gpu_steps", "gpu_engine", "gpu_variants", "gpu_quantized",
-)  # fmt: skip
-SHRUNK: dict[str, Any] = {
-    "vocab_size": 600,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The scripts, for a model of two small layers, contexts of 64 tokens and a device that need not be waited for."""
+    """The scripts, for a model of two small layers, contexts of 64 tokens and a device that only seems to be there."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    found = {name: importlib.import_module(name) for name in NAMES}
-    config = found["gpu_checkpoint"].LLAMA_8B
-    for key, value in SHRUNK.items():
-        monkeypatch.setitem(config, key, value)
-    write = found["gpu_checkpoint"].write_checkpoint
-    ceilings = found["gpu_ceilings"].Ceilings(1e9, 1e12)
-    for name in ("gpu_engine", "gpu_variants", "gpu_quantized"):
-        module = found[name]
-        monkeypatch.setattr(module, "write_checkpoint", lambda path, config, device: write(path, config, "cpu"))
-        monkeypatch.setattr(module, "CONTEXT", 64)
-        monkeypatch.setattr(module, "NUM_STEPS", 6)
-    monkeypatch.setattr(found["gpu_engine"], "measure_ceilings", lambda: ceilings)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    yield found
+    yield rehearse(monkeypatch)
     for name in NAMES:
         sys.modules.pop(name, None)
 
 
 def test_steps_prompts_and_throughput(
-    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    modules: dict[str, ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine, figures = modules["gpu_engine"], modules["gpu_figures"]
-    monkeypatch.setattr(engine, "DECODE_TARGETS", {1: 0.85, 5: 0.8})
-    monkeypatch.setattr(engine, "trace_decoding", lambda *_, **__: modules["gpu_steps"].Busy(100.0, 1.0, 5.0))
-    for name, value in {"PROMPT_TOKENS": 200, "NUM_REQUESTS": 12, "TOKENS_IN": 20, "TOKENS_OUT": 5}.items():
-        monkeypatch.setattr(engine, name, value)
-    monkeypatch.setattr(engine, "MAX_MODEL_LEN", 512)
-    monkeypatch.setattr(engine, "MAX_NUM_SEQS", 8)
     path = tmp_path / "figures.json"
-    assert engine.main(["--checkpoint", str(tmp_path / "model"), "--json", str(path)]) == 0
-    found = {figure.name: figure for figure in figures.read_figures(path)}
+    assert modules["gpu_engine"].main(["--checkpoint", str(tmp_path / "model"), "--json", str(path)]) == 0
+    found = {figure.name: figure for figure in modules["gpu_figures"].read_figures(path)}
     assert list(found) == [
         "start, to ready, files in the page cache",
         "decode, batch 1, context 64",
         "decode, batch 5, context 64",
-        "launch gaps, batch 32",
+        "launch gaps, batch 3",
         "prefill, 200 tokens",
         "throughput, 12 requests, 20 in, 5 out",
     ]
     assert all(figure.value > 0 for figure in found.values())
-    assert found["launch gaps, batch 32"].met
     assert "decode, batch 5" in capsys.readouterr().out
 
 
-def test_variants(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    variants, figures = modules["gpu_variants"], modules["gpu_figures"]
-    smaller = {
-        "MEMORY_GIB": 0.5,
-        "PROMPT_TOKENS": 100,
-        "LORA_TARGETS": {2: 0.9, 5: 0.7},
-        "MIXED_ROWS": 4,
-        "SIGN_TARGETS": {1: 0.9, 3: 0.6},
-        "NUM_SIGNS": 5,
-        "ZIPF_ROWS": 6,
-        "SEPARATE_TARGETS": {3: 2.0},
-    }
-    for name, value in smaller.items():
-        monkeypatch.setattr(variants, name, value)
+def test_attention(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
-    assert variants.main(["--checkpoint", str(tmp_path / "model"), "--json", str(path)]) == 0
-    found = figures.read_figures(path)
+    assert modules["gpu_attention"].main(["--json", str(path)]) == 0
+    found = modules["gpu_figures"].read_figures(path)
+    assert [figure.target for figure in found] == [0.85, None, None, None, None]
+    assert all(figure.value > 0 for figure in found)
+
+
+def test_variants(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    assert modules["gpu_variants"].main(["--checkpoint", str(tmp_path / "model"), "--json", str(path)]) == 0
+    found = modules["gpu_figures"].read_figures(path)
     assert [figure.name for figure in found] == [
         "LoRA r16, 2 distinct",
         "LoRA, mixed ranks 8-64",
@@ -105,9 +66,40 @@ def test_variants(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatc
     assert all(figure.value is not None and figure.target is not None for figure in found)
 
 
-def test_quantized_weights(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quantized, figures = modules["gpu_quantized"], modules["gpu_figures"]
-    monkeypatch.setattr(quantized, "TARGETS", {"int8": 1.6, "int4": 2.5})  # a CPU has no float8 weights
+def test_quantized_weights(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
-    assert quantized.main(["--checkpoint", str(tmp_path / "model"), "--json", str(path)]) == 0
-    assert [figure.name for figure in figures.read_figures(path)] == ["int8 weights, batch 1", "int4 weights, batch 1"]
+    assert modules["gpu_quantized"].main(["--checkpoint", str(tmp_path / "model"), "--json", str(path)]) == 0
+    found = modules["gpu_figures"].read_figures(path)
+    assert [figure.name for figure in found] == ["fp8 weights, batch 1", "int4 weights, batch 1"]
+
+
+def test_models_of_one_layer_are_started(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = modules["gpu_compile"]
+    started = []
+
+    class InThisProcess:
+        def __init__(self, command: list[str]) -> None:
+            started.append(command[-1])
+            self._status = module.main(command[2:])
+
+        def wait(self) -> int:
+            return int(self._status)
+
+    monkeypatch.setattr(module.subprocess, "Popen", InThisProcess)
+    path = tmp_path / "figures.json"
+    assert module.main(["--checkpoint", str(tmp_path / "model"), "--json", str(path)]) == 0
+    assert started == ["none", "fp8", "int4"]
+    assert (tmp_path / "model" / "config.json").is_file()
+    assert '"num_hidden_layers": 1' in (tmp_path / "model-of-one-layer" / "config.json").read_text()
+    (figure,) = modules["gpu_figures"].read_figures(path)
+    assert figure.name == "kernels compiled, model written"
+
+
+def test_the_batching_of_transformers_answers_all_requests(modules: dict[str, ModuleType], tmp_path: Path) -> None:
+    """Of the transformers that is installed: that it is called as it wants to be."""
+    peers = modules["gpu_peers"]
+    path = peers.write_checkpoint(tmp_path / "model", peers.LLAMA_8B, "cpu")
+    generate = peers._transformers(path)
+    assert generate([[1, 2, 3], [4, 5, 6, 7]], 4) == 8

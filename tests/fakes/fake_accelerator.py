@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from model_worker.engine.decode_graphs import Capture
+from model_worker.engine.device_sampler import launch_on_device
 from model_worker.engine.gpu_memory import DeviceMemory
 from model_worker.engine.layers import rotary_attention
 from model_worker.engine.layers.attention import ForwardContext
 from model_worker.engine.layers.bound_terms import NO_TERMS
 from model_worker.engine.layers.row_terms import RowTerms
 from model_worker.engine.lora.bound_variant import VariantSegments
+from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.ops.low_rank import SegmentPlan
 from model_worker.engine.ops.paged_attention import AttentionMetadata, AttentionParams
 from model_worker.engine.ops.paged_attention.functional import paged_attention
+from model_worker.engine.parallel.group import OneRank
+from model_worker.engine.sampler import Sampler
 from tests.fakes.device_model import FakeCapture
 
 GIB = 2**30
@@ -132,3 +138,18 @@ def compute_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(rotary_attention, "paged_attention", attention)
     monkeypatch.setattr(GpuDecoder, "graph_terms", lambda self, num_rows: (BaseTerms(num_rows),))
+
+
+def pretend_to_have_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every model runner compute as on one, for tests of what makes its engines by itself."""
+    compute_as_on_a_gpu(monkeypatch)
+    make: Callable[..., None] = ModelRunner.__init__
+
+    @functools.wraps(make)
+    def with_accelerator(self: Any, plan: Any, config: Any, **more: Any) -> None:
+        make(self, plan, config, **{**more, "group": OneRank(), "accelerator": FakeAccelerator()})
+
+    monkeypatch.setattr(ModelRunner, "__init__", with_accelerator)
+    monkeypatch.setattr(
+        Sampler, "launch", lambda self, logits, sequences: launch_on_device(logits, sequences, self.eos_token_ids)
+    )

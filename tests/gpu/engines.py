@@ -15,8 +15,8 @@ from model_worker.engine.llm import LLM
 from model_worker.engine.lora.lora_weight import LoraWeight
 from model_worker.engine.sampling_params import SamplingParams
 from tests.fakes.tiny_models import VOCAB_SIZE
+from tests.gpu.device import DEVICE
 
-DEVICE = "cuda"
 NUM_BLOCKS = 512
 
 
@@ -41,7 +41,9 @@ def make_llm(
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     tokenizer.save(str(path / "tokenizer.json"))
     config = EngineConfig(
-        cache=CacheConfig(num_blocks=NUM_BLOCKS, kv_cache_dtype=kv_cache_dtype, swap_space_gib=0.0),
+        cache=CacheConfig(
+            num_blocks=NUM_BLOCKS, kv_cache_dtype=kv_cache_dtype, swap_space_gib=0.0, gpu_memory_utilization=0.1
+        ),  # several processes share the GPU
         scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens),
         model_impl=impl,
         device=DEVICE,

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from tests.fakes.tiny_models import build_tiny_model
-from tests.gpu.engines import DEVICE, generated, greedy, make_llm, random_prompts
+from tests.gpu.device import DEVICE
+from tests.gpu.engines import generated, greedy, make_llm, random_prompts
 
 NUM_NEW_TOKENS = 40
 LENGTHS = (3, 60, 17, 100, 31, 5, 64, 16, 15, 90, 2, 48)

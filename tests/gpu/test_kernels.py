@@ -25,9 +25,10 @@ from model_worker.engine.ops.rotary.functional import rotary_table, rotate_and_w
 from model_worker.engine.ops.sampling.functional import draw_tokens
 from model_worker.engine.ops.sign_matmul import SignMatrix, add_signs, planes_table
 from tests.fakes.random_terms import random_plane
+from tests.gpu.device import DEVICE
 from tests.model_worker.engine.ops.paged_attention.attention_batches import Case, batch, compare
 
-GPU, CPU = torch.device("cuda"), torch.device("cpu")
+GPU, CPU = torch.device(DEVICE), torch.device("cpu")
 HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALVES]
 # Sums in another order, rounded once to the dtype.
@@ -88,6 +89,7 @@ def test_attention_over_float8(dtype: torch.dtype) -> None:
         compare(paged_attention, Case(lengths, dtype=dtype, kv_dtype=torch.float8_e4m3fn, **LLAMA), GPU)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="there are no graphs")
 def test_a_captured_step_reads_new_lengths() -> None:
     metadata, num_blocks = batch([(1300, 1), (80, 1), (20, 1)], 16, GPU)
     key_cache, value_cache = torch.randn(2, num_blocks, 16, 8, 128, device=GPU).bfloat16().unbind(0)
@@ -158,10 +160,10 @@ def test_writing_rounds_as_torch_does(dtype: torch.dtype, kv_dtype: torch.dtype 
 def test_norms(num_rows: int, size: int, dtype: torch.dtype) -> None:
     x, residual = torch.randn(2, num_rows, size).to(dtype).unbind(0)
     for weight in (torch.randn(size).to(dtype), torch.randn(size)):
-        _close(rms_norm(x.cuda(), weight.cuda(), 1e-5), rms_norm(x, weight, 1e-5), dtype)
+        _close(rms_norm(x.to(GPU), weight.to(GPU), 1e-5), rms_norm(x, weight, 1e-5), dtype)
         for function in (add_rms_norm, rms_norm_add):
-            ours, expected = residual.cuda(), residual.clone()
-            found, wanted = function(x.cuda(), ours, weight.cuda(), 1e-5), function(x, expected, weight, 1e-5)
+            ours, expected = residual.to(GPU), residual.clone()
+            found, wanted = function(x.to(GPU), ours, weight.to(GPU), 1e-5), function(x, expected, weight, 1e-5)
             _close(ours, expected, dtype, 3.0)
             if wanted is not None:
                 assert found is not None
@@ -173,7 +175,7 @@ def test_norms(num_rows: int, size: int, dtype: torch.dtype) -> None:
 def test_gated_activations(activation: Activation, dtype: torch.dtype) -> None:
     for shape in ((1, 28672), (129, 3072)):
         x = (torch.randn(shape) * 3).to(dtype)
-        _close(gated_activation(x.cuda(), activation), gated_activation(x, activation), dtype)
+        _close(gated_activation(x.to(GPU), activation), gated_activation(x, activation), dtype)
 
 
 # ---------------------------------------------------------------------------------------------- variants
@@ -196,12 +198,12 @@ def test_low_rank_terms(num_rows_each: int, dtype: torch.dtype) -> None:
     expected = base.clone()
     plan = SegmentPlan.of(bounds, num_rows=num_rows, max_rank=max(ranks), device=CPU)
     add_low_rank(x, expected, LowRankFactors(tuple(pairs), widths, None), plan)
-    there = [tuple(Factors(each.a.cuda(), each.b.cuda()) for each in of_part) for of_part in pairs]
+    there = [tuple(Factors(each.a.to(GPU), each.b.to(GPU)) for each in of_part) for of_part in pairs]
     firsts = (0, 4096, 5120)
-    table = torch.stack([table_rows(part, first) for part, first in zip(there, firsts, strict=True)]).cuda()
-    out = base.cuda()
+    table = torch.stack([table_rows(part, first) for part, first in zip(there, firsts, strict=True)]).to(GPU)
+    out = base.to(GPU)
     plan = SegmentPlan.of(bounds, num_rows=num_rows, max_rank=max(ranks), device=GPU)
-    add_low_rank(x.cuda(), out, LowRankFactors(tuple(there), widths, table), plan)
+    add_low_rank(x.to(GPU), out, LowRankFactors(tuple(there), widths, table), plan)
     _close(out, expected, dtype, 4.0)
 
 
@@ -218,10 +220,10 @@ def test_planes_of_signs(num_rows_each: int, dtype: torch.dtype) -> None:
         for plane in of_segment:
             expected[start:end] += x[start:end].float() @ signs_to_dense(plane, num_inputs).T
     matrices = [[SignMatrix(plane, num_inputs, dtype=dtype, device=GPU) for plane in each] for each in planes]
-    table = torch.stack([planes_table(each, 1) for each in matrices]).cuda()
-    out = base.cuda()
+    table = torch.stack([planes_table(each, 1) for each in matrices]).to(GPU)
+    out = base.to(GPU)
     plan = SegmentPlan.of(bounds, num_rows=num_rows, max_rank=1, device=GPU)
-    add_signs(x.cuda(), out, matrices, plan, table)
+    add_signs(x.to(GPU), out, matrices, plan, table)
     _close(out, expected.to(dtype), dtype, 3.0)
 
 
@@ -234,19 +236,19 @@ def test_planes_of_signs(num_rows_each: int, dtype: torch.dtype) -> None:
 def test_quantized_weights(bits: int | str, num_rows: int, dtype: torch.dtype) -> None:
     matrix, x = torch.randn(6144, 4096) / 64, torch.randn(num_rows, 4096).to(dtype)
     if bits == "float8":
-        weight, there = quantize_float8(matrix), quantize_float8(matrix.cuda())
-        _close(quantized_matmul(x.cuda(), there), quantized_matmul(x, weight), dtype, 2.0)
+        weight, there = quantize_float8(matrix), quantize_float8(matrix.to(GPU))
+        _close(quantized_matmul(x.to(GPU), there), quantized_matmul(x, weight), dtype, 2.0)
         return
     grouped = (quantize_int4 if bits == 4 else quantize_int8)(matrix)
-    found = quantized_matmul(x.cuda(), pack_groups(grouped, GPU))
+    found = quantized_matmul(x.to(GPU), pack_groups(grouped, GPU))
     _close(found, quantized_matmul(x, pack_groups(grouped)), dtype, 2.0)
 
 
 @pytest.mark.parametrize("quantize", [quantize_int4, quantize_int8])
 def test_weights_are_quantized_where_they_are(quantize: Callable[[Tensor], GroupedWeight]) -> None:
     matrix = torch.randn(4096, 4096) / 64  # 2^19 groups, more than are worked on at a time
-    there = quantize(matrix.cuda())
-    assert there.values.is_cuda
+    there = quantize(matrix.to(GPU))
+    assert there.values.device.type == GPU.type
     # Sums in another order may choose another grid for a group.
     difference = there.dequantize().cpu() - quantize(matrix).dequantize()
     assert difference.norm() < 0.01 * matrix.norm()
@@ -263,7 +265,7 @@ def test_draws() -> None:
     parameters = torch.cat((torch.tensor(kinds, dtype=torch.float64), uniform), dim=1)
     logits[5, 7] = torch.nan
     expected = draw_tokens(logits, parameters)
-    found = draw_tokens(logits.cuda(), parameters.cuda())
+    found = draw_tokens(logits.to(GPU), parameters.to(GPU))
     assert torch.equal(found.finite.cpu(), expected.finite)
     # exp is rounded in another way: a token at a limit may differ.
     assert (found.tokens.cpu() == expected.tokens).sum() >= len(kinds) - 1

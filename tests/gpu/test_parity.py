@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ import torch
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from tests.fakes.tiny_models import TINY_MODELS, build_tiny_model
-from tests.gpu.engines import DEVICE, generated, greedy, logprobs_of, make_llm, prompt_logprobs, random_prompts
+from tests.gpu.device import DEVICE
+from tests.gpu.engines import generated, greedy, logprobs_of, make_llm, prompt_logprobs, random_prompts
 
 NUM_NEW_TOKENS = 24
 PROMPT_LENGTHS = (5, 17, 70, 33, 48)
@@ -41,15 +42,17 @@ def test_greedy_tokens_in_float32(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_bfloat16_is_as_exact_as_transformers(name: str, tmp_path: Path) -> None:
     """Logprobs of a prompt's tokens: their mean square distance from those of the same weights in float32."""
-    exact = build_tiny_model(name).bfloat16().float()  # the weights that both have
-    exact.bfloat16().save_pretrained(tmp_path)
-    exact.float().to(DEVICE)
+    exact = build_tiny_model(name)
+    for weight in exact.parameters():  # to what both have; `exact.bfloat16()` would round rotary frequencies too
+        weight.data.copy_(weight.bfloat16())
+    exact.save_pretrained(tmp_path)
+    exact.to(DEVICE)
     prompt = random_prompts([200])[0]
     expected = logprobs_of(exact, prompt)
     distances = []
     for attention in ("eager", "sdpa") if exact._supports_sdpa else ("eager",):
-        theirs = copy.deepcopy(exact).bfloat16()
-        theirs.set_attn_implementation(attention)
+        load: Any = type(exact).from_pretrained
+        theirs = load(tmp_path, dtype=torch.bfloat16, attn_implementation=attention).to(DEVICE)
         distances.append((logprobs_of(theirs, prompt) - expected).square().mean().sqrt())
     distance = (prompt_logprobs(make_llm(tmp_path, dtype="bfloat16"), prompt) - expected).square().mean().sqrt()
     assert distance <= _SPREAD * max(distances), (distance, distances)
