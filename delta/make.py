@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from delta.artifact import EXTRA_FILES
 from delta.checkpoint_tensors import CheckpointTensors, open_checkpoint
@@ -24,7 +24,7 @@ from delta.delta_config import (
 )
 from delta.encode_tensor import encode_tensor
 from delta.input_samples import InputSamples
-from delta.make_journal import JournalEntry, MakeJournal
+from delta.make_journal import JournalEntry, MakeJournal, is_begun
 from delta.model_pair import ModelPair, pair_tensors
 from delta.output_path import check_apart
 from delta.quality_record import Probe, Quality
@@ -34,7 +34,7 @@ from registry.companion_files import companion_files
 from registry.digest import Progress, combine_tensor_digests
 from registry.errors import CheckpointError, InvalidRequestError
 from registry.parameter_names import is_input_embedding
-from registry.staged_directory import resumable_directory
+from registry.staged_directory import resumable_directory, scratch_directory
 
 Judge: TypeAlias = Callable[[Path], tuple[Quality, Probe]]
 
@@ -76,6 +76,7 @@ def make_delta(
     labels: Labels,
     force: bool = False,
     calibration: Calibration | None = None,
+    goal: object = None,
     judge: Judge | None = None,
     report: Callable[[str], None],
     progress: Progress | None = None,
@@ -88,6 +89,7 @@ def make_delta(
     Args:
         force: replace a delta that is there; it stays until the new one is complete.
         calibration: low-rank terms are made for these inputs; None: for any.
+        goal: what `judge` asks for, as JSON.
         judge: called with the complete delta's directory; what it finds is recorded, and no delta appears if it raises.
         progress: called with the bytes of the fine-tune that are done, and all.
 
@@ -103,13 +105,7 @@ def make_delta(
         open_checkpoint(target) as theirs,
         resumable_directory(out, replaces=(CONFIG_FILE,) if force else ()) as directory,
     ):
-        made_from = {
-            "made_with": [FORMAT_VERSION, made_with()],
-            "base": ours.states(),
-            "target": theirs.states(),
-            "policy": asdict(policy),
-            "calibration": None if calibration is None else calibration.name,
-        }
+        made_from = _made_from(ours, theirs, policy, calibration, goal)
         with MakeJournal(directory.scratch, made_from) as journal:
             if journal.entries:
                 report(f"going on after {len(journal.entries)} tensors")
@@ -129,6 +125,38 @@ def make_delta(
             config = replace(config, quality=quality, probe=probe)
             _write_config(config, directory.result)
     return config
+
+
+def policy_reached(
+    base: Path, target: Path, out: Path, policy: CodecPolicy, *, calibration: Calibration, goal: object
+) -> CodecPolicy:
+    """With which a make of these inputs was killed: `policy`, or with "auto" a finer one. `policy` if none was."""
+    scratch = scratch_directory(out)
+    with open_checkpoint(base) as ours, open_checkpoint(target) as theirs:
+        tried: CodecPolicy | None = policy
+        while tried is not None:
+            if is_begun(scratch, _made_from(ours, theirs, tried, calibration, goal)):
+                return tried
+            tried = tried.finer() if policy.codec == "auto" else None
+    return policy
+
+
+def _made_from(
+    base: CheckpointTensors,
+    target: CheckpointTensors,
+    policy: CodecPolicy,
+    calibration: Calibration | None,
+    goal: object,
+) -> dict[str, Any]:
+    """All that decides what is made, as JSON."""
+    return {
+        "made_with": [FORMAT_VERSION, made_with()],
+        "base": base.states(),
+        "target": target.states(),
+        "policy": asdict(policy),
+        "calibration": None if calibration is None else calibration.name,
+        "goal": goal,
+    }
 
 
 def _encode_all(

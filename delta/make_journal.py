@@ -56,7 +56,7 @@ class MakeJournal:
         self._directory = directory
         self._offsets: dict[str, tuple[int, StoredPart]] = {}
         self._data_bytes = 0
-        first = json.dumps({"inputs": inputs}, sort_keys=True) + "\n"
+        first = _first_line(inputs)
         lines = self._whole_lines(first)
         self._data: BinaryIO = (directory / _DATA).open("ab")
         self._data.truncate(self._data_bytes)
@@ -123,6 +123,19 @@ class MakeJournal:
         for key, part in _parts(entry):
             self._offsets[key] = (self._data_bytes, part)
             self._data_bytes += part.num_bytes
+
+
+def is_begun(directory: Path, inputs: object) -> bool:
+    """A make of these inputs was at work in `directory`."""
+    try:
+        with (directory / _JOURNAL).open(encoding="utf-8", errors="replace") as journal:
+            return journal.readline() == _first_line(inputs)
+    except OSError:
+        return False
+
+
+def _first_line(inputs: object) -> str:
+    return json.dumps({"inputs": inputs}, sort_keys=True) + "\n"
 
 
 def _parts(entry: JournalEntry) -> Iterator[tuple[str, StoredPart]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from delta.apply import given_back
@@ -10,12 +11,13 @@ from delta.artifact import open_delta
 from delta.checkpoint_tensors import open_checkpoint
 from delta.codecs.policy import CodecPolicy
 from delta.delta_config import CONFIG_FILE, DeltaConfig
-from delta.make import Calibration, Labels, make_delta
+from delta.make import Calibration, Labels, make_delta, policy_reached
 from delta.output_path import check_apart
 from delta.quality import QualityMeter
 from delta.quality_gate import QualityGate, QualityTooLowError
 from delta.quality_prompts import QualityPrompts, default_prompts
 from delta.quality_record import Probe, Quality
+from registry.atomic_file import temporary_file
 from registry.digest import Progress
 from registry.staged_directory import check_target
 
@@ -46,20 +48,26 @@ def make_measured_delta(
         And all that `make_delta` and `QualityMeter` raise.
     """
     check_apart(out, base, target)
-    check_target(out, (CONFIG_FILE,) if force else ())  # before all that takes time
+    # Before all that takes time: the output can be written, and both models are whole.
+    check_target(out, (CONFIG_FILE,) if force else ())
+    with temporary_file(out.parent), open_checkpoint(base), open_checkpoint(target):
+        pass
     report("computing the fine-tune and the base")
     measured, others = prompts.halves()
     _, of_default = default_prompts().halves()
     calibrating = (others,) if others == of_default else (others, of_default)
     meter = QualityMeter(base, target, measured, calibration=calibrating)
     calibration = Calibration(prompts.name, meter.inputs)
+    goal = None if gate is None else asdict(gate)
+    policy = policy_reached(base, target, out, policy, calibration=calibration, goal=goal)
 
     def check(quality: Quality) -> None:
         if gate is not None and not gate.admits(quality):
             raise QualityTooLowError(
                 f"the delta's KL divergence from the fine-tune is {quality.kl_mean:.4f} nats a token (the base's: "
                 f"{quality.base_kl_mean or 0:.4f}), and of the fine-tune's answers {quality.answers:.1%} are the same; "
-                "take a finer codec, or --max-kl and --min-answers if that is good enough"
+                f"asked for are {gate.asks_for(quality)}: take a finer codec, or other bounds with --max-kl and "
+                "--min-answers if that is good enough"
             )
 
     def judge(directory: Path) -> tuple[Quality, Probe]:
@@ -77,6 +85,7 @@ def make_measured_delta(
                 labels=labels,
                 force=force,
                 calibration=calibration,
+                goal=goal,
                 judge=judge,
                 report=report,
                 progress=progress,

@@ -325,7 +325,10 @@ def _error_of(answer: requests.Response) -> RootgraftError:
         error = json.loads(answer.content)["error"]
         return error_from_code(str(error["code"]), str(error["message"]))
     except (ValueError, KeyError, TypeError):
-        return UpstreamError(f"the controller answered {answer.status_code}: {answer.text[:200]}")
+        return UpstreamError(
+            f"what is at {answer.url} answered {answer.status_code} ({answer.text[:200]!r}), as no controller does; "
+            "check the URL"
+        )
 
 
 def _reason(error: requests.RequestException) -> str:

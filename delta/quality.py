@@ -184,10 +184,11 @@ def _model_errors(directory: Path) -> Iterator[None]:
     bars.disable_progress_bar()
     try:
         yield
-    except (KeyError, ValueError, ImportError) as error:
-        raise UnsupportedModelError(f"transformers cannot compute {directory} ({error})") from error
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be read by transformers ({error})") from error
+    except Exception as error:  # of any kind, where a configuration is wrong
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnsupportedModelError(f"transformers cannot compute {directory} ({reason[:500]})") from error
     finally:
         if had_bars:
             bars.enable_progress_bar()

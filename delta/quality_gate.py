@@ -25,8 +25,14 @@ class QualityGate:
     min_answers: float = 0.995
 
     def admits(self, quality: Quality) -> bool:
-        max_kl = max(self.max_kl, self.max_kl_share * (quality.base_kl_mean or 0.0))
-        return quality.kl_mean <= max_kl and quality.answers >= self.min_answers
+        return quality.kl_mean <= self._max_kl(quality) and quality.answers >= self.min_answers
+
+    def asks_for(self, quality: Quality) -> str:
+        """The bounds beside which `quality` is held, for people."""
+        return f"at most {self._max_kl(quality):.4g} nats and at least {self.min_answers:.1%}"
+
+    def _max_kl(self, quality: Quality) -> float:
+        return max(self.max_kl, self.max_kl_share * (quality.base_kl_mean or 0.0))
 
 
 class QualityTooLowError(CheckpointError):

@@ -20,7 +20,7 @@ Level: TypeAlias = Literal["header", "sampled", "full"]
 """header: descriptions, names, shapes and sizes; sampled: also the data of some tensors; full: all data, and with a
 base every tensor that is given back."""
 
-_NUM_SAMPLES = 8
+NUM_SAMPLES = 8
 
 
 def verify_delta(
@@ -81,7 +81,7 @@ def _sample_base(base: CheckpointTensors, delta: Delta) -> None:
 
 def _sample(names: list[str]) -> list[str]:
     """Other ones each time, so that what one check does not see another may."""
-    return random.sample(names, min(_NUM_SAMPLES, len(names)))
+    return random.sample(names, min(NUM_SAMPLES, len(names)))
 
 
 def _check_files(delta: Delta) -> None:

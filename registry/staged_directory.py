@@ -63,8 +63,9 @@ def resumable_directory(target: Path, *, replaces: Collection[str] = ()) -> Iter
         InternalError: the disk is full (everything is removed), or the directory cannot be written.
     """
     check_target(target, replaces)
-    staging = target.with_name(f".{target.name}.partial")
-    made = ResumableDirectory(staging / "scratch", staging / "result")
+    scratch = scratch_directory(target)
+    staging = scratch.parent
+    made = ResumableDirectory(scratch, staging / "result")
     with disk_errors(target.parent):
         staging.mkdir(exist_ok=True)
         lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
@@ -83,6 +84,11 @@ def resumable_directory(target: Path, *, replaces: Collection[str] = ()) -> Iter
             raise
         finally:
             os.close(lock)
+
+
+def scratch_directory(target: Path) -> Path:
+    """Where the work for a `resumable_directory` keeps what it has come to, while there is any."""
+    return target.with_name(f".{target.name}.partial") / "scratch"
 
 
 def check_target(target: Path, replaces: Collection[str]) -> None:

@@ -33,9 +33,7 @@ def add_parser(verbs: Any) -> None:
         default=[],
         help="what follows a sign or ternary term, of what it left; may be repeated",
     )
-    verb.add_argument(
-        "--rank", type=int, default=CodecPolicy().rank, metavar="INT", help="of low-rank terms (default: %(default)s)"
-    )
+    verb.add_argument("--rank", type=int, metavar="INT", help=f"of low-rank terms (default: {CodecPolicy().rank})")
     verb.add_argument(
         "--layout",
         choices=("delta", "huggingface"),
@@ -81,7 +79,7 @@ def _make(args: argparse.Namespace) -> None:
     if args.layout == "huggingface":
         _make_differences(args)
         return
-    policy = CodecPolicy(codec=args.codec, residuals=tuple(args.residual), rank=args.rank)
+    policy = CodecPolicy(args.codec, tuple(args.residual), CodecPolicy().rank if args.rank is None else args.rank)
     labels = Labels(args.base_name, args.base_revision, args.name, args.license, tuple(args.parent))
     with progress_bar("making") as progress:
         common: dict[str, Any] = {"labels": labels, "force": args.force, "report": print, "progress": progress}
@@ -108,8 +106,13 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.residual and args.codec not in ("auto", "sign", "ternary"):
         raise InvalidRequestError(f"--codec {args.codec} has no residuals; --residual follows sign, ternary or auto")
-    if args.rank < 1:
+    if args.rank is not None and args.rank < 1:
         raise InvalidRequestError(f"--rank is 1 or more, not {args.rank}")
+    if args.rank is not None and args.codec not in ("auto", "lowrank") and "lowrank" not in args.residual:
+        raise InvalidRequestError(
+            f"--codec {args.codec} makes no low-rank terms, so that --rank would not act; leave it out, or add "
+            "--residual lowrank"
+        )
     if args.max_kl is not None and not args.max_kl >= 0:
         raise InvalidRequestError(f"--max-kl is 0 or more, not {args.max_kl}")
     if args.min_answers is not None and not 0 <= args.min_answers <= 1:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from delta.codecs.policy import CodecPolicy
 from delta.delta_config import CONFIG_FILE, read_delta_config
@@ -16,6 +17,7 @@ from delta.make import Labels
 from delta.progress_bar import progress_bar
 from delta.publish import Publication, publish
 from delta.quality_prompts import default_prompts, read_prompts
+from delta.temporary_directory import temporary_directory
 from delta.verify import check_target, verify_delta
 from registry.errors import InvalidRequestError
 from registry.names import ModelName
@@ -97,7 +99,11 @@ def _publish(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Raises InvalidRequestError: flags that contradict each other, or a value that cannot be."""
-    ModelName(args.name)
+    ModelName(args.name, alias=None if args.no_alias else args.alias)
+    if urlsplit(args.url).scheme not in ("http", "https") or not urlsplit(args.url).hostname:
+        raise InvalidRequestError(f"--url is that of the controller, such as {DEFAULT_URL}, not {args.url!r}")
+    if not (args.timeout > 0 and math.isfinite(args.timeout)):
+        raise InvalidRequestError(f"--timeout is a number of seconds above 0, not {args.timeout}")
     if args.canary is not None and not 0.0 <= args.canary <= 1.0:
         raise InvalidRequestError(f"--canary is a share from 0 to 1, not {args.canary}")
     if args.canary is not None and args.no_alias:
@@ -112,7 +118,8 @@ def _read_key(file: Path) -> str:
     try:
         return file.read_text().strip()
     except (OSError, ValueError) as error:
-        raise InvalidRequestError(f"{file} cannot be read ({error}); give a --key-file that holds a key") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InvalidRequestError(f"{file} cannot be read ({reason}); give a --key-file that holds a key") from error
 
 
 def _made(args: argparse.Namespace, held: ExitStack) -> Path:
@@ -129,7 +136,7 @@ def _made(args: argparse.Namespace, held: ExitStack) -> Path:
         return Path(args.out)
     out = args.out
     if out is None:
-        out = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="rootgraft-publish-"))) / "delta"
+        out = held.enter_context(temporary_directory("rootgraft-publish-")) / "delta"
     # It imports transformers' models, which takes as long as making a small delta.
     from delta.make_measured import make_measured_delta
     from delta.quality_gate import QualityGate

@@ -9,7 +9,7 @@ from typing import Any
 
 from delta.fine_tune_files import is_delta
 from delta.progress_bar import progress_bar
-from delta.verify import Level, verify_delta
+from delta.verify import NUM_SAMPLES, Level, verify_delta
 
 
 def add_parser(verbs: Any) -> None:
@@ -47,4 +47,13 @@ def _verify(args: argparse.Namespace) -> None:
             return
     with progress_bar("verifying") as progress:
         verify_delta(args.delta, args.base, level=args.level, progress=progress)
-    print(f"{args.delta} is whole" + ("" if args.base is None else f" and belongs to {args.base}"))
+    print(_found(args.delta, args.base, args.level))
+
+
+def _found(delta: Path, base: Path | None, level: Level) -> str:
+    """No more than was looked at."""
+    if level == "header":
+        beside = "" if base is None else f" and those of {base} match"
+        return f"{delta}: names, shapes and sizes are right{beside}; no data was read"
+    sampled = f", as far as {NUM_SAMPLES} tensors tell" if level == "sampled" else ""
+    return f"{delta} is whole" + ("" if base is None else f" and belongs to {base}") + sampled

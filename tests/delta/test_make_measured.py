@@ -1,21 +1,24 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from delta.__main__ import main
 from delta.codecs.policy import CodecPolicy
 from delta.delta_config import DeltaConfig, read_delta_config
 from delta.make import Labels, make_delta
 from delta.make_measured import make_measured_delta
+from delta.quality import QualityMeter
 from delta.quality_gate import QualityGate, QualityTooLowError
 from delta.quality_prompts import QualityPrompts
 from delta.quality_record import Quality
-from registry.errors import CheckpointError
+from registry.errors import CheckpointError, UnsupportedModelError
 from tests.delta.tiny_llama import save_tiny_llama
 
 PROMPTS = QualityPrompts("default", ("Some text.", "Another one, a little longer."))
@@ -81,7 +84,7 @@ def test_nothing_but_all_bits_is_good_enough(base: Path, target: Path) -> None:
 
 
 def test_a_named_codec_that_is_too_coarse_fails_and_leaves_nothing(base: Path, target: Path) -> None:
-    with pytest.raises(QualityTooLowError, match="finer codec"):
+    with pytest.raises(QualityTooLowError, match=r"asked for are at most 1e-09 nats and at least 99\.5%: take a finer"):
         _make(base, target, CodecPolicy("sign"), QualityGate(max_kl=1e-9, max_kl_share=0), [])
     assert sorted(path.name for path in base.parent.iterdir()) == ["base", "target"]
 
@@ -137,6 +140,7 @@ def test_command_line(base: Path, target: Path, capsys: pytest.CaptureFixture[st
         ["--codec", "dense", "--layout", "huggingface", "--min-answers", "1"],
         ["--codec", "lossless", "--residual", "sign"],
         ["--rank", "0"],
+        ["--codec", "sparse", "--rank", "4"],
         ["--max-kl", "-1"],
         ["--min-answers", "99.5"],
     ],
@@ -148,3 +152,40 @@ def test_flags_that_cannot_be_followed_are_refused(
     assert main(["make", "--base", str(base), "--target", str(target), "--out", str(out), *flags]) == 1
     assert "--" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_damaged_model_is_one_clear_error(base: Path, target: Path) -> None:
+    config = target / "config.json"
+    whole = config.read_text()
+    config.write_text(whole.replace('"hidden_size": ', '"hidden_size": "big", "other": '))
+    with pytest.raises(UnsupportedModelError, match="hidden_size"):
+        _make(base, target, CodecPolicy("sign"), None, [])
+    config.write_text(whole)
+    weights = target / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    lines: list[str] = []
+    with pytest.raises(CheckpointError, match="truncated"):
+        _make(base, target, CodecPolicy("sign"), None, lines)
+    assert lines == []  # before anything is computed
+
+
+def test_auto_goes_on_with_the_residuals_at_which_it_was_killed(
+    base: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = QualityGate(max_kl=1e-9, max_kl_share=0)
+    killed: list[str] = []
+
+    def measure(meter: QualityMeter, weights: Mapping[str, Tensor], **options: object) -> object:
+        if any("sign + sign" in line for line in killed):
+            raise KeyboardInterrupt
+        return as_it_is(meter, weights, **options)  # type: ignore[arg-type]
+
+    as_it_is = QualityMeter.measure
+    monkeypatch.setattr(QualityMeter, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        _make(base, target, CodecPolicy(), gate, killed)
+    monkeypatch.undo()
+    again: list[str] = []
+    assert _make(base, target, CodecPolicy(), gate, again).is_exact
+    assert any("going on after" in line for line in again)
+    assert len([line for line in again if "making it again" in line]) < 4  # of 4 from the beginning

@@ -45,6 +45,9 @@ def test_a_delta_that_is_there_is_taken_only_if_it_is_this_fine_tunes(
         (["--target", "T"], "--base"),
         (["--delta", "D", "--canary", "1.5"], "--canary"),
         (["--delta", "D", "--canary", "0.5", "--no-alias"], "--no-alias"),
+        (["--delta", "D", "--url", "localhost:8000"], "--url"),
+        (["--delta", "D", "--timeout", "nan"], "--timeout"),
+        (["--delta", "D", "--alias", "v3"], "alias"),
         (["--delta", "D", "--key-file", "/there/is/none"], "/there/is/none"),
     ],
 )
