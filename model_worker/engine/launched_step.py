@@ -13,7 +13,7 @@ from model_worker.engine.executor import ExecutorLostError, PendingStep
 from model_worker.engine.outputs import TokenLogprobs
 from model_worker.engine.pending_samples import PendingSamples
 from model_worker.engine.step import StepResult
-from model_worker.engine.step_runner import BoundVariants
+from model_worker.engine.step_runner import BoundVariants, StepRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,13 @@ class LaunchedStep:
     """See `PendingStep`.
 
     Attributes:
+        steps: computes it.
         samples: None: nothing is sampled.
         bound: variants of the step, which have to live until it is done.
         done: recorded at its end; None: `samples` come then, or it is done.
     """
 
+    steps: StepRunner
     samples: PendingSamples | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
     swap_s: float
@@ -33,9 +35,10 @@ class LaunchedStep:
     done: torch.cuda.Event | None = None
 
     def result(self) -> StepResult:
-        if self.done is not None:
-            self.done.synchronize()
-        samples = () if self.samples is None else tuple(self.samples.finish())
+        with self.steps.waiting():
+            if self.done is not None:
+                self.done.synchronize()
+            samples = () if self.samples is None else tuple(self.samples.finish())
         return StepResult(samples, self.prompt_logprobs, self.swap_s)
 
 

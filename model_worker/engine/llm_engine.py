@@ -125,7 +125,7 @@ class LLMEngine:
         tokenizer = load_tokenizer(plan.tokenizer_path)
         ranks = binder = None
         if config.tensor_parallel_size > 1:
-            runner, ranks = start_ranks(plan, config, device=machine.device.type, profiler=profiler)
+            runner, ranks = start_ranks(plan, config, device=machine.device, profiler=profiler, report=report)
             binder = SharedVariants(runner.model, ranks)
         else:
             runner = ModelRunner(

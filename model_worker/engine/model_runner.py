@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -233,16 +233,22 @@ class ModelRunner:
         )
         inputs = DeviceInputs(self.device, largest.num_bytes)
         drawn = torch.zeros(max_rows, dtype=torch.int64, device=self.device)
-        if isinstance(self.model, GraphedModel) and not self._config.enforce_eager:
-            self._graphs = DecodeGraphs(
+        if isinstance(self.model, GraphedModel):
+            is_eager = self._config.enforce_eager
+            graphs = DecodeGraphs(
                 self.model,
                 inputs,
                 drawn,
                 max_num_seqs=scheduler.max_num_seqs,
                 num_groups=num_groups,
                 max_blocks=self._layout.max_blocks,
-                capture=self._accelerator.capture(self.model.context),
+                capture=_computed_once if is_eager else self._accelerator.capture(self.model.context),
             )
+            if is_eager:  # kernels for variants are compiled by what would be captured
+                with torch.inference_mode():
+                    graphs.capture(most=1)
+            else:
+                self._graphs = graphs
         return StepRunner(self.model, self._cache, self.device, inputs=inputs, graphs=self._graphs, drawn=drawn)
 
     @torch.inference_mode()
@@ -310,7 +316,7 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(output.scheduled, batch, hidden, bound)
         sampled = _sampled_rows(output.scheduled)
         if not sampled:
-            return LaunchedStep(None, prompt_logprobs, swap_s, bound, end_of_launched(self.device))
+            return LaunchedStep(self.steps, None, prompt_logprobs, swap_s, bound, end_of_launched(self.device))
         with self.profiler.span("logits", rows=len(sampled)):
             logits = self.steps.logits(batch, hidden, bound)
             extra = self.steps.extra_logits(batch, hidden, bound)
@@ -324,7 +330,7 @@ class ModelRunner:
                 samples = self._sampler.launch(logits, sampled)
             if self.runs_ahead:
                 self.steps.remember(samples.tokens)
-        return LaunchedStep(samples, prompt_logprobs, swap_s, bound)
+        return LaunchedStep(self.steps, samples, prompt_logprobs, swap_s, bound)
 
     def _move_blocks(self, moves: BlockMoves) -> float:
         """Returns the seconds that swapping took."""
@@ -355,6 +361,12 @@ class ModelRunner:
                 logits = self.steps.prompt_logits(rows, hidden, bound)
                 of_item += self._sampler.prompt_logprobs(logits, token_ids, num_top)
         return found
+
+
+def _computed_once(run: Callable[[], None]) -> Callable[[], None]:
+    """A `Capture` of which nothing is kept."""
+    run()
+    return run
 
 
 def _sampled_rows(scheduled: SequenceOf[ScheduledSequence]) -> list[SampledRow]:

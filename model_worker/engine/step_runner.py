@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -111,6 +112,10 @@ class StepRunner:
         if rows.variant is None or not variants[rows.variant].num_extra_tokens:
             return logits
         return torch.cat([logits, self._extra(hidden, np.arange(rows.start, rows.end), variants[rows.variant])], dim=1)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around waiting for what was launched here."""
+        return nullcontext()
 
     def _extra(self, hidden: Tensor, rows: npt.NDArray[np.int64], variant: BoundVariant) -> Tensor:
         """hidden [T, hidden] of which `rows` [n] are wanted -> [n, E]"""

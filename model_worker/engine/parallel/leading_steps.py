@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TypeVar
 
@@ -60,6 +61,9 @@ class LeadingSteps(StepRunner):
 
     def extra_logits(self, batch: StepBatch, hidden: Tensor, variants: BoundVariants) -> list[ExtraLogits]:
         return self._own.extra_logits(batch, hidden, _split(variants)[0])
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return self._ranks.waiting()
 
     def _together(self, call: Callable[[], T]) -> T:
         try:

@@ -1,6 +1,6 @@
 """What rank 0 and another rank say to each other, over two connections that only they have.
 
-    steps       Started ──►    ◄── Assignment    Ready, or the error that loading ended with ──►    ◄── Step, Step, ...
+    steps       ◄── Assignment    Ready, or the error that loading ended with ──►    ◄── Step, Step, ...
     variants    ◄── Bind or Weight    their answer, before the next one is asked ──►
 
 Both ends trust each other: messages are pickled. When rank 0 is gone both connections end, and so does the other rank.
@@ -39,11 +39,6 @@ class Assignment:
     device: str
     plan: LoadPlan
     config: EngineConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The process is there."""
 
 
 @dataclass(frozen=True, slots=True)

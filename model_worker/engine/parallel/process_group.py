@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -18,54 +22,99 @@ LOAD_TIMEOUT_S = 600.0  # a rank waits for the others: reading their shares of t
 STEP_TIMEOUT_S = 60.0
 
 
-class ProcessGroup:
-    """A `RankGroup` of processes of this machine: NCCL where the tensors are on GPUs, gloo on CPUs.
+@dataclass(frozen=True, slots=True)
+class _Backends:
+    """torch's process groups; none that torch keeps, so that a process may have several.
 
-    It is torch's process group, but none that torch keeps: a process may have several. Calls raise RuntimeError when
-    another rank has gone, or does not answer in time.
+    Attributes:
+        host: gloo.
+        tensors: NCCL where they are on GPUs, which makes its communicator in the first call; else `host`.
+    """
+
+    host: Any
+    tensors: Any
+
+
+class ProcessGroup:
+    """A `RankGroup` of processes of this machine. Calls raise RuntimeError when another rank has gone, or does not
+    answer in time; what runs on GPUs raises nothing there, and is garbage then: whoever waits for it asks the `Ranks`.
+
+    The ranks find each other in the background, so that each loads its share meanwhile; the first call waits for that.
+    Numbers of the host go over gloo also where tensors are on GPUs: it notices at once that a rank has gone.
 
     Args:
-        store: where the ranks find each other.
+        find_store: gives the store where the ranks find each other.
         device: of the tensors.
         timeout_s: that a call waits for the others, at first.
     """
 
     def __init__(
-        self, store: Store, *, rank: int, size: int, device: torch.device, timeout_s: float = LOAD_TIMEOUT_S
+        self,
+        find_store: Callable[[], Store],
+        *,
+        rank: int,
+        size: int,
+        device: torch.device,
+        timeout_s: float = LOAD_TIMEOUT_S,
     ) -> None:
         self.rank = rank
         self.size = size
         self._device = device
-        self._group = _make_backend(store, rank, size, device, timedelta(seconds=timeout_s))
+        self._found: Future[_Backends] = Future()
+        threading.Thread(target=self._find, args=(find_store, timedelta(seconds=timeout_s)), daemon=True).start()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
-        self._group.allreduce([x]).wait()
+        options = c10d.AllreduceOptions()
+        options.asyncOp = False  # on the stream that computes: no events between two streams, which graphs would hold
+        _wait(self._found.result().tensors.allreduce([x], options))
         return x
 
     def gather_columns(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         widest = max(widths)
         padded = F.pad(x, (0, widest - x.shape[-1])).contiguous()
         gathered = padded.new_empty((self.size * len(padded), *padded.shape[1:]))
-        self._group._allgather_base(gathered, padded).wait()
+        options = c10d.distributed_c10d.AllgatherOptions()
+        options.asyncOp = False
+        _wait(self._found.result().tensors._allgather_base(gathered, padded, options))
         parts = gathered.view(self.size, *padded.shape)
         return torch.cat([part[..., :width] for part, width in zip(parts, widths, strict=True)], dim=-1)
 
     def broadcast(self, x: Tensor) -> None:
-        self._group.broadcast([x], c10d.BroadcastOptions()).wait()  # from rank 0
+        options = c10d.BroadcastOptions()  # from rank 0
+        options.asyncOp = False
+        _wait(self._found.result().tensors.broadcast([x], options))
 
     def minimum(self, number: int) -> int:
-        numbers = [torch.empty(1, dtype=torch.int64, device=self._device) for _ in range(self.size)]
-        self._group.allgather([numbers], [torch.tensor([number], device=self._device)]).wait()
-        return min(int(each.item()) for each in numbers)
+        numbers = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        _wait(self._found.result().host.allgather([numbers], [torch.tensor([number])]))
+        return min(int(each) for each in numbers)
 
     def wait_at_most(self, timeout_s: float) -> None:
-        """That a call waits for the others, from now on."""
-        self._group._set_default_timeout(timedelta(seconds=timeout_s))
+        """That a call waits for the others, from now on, where it waits on the host."""
+        self._found.result().host._set_default_timeout(timedelta(seconds=timeout_s))
 
     def abort(self) -> None:
-        """Let nobody wait for this rank, nor this rank for anybody, any more. Any thread may call this."""
-        self._group.abort()
+        """Let nobody wait for this rank, nor this rank for anybody, any more. Any thread may call this; waits for
+        nothing.
+        """
+        try:
+            self._found.set_exception(RuntimeError("The ranks' group has been aborted."))
+        except InvalidStateError:  # they have found each other, or never will
+            if self._found.exception() is None:
+                _abort(self._found.result())
+
+    def _find(self, find_store: Callable[[], Store], timeout: timedelta) -> None:
+        try:
+            backends = _make_backends(find_store(), self.rank, self.size, self._device, timeout)
+        except Exception as error:
+            if not self._found.done():
+                self._found.set_exception(error)
+            return
+        try:
+            self._found.set_result(backends)
+        except InvalidStateError:  # aborted in the meantime
+            _abort(backends)
 
 
 def host_store(size: int) -> tuple[Store, int]:
@@ -83,13 +132,30 @@ def join_store(port: int, size: int) -> Store:
     return c10d.TCPStore(_LOOPBACK, port, size, is_master=False, wait_for_workers=False)
 
 
-def _make_backend(store: Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
-    if device.type == "cuda":
-        options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        return c10d.ProcessGroupNCCL(store, rank, size, options)
+def _make_backends(store: Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> _Backends:
     options = c10d.ProcessGroupGloo._Options()
     options._timeout = timeout
     options._threads = 1
     options._devices = [c10d.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
-    return c10d.ProcessGroupGloo(store, rank, size, options)
+    host = c10d.ProcessGroupGloo(c10d.PrefixStore("host", store), rank, size, options)
+    if device.type != "cuda":
+        return _Backends(host, host)
+    # NCCL's watchdog would end the process, a minute after something has failed and without our reason. It does not
+    # see what graphs launch either: `Ranks` watches the processes and how long steps take.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    of_nccl = c10d.ProcessGroupNCCL.Options()
+    of_nccl._timeout = timeout
+    return _Backends(host, c10d.ProcessGroupNCCL(c10d.PrefixStore("tensors", store), rank, size, of_nccl))
+
+
+def _wait(work: Any) -> None:
+    """On the host for gloo; NCCL's calls wait on the stream, and may give nothing to wait for."""
+    if work is not None:
+        work.wait()
+
+
+def _abort(backends: _Backends) -> None:
+    backends.host.abort()
+    if backends.tensors is not backends.host:
+        # Its kernels end at once, but NCCL then waits until no graph holds any of its calls.
+        threading.Thread(target=backends.tensors.abort, daemon=True).start()

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
@@ -19,7 +20,7 @@ from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost
 from model_worker.engine.lora.loader_thread import loader_thread
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.causal_model import CausalModel
-from model_worker.engine.parallel.messages import Assignment, Bind, Ready, Started, Step, Weight, send
+from model_worker.engine.parallel.messages import Assignment, Bind, Ready, Step, Weight, send
 from model_worker.engine.parallel.process_group import STEP_TIMEOUT_S, ProcessGroup, join_store
 from registry.errors import InternalError, RootgraftError, UnsupportedModelError
 
@@ -31,7 +32,6 @@ def main(steps: Connection, variants: Connection) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes: rank 0 decides what happens
         signal.signal(number, signal.SIG_IGN)
-    send([steps], Started())
     try:
         assignment: Assignment = steps.recv()
     except EOFError:
@@ -70,7 +70,7 @@ def _load(assignment: Assignment) -> tuple[ModelRunner, ProcessGroup]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     group = ProcessGroup(
-        join_store(assignment.port, assignment.num_ranks),
+        partial(join_store, assignment.port, assignment.num_ranks),
         rank=assignment.rank,
         size=assignment.num_ranks,
         device=device,
@@ -133,5 +133,17 @@ def _carry_out(request: Bind | Weight, share: BoundShare, device: torch.device) 
     return share.bound[request.number].num_bytes
 
 
+def _run(steps: Connection, variants: Connection) -> int:
+    """Its exit status; whatever goes wrong is in the log."""
+    try:
+        main(steps, variants)
+    except Exception:
+        logger.exception("A rank has failed.")
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])), Connection(int(sys.argv[2])))
+    status = _run(Connection(int(sys.argv[1])), Connection(int(sys.argv[2])))
+    sys.stderr.flush()
+    os._exit(status)  # NCCL's destructors would wait for sums to which the others do not come

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -26,8 +29,11 @@ from model_worker.engine.parallel.process_group import STEP_TIMEOUT_S, ProcessGr
 from model_worker.engine.step_batch import StepBatch
 from registry.errors import RootgraftError
 
+logger = logging.getLogger(__name__)
+
 _REASON_S = 2.0  # that is waited for why a rank ended, once something shows that one did
 _END_S = 5.0  # that a rank has for ending by itself
+_LAST_S = 30.0  # that this process has for ending by itself, once the ranks are lost
 
 
 class RankProcess(Protocol):
@@ -57,18 +63,35 @@ class _Fate:
     """What became of the ranks.
 
     Attributes:
-        is_over: they may end.
-        lost: why one has ended that should not have.
+        over: they may end.
+        lost: why no step can be computed any more, if that is so.
         known: `lost` is set.
         on_lost: see Ranks.
+        deadline_s: until which what is waited for has to be there, in monotonic time; None: nobody waits.
     """
 
-    def __init__(self) -> None:
-        self.is_over = False
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self.over = threading.Event()
         self.lost: str | None = None
         self.known = threading.Event()
         self.on_lost: Callable[[], None] = _nobody_waits
-        self.group: ProcessGroup | None = None
+        self.deadline_s: float | None = None
+        self._lock = threading.Lock()
+
+    def lose(self, why: str) -> None:
+        """Say why, let nobody wait any more, and see to it that this process ends. Only the first call counts."""
+        with self._lock:
+            if self.over.is_set() or self.lost is not None:
+                return
+            self.lost = why
+        self.known.set()
+        self.group.abort()
+        self.on_lost()
+        if not self.over.wait(_LAST_S):  # a call on the device that does not come back, for instance
+            logger.critical("%s This process ends, because it cannot stop by itself.", why)
+            logging.shutdown()
+            os._exit(1)
 
 
 class Ranks:
@@ -95,7 +118,10 @@ class Ranks:
         devices: Sequence[str],
         launch: Callable[[], RunningRank] | None = None,
     ) -> None:
-        self._fate = _Fate()
+        store, port = host_store(len(devices))
+        device = torch.device(devices[0])
+        self.group = ProcessGroup(lambda: store, rank=0, size=len(devices), device=device)
+        self._fate = _Fate(self.group)
         self._dropped: SimpleQueue[int] = SimpleQueue()
         self._variants_lock = threading.Lock()
         self._num_variants = 0
@@ -106,14 +132,11 @@ class Ranks:
                 self._ranks.append((launch or launch_rank)())
                 watched = (rank, self._ranks[-1].process, self._fate)
                 threading.Thread(target=_watch, args=watched, daemon=True).start()
-            for other in self._ranks:
-                self._receive(other.steps)
-            self._store, port = host_store(len(devices))
             plan = replace(plan, chat_template=None)  # rank 0 talks
-            for rank, other in enumerate(self._ranks, start=1):
-                send([other.steps], Assignment(rank, len(devices), port, devices[rank], plan, config))
-            self.group = ProcessGroup(self._store, rank=0, size=len(devices), device=torch.device(devices[0]))
-            self._fate.group = self.group
+            assignments = [
+                Assignment(rank, len(devices), port, devices[rank], plan, config) for rank in range(1, len(devices))
+            ]
+            threading.Thread(target=_assign, args=([*self._ranks], assignments), daemon=True).start()
         except BaseException:
             self.close()
             raise
@@ -140,6 +163,22 @@ class Ranks:
             if isinstance(reply, RootgraftError):
                 raise reply
         self.group.wait_at_most(STEP_TIMEOUT_S)
+        threading.Thread(target=_watch_time, args=(self._fate,), daemon=True).start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around waiting for what was launched on a GPU, where a rank that is stuck or gone raises nothing.
+
+        Raises:
+            ExecutorLostError: the ranks are lost; what was waited for is garbage.
+        """
+        self._fate.deadline_s = time.monotonic() + STEP_TIMEOUT_S
+        try:
+            yield
+        finally:
+            self._fate.deadline_s = None
+        if self._fate.lost is not None:
+            raise self.lost()
 
     def send_step(self, batch: StepBatch, variants: dict[int, int]) -> None:
         """Have a batch computed; `variants` are the numbers that `bind` gave, by those of the batch.
@@ -147,6 +186,8 @@ class Ranks:
         Raises:
             ExecutorLostError: a rank has ended.
         """
+        if self._fate.lost is not None:
+            raise self.lost()
         step = Step(batch, variants, self._take_dropped())
         try:
             send([other.steps for other in self._ranks], step)
@@ -217,16 +258,27 @@ class Ranks:
             return tuple(numbers)
 
 
+def _assign(ranks: Sequence[RunningRank], assignments: Sequence[Assignment]) -> None:
+    """Each reads its assignment when it has started, which rank 0 does not wait for."""
+    for other, assignment in zip(ranks, assignments, strict=True):
+        try:
+            send([other.steps], assignment)
+        except OSError:  # it has ended, which `_watch` says
+            return
+
+
 def _watch(rank: int, process: RankProcess, fate: _Fate) -> None:
     status = process.wait()
-    if fate.is_over or fate.lost is not None:
-        return
     how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
-    fate.lost = f"Rank {rank} of this model {how}."
-    fate.known.set()
-    if fate.group is not None:
-        fate.group.abort()
-    fate.on_lost()
+    fate.lose(f"Rank {rank} of this model {how}.")
+
+
+def _watch_time(fate: _Fate) -> None:
+    while not fate.over.wait(1.0):
+        deadline_s = fate.deadline_s
+        if deadline_s is not None and time.monotonic() > deadline_s:
+            fate.lose(f"A step was not done after {STEP_TIMEOUT_S:.0f} s: a rank of this model, or its GPU, is stuck.")
+            return
 
 
 def launch_rank() -> RunningRank:
@@ -245,7 +297,7 @@ def launch_rank() -> RunningRank:
 
 
 def _end(ranks: Sequence[RunningRank], fate: _Fate) -> None:
-    fate.is_over = True
+    fate.over.set()
     for other in ranks:
         other.steps.close()
         other.variants.close()  # with which it ends
@@ -255,6 +307,7 @@ def _end(ranks: Sequence[RunningRank], fate: _Fate) -> None:
         except subprocess.TimeoutExpired:
             other.process.kill()
             other.process.wait()
+    fate.group.abort()
 
 
 def _nobody_waits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -16,31 +17,38 @@ from model_worker.engine.parallel.leading_steps import LeadingSteps
 from model_worker.engine.parallel.ranks import Ranks, RunningRank
 from model_worker.engine.step_profiler import Profiler
 from registry.errors import InvalidRequestError
+from registry.progress import Report
+
+logger = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
 
 
 def start_ranks(
     plan: LoadPlan,
     config: EngineConfig,
     *,
-    device: str = "cpu",
+    device: torch.device = _CPU,
     profiler: Profiler | None = None,
+    report: Report = logger.info,
     launch: Callable[[], RunningRank] | None = None,
 ) -> tuple[ModelRunner, Ranks]:
     """Rank 0's runner, whose steps all ranks compute, and the other ranks; blocks until all have loaded.
 
     Args:
-        device: "cpu", whose processors the ranks share, or "cuda": each has a GPU.
+        device: a CPU, whose processors the ranks share, or the first one's GPU: the others have those after it.
+        report: called with a line for each thing that takes long.
         launch: as in Ranks.
 
     Raises:
         RootgraftError: the checkpoint, the memory or the configuration does not allow it, or a rank has ended.
     """
     devices = _devices(device, config.tensor_parallel_size)
-    if device == "cpu" and config.num_threads is None:
+    if device.type == "cpu" and config.num_threads is None:
         config = replace(config, num_threads=max(1, (os.cpu_count() or 1) // len(devices)))
     ranks = Ranks(plan, config, devices, launch)
     try:
-        runner = ModelRunner(plan, config, device=devices[0], profiler=profiler, group=ranks.group)
+        runner = ModelRunner(plan, config, device=devices[0], profiler=profiler, group=ranks.group, report=report)
         ranks.wait_until_ready()
     except BaseException as error:
         with closing(ranks):
@@ -51,12 +59,14 @@ def start_ranks(
     return runner, ranks
 
 
-def _devices(device: str, size: int) -> list[str]:
-    if device == "cpu":
+def _devices(first: torch.device, size: int) -> list[str]:
+    if first.type == "cpu":
         return ["cpu"] * size
-    if torch.cuda.device_count() < size:
+    num_gpus = torch.cuda.device_count() - (first.index or 0)
+    if num_gpus < size:
+        from_there = f" from {first} on" if first.index else ""
         raise InvalidRequestError(
-            f"--tensor-parallel-size {size} needs as many GPUs, and there are {torch.cuda.device_count()}.",
+            f"--tensor-parallel-size {size} needs as many GPUs, and{from_there} there are {num_gpus}.",
             param="tensor_parallel_size",
         )
-    return [f"cuda:{rank}" for rank in range(size)]
+    return [f"cuda:{(first.index or 0) + rank}" for rank in range(size)]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from delta.variant_terms import LinearTerms, VariantTerms
 from model_worker.engine.batch_builder import BatchBuilder
 from model_worker.engine.config import EngineConfig
-from model_worker.engine.parallel.messages import Assignment, Bind, Ready, Started, Step, Weight, send
+from model_worker.engine.parallel.messages import Assignment, Bind, Ready, Step, Weight, send
 from model_worker.engine.parallel.process_group import ProcessGroup, join_store
 from model_worker.engine.parallel.ranks import Ranks, RunningRank
 from model_worker.engine.parallel.sharding import Part, inputs, outputs
@@ -66,11 +67,10 @@ class FakeRank:
 
     def _compute(self, steps: Connection) -> None:
         with steps:
-            send([steps], Started())
             self.assignment = steps.recv()
             assert self.assignment is not None
-            store = join_store(self.assignment.port, 2)
-            group = ProcessGroup(store, rank=1, size=2, device=torch.device("cpu"))
+            join = partial(join_store, self.assignment.port, 2)
+            group = ProcessGroup(join, rank=1, size=2, device=torch.device("cpu"))
             send([steps], Ready())
             try:
                 while True:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.config import CacheConfig, EngineConfig
 from model_worker.engine.executor import ExecutorLostError
 from model_worker.engine.llm_engine import LLMEngine
-from model_worker.engine.parallel import rank_process
+from model_worker.engine.parallel import rank_process, ranks
 from model_worker.engine.parallel.process_group import ProcessGroup, host_store, join_store
 from model_worker.engine.parallel.ranks import RunningRank
 from model_worker.engine.parallel.start import start_ranks
@@ -158,18 +159,83 @@ time.sleep(600)
         time.sleep(0.05)
 
 
-def test_nobody_waits_for_ever_for_a_rank_that_is_stuck() -> None:
+def _two_groups() -> list[ProcessGroup]:
     store, port = host_store(2)
-    joined: list[ProcessGroup] = []
     device = torch.device("cpu")
-    other = threading.Thread(
-        target=lambda: joined.append(ProcessGroup(join_store(port, 2), rank=1, size=2, device=device))
-    )
-    other.start()
-    group = ProcessGroup(store, rank=0, size=2, device=device)
-    other.join()
-    group.wait_at_most(0.2)
+    finds: list[Callable[[], Any]] = [lambda: store, partial(join_store, port, 2)]
+    return [ProcessGroup(find, rank=rank, size=2, device=device) for rank, find in enumerate(finds)]
+
+
+def test_nobody_waits_for_ever_for_a_rank_that_is_stuck() -> None:
+    groups = _two_groups()
+    groups[0].wait_at_most(0.2)
     with pytest.raises(RuntimeError, match="Timed out"):
-        group.all_reduce(torch.ones(3))
-    for each in (group, *joined):
-        each.abort()
+        groups[0].all_reduce(torch.ones(3))
+    for group in groups:
+        group.abort()
+
+
+def test_nobody_waits_for_a_rank_that_never_comes() -> None:
+    store, _ = host_store(2)
+    group = ProcessGroup(lambda: store, rank=0, size=2, device=torch.device("cpu"))
+    threading.Timer(0.1, group.abort).start()
+    with pytest.raises(RuntimeError, match="aborted"):
+        group.minimum(3)
+
+
+def test_ranks_agree_on_the_least(model: Path) -> None:
+    groups = _two_groups()
+    found: list[int] = []
+    other = threading.Thread(target=lambda: found.append(groups[1].minimum(5)))
+    other.start()
+    found.append(groups[0].minimum(7))
+    other.join()
+    assert found == [5, 5]
+    for group in groups:
+        group.abort()
+
+
+def test_what_a_step_gives_that_is_not_done_in_time_is_not_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a sum that a rank does not come to raises nothing."""
+    launcher = Launcher()
+    with engine_of(make_tiny_plan(model), CONFIG, launch=launcher) as engine:
+        assert engine._ranks is not None
+        monkeypatch.setattr(ranks, "STEP_TIMEOUT_S", 0.1)
+        lost = threading.Event()
+        engine._ranks.on_lost = lost.set
+        with (
+            pytest.raises(ExecutorLostError, match=r"not done after 0 s: .* stuck. Start the worker"),
+            engine._ranks.waiting(),
+        ):
+            lost.wait(30)
+
+
+def test_what_is_there_after_a_rank_is_gone_is_not_used(model: Path) -> None:
+    launcher = Launcher()
+    with engine_of(make_tiny_plan(model), CONFIG, launch=launcher) as engine:
+        assert engine._ranks is not None
+        lost = threading.Event()
+        engine._ranks.on_lost = lost.set
+        launcher.ranks[0].process.kill()
+        with pytest.raises(ExecutorLostError, match="killed by signal 9"), engine._ranks.waiting():
+            lost.wait(30)
+
+
+def test_a_process_that_cannot_stop_by_itself_is_ended(model: Path) -> None:
+    """Rank 0's thread waits here for a device that does not answer."""
+    script = f"""
+import logging, time
+from pathlib import Path
+from model_worker.engine.parallel import ranks
+from model_worker.engine.parallel.start import start_ranks
+from tests.fakes.tiny_models import make_tiny_plan
+from tests.model_worker.engine.parallel.test_ranks import CONFIG, Launcher
+ranks._LAST_S = 0.1
+launcher = Launcher()
+runner, running = start_ranks(make_tiny_plan(Path({str(model)!r})), CONFIG, launch=launcher)
+launcher.ranks[0].process.kill()
+time.sleep(600)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 1
+    assert "Rank 1 of this model was killed by signal 9. This process ends" in ended.stderr
