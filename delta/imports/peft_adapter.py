@@ -91,17 +91,20 @@ class AdapterChanges:
         if place is None or product is None:
             merged = self.merged(name, before)
             return None if merged is None else merged.to(before.dtype)
-        self._used.add((place.kind, place.name))
+        self._used.add(_changed_by(place))
         a, b = product
         return (low_rank_term(a.float(), b.float()),)
 
     def merged(self, name: str, before: Tensor) -> Tensor | None:
         """The tensor with the adapter in it, float32; None: the adapter does not change it."""
         place = find_place(name, self._shapes)
-        if place is None or (place.kind, place.name) not in self._changed():
+        if place is None or _changed_by(place) not in self._changed():
             return None
-        self._used.add((place.kind, place.name))
+        self._used.add(_changed_by(place))
         weight = before.float()
+        if place.kind == "expert":
+            of_expert = self._of_expert(place)
+            return None if of_expert is None else merge_linear(weight, None, of_expert)[0]
         if place.kind == "vector":
             return self._terms.vectors[place.name].float()
         if place.kind == "embedding":
@@ -134,6 +137,19 @@ class AdapterChanges:
             *(("vector", name) for name in self._terms.vectors),
         }
 
+    def _of_expert(self, place: Place) -> LinearTerms | None:
+        """The product for the rows of a tensor that is one expert's, or its gate or up projection; None: there is none.
+
+        The other projection may have components of its own, which are 0 in these rows.
+        """
+        assert place.expert is not None
+        terms = self._terms.experts.get(place.name, {}).get(place.expert)
+        if terms is None or terms.a is None or terms.b is None:
+            return None
+        b = terms.b[place.first_row : place.first_row + place.shape[0]]
+        used = b.any(0)
+        return LinearTerms(a=terms.a[used], b=b[:, used]) if bool(used.any()) else None
+
     def _bias(self, module: str) -> Tensor | None:
         return self._terms.linears[module].bias
 
@@ -144,11 +160,18 @@ class AdapterChanges:
             if linear.a is None or linear.b is None or linear.signs or any(term is not None for term in others):
                 return None
             return (linear.b.T, linear.a.T) if place.transposed else (linear.a, linear.b)
+        if place.kind == "expert" and (of_expert := self._of_expert(place)) is not None:
+            return None if of_expert.a is None or of_expert.b is None else (of_expert.a, of_expert.b)
         if place.kind == "embedding" and (table := self._terms.embeddings.get(place.name)) is not None:
             if table.a is None or table.b is None or table.rows is not None or table.signs:
                 return None
             return table.b.T, table.a.T
         return None
+
+
+def _changed_by(place: Place) -> tuple[str, str]:
+    """As `_changed` has it: experts that are stored one by one are of one parameter."""
+    return ("experts" if place.kind == "expert" else place.kind), place.name
 
 
 def _changes_weight(terms: LinearTerms) -> bool:
