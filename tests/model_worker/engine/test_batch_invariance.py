@@ -14,8 +14,8 @@ from model_worker.engine.outputs import TokenLogprobs
 from model_worker.engine.sampling_params import SamplingParams
 
 _PROMPT = "The capital of France is Paris. The capital of Italy is"
-_CROWD = [f"{number} {'and so on ' * number}" for number in range(1, 20)]
-_ALONE = EngineConfig(
+_CROWD = [f"{number} {'and so on ' * number}" for number in range(1, 20, 2)]
+_CONFIG = EngineConfig(
     CacheConfig(num_blocks=256, enable_prefix_caching=False),
     SchedulerConfig(max_num_batched_tokens=512),
     SpeculationConfig(speculation="off"),
@@ -24,11 +24,8 @@ _ALONE = EngineConfig(
 )
 
 
-def _logprobs(
-    model: Path, config: EngineConfig, prompts: list[str], *, dtype: str, quantization: str
-) -> list[TokenLogprobs]:
+def _logprobs(llm: LLM, prompts: list[str]) -> list[TokenLogprobs]:
     """Of the last prompt's prompt and answer."""
-    llm = LLM(model, config, dtype=dtype, quantization=quantization, max_model_len=256)
     sampling = SamplingParams(temperature=0.0, max_tokens=24, logprobs=3, prompt_logprobs=1, ignore_eos=True)
     generation = llm.generate(prompts, sampling)[-1]
     of_answer, of_prompt = generation.outputs[0].logprobs, generation.prompt_logprobs
@@ -43,13 +40,15 @@ def _logprobs(
 def test_a_request_is_answered_with_the_same_bits(
     smollm2_dir: Path, best_kernels: KernelLibrary, dtype: str, quantization: str
 ) -> None:
-    def run(config: EngineConfig, prompts: list[str]) -> list[TokenLogprobs]:
-        return _logprobs(smollm2_dir, config, prompts, dtype=dtype, quantization=quantization)
+    def load(config: EngineConfig) -> LLM:
+        return LLM(smollm2_dir, config, dtype=dtype, quantization=quantization, max_model_len=256)
 
-    alone = run(_ALONE, [_PROMPT])
+    crowd = [*_CROWD, _PROMPT]
+    llm = load(_CONFIG)
+    alone = _logprobs(llm, [_PROMPT])
     assert len(alone) > 24
-    assert run(_ALONE, [*_CROWD, _PROMPT]) == alone
-    chunks = SchedulerConfig(max_num_batched_tokens=24, max_num_seqs=20, max_mixed_prefill_tokens=3)
-    assert run(dataclasses.replace(_ALONE, scheduler=chunks), [*_CROWD, _PROMPT]) == alone
-    guesses = dataclasses.replace(_ALONE, speculation=SpeculationConfig(), num_threads=1)
-    assert run(guesses, [*_CROWD, _PROMPT]) == alone
+    assert _logprobs(llm, crowd) == alone
+    chunks = SchedulerConfig(max_num_batched_tokens=24, max_num_seqs=len(crowd), max_mixed_prefill_tokens=3)
+    guesses = SpeculationConfig()
+    config = dataclasses.replace(_CONFIG, scheduler=chunks, speculation=guesses, num_threads=1)
+    assert _logprobs(load(config), crowd) == alone
