@@ -85,4 +85,5 @@ def sparse_to_dense(matrix: SparseMatrix, num_columns: int) -> Tensor:
 def rows_of(matrix: SparseMatrix) -> Tensor:
     """The row of each value. -> [nnz] int64"""
     counts = matrix.row_starts.diff()
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    rows = torch.arange(len(counts), device=counts.device)
+    return torch.repeat_interleave(rows, counts, output_size=len(matrix.columns))  # else a GPU would be asked for it

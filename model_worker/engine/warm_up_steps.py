@@ -9,13 +9,13 @@ from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
 
 _SHORT_CHUNK = 2
-_MIDDLE_CHUNK = 40  # products with quantized weights have a kernel of their own for 17 to 64 rows
+_MIDDLE_CHUNK = 40  # products with quantized weights, the head too, have a kernel of their own for 17 to 64 rows
 # Logits of every row are kept, changed and put in order.
 _EVERYTHING = SamplingParams(temperature=1.0, top_p=0.9, top_k=50, repetition_penalty=1.1, logprobs=1, max_tokens=1)
 
 
 def every_kind_of_step(num_tokens: int, *, block_size: int, num_groups: int) -> Iterator[SchedulerOutput]:
-    """A prompt chunk of so many tokens and one of a few, one token after it, and such a token beside a short chunk.
+    """A prompt chunk of so many tokens, some drafts, one token after the prompt, and such a token beside a short chunk.
 
     GPUs have other kernels for each, or other forms of them. The blocks that they write are the first ones.
     """
@@ -26,7 +26,9 @@ def every_kind_of_step(num_tokens: int, *, block_size: int, num_groups: int) -> 
     token = ScheduledSequence(sequence, num_tokens - 1, 1, (sequence,))
     yield SchedulerOutput((ScheduledSequence(sequence, 0, num_tokens, (sequence,)),))
     if num_tokens > _MIDDLE_CHUNK:
-        yield SchedulerOutput((ScheduledSequence(sequence, 0, _MIDDLE_CHUNK),))
+        drafted = Sequence(2, 0, [0], SamplingParams(temperature=0.0), seed=0)
+        drafted.block_tables = sequence.block_tables
+        yield SchedulerOutput((ScheduledSequence(drafted, 0, _MIDDLE_CHUNK, (drafted,), (0,) * (_MIDDLE_CHUNK - 1)),))
     if num_tokens > 1:
         yield SchedulerOutput((token,))
     if num_tokens > _SHORT_CHUNK:

@@ -146,7 +146,8 @@ def _load_rows(rows, dims, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     return numbers
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits", "min_split_keys", "tile_queries"])
+# Tables of a layer group begin where those of the group before end, at any address.
+@triton.jit(do_not_specialize=["block_tables", "table_stride", "num_splits", "min_split_keys", "tile_queries"])
 def attend_kernel(
     query,
     key_cache,
@@ -311,7 +312,7 @@ def merge_kernel(
         tl.store(target, merged.to(out.dtype.element_ty), mask=value_dims < VALUE_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_mapping"])  # that of a layer group begins where the one before ends
 def write_kernel(
     key,
     value,

@@ -9,7 +9,7 @@ import triton.language as tl
 from model_worker.engine.ops.reductions import add
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["addresses"])  # those of a norm begin where the ones of the norm before end
 def rms_norm_kernel(
     x,
     out,
@@ -46,7 +46,7 @@ def rms_norm_kernel(
     tl.store(target, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["addresses"])  # as above
 def add_rms_norm_kernel(
     x,
     residual,

@@ -45,7 +45,9 @@ def rotary_table(
     if positions.device.type == "cuda":
         from model_worker.engine.ops.rotary import triton  # not installed where there is no GPU
 
-        cos, sin = torch.empty(2, len(positions), len(inverse_frequencies), dtype=dtype, device=positions.device)
+        shape = (len(positions), len(inverse_frequencies))
+        # Two tensors: halves of one would not always be aligned, and kernels would be compiled for both cases.
+        cos, sin = (torch.empty(shape, dtype=dtype, device=positions.device) for _ in range(2))
         triton.fill_rotary_table(positions, inverse_frequencies, attention_scaling, cos, sin)
         return RotaryCosSin(cos, sin)
     return rotary_table_reference(positions, inverse_frequencies, attention_scaling, dtype)

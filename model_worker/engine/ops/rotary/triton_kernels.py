@@ -21,7 +21,7 @@ def rotary_table_kernel(
     tl.store(sin + row * HALF + inside, (tl.sin(angles) * attention_scaling).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slot_mapping"])  # that of a layer group begins where the one before ends
 def rotate_and_write_kernel(
     query,
     key,

@@ -1,0 +1,119 @@
+"""On a GPU all kernels are compiled before the first request: whatever steps launch, the start has launched before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from delta.variant_terms import LinearTerms, VariantTerms
+from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from model_worker.engine.lora.variant import Variant
+from model_worker.engine.model_runner import ModelRunner
+from model_worker.engine.models.gpu_decoder import GpuDecoder
+from tests.fakes.fake_cuda import FakeCuda
+from tests.fakes.launch_recorder import LaunchRecorder
+from tests.fakes.random_steps import RandomSteps, every_step
+from tests.fakes.random_variants import EMBEDDING, HEAD, random_variant
+from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
+
+MAX_NUM_SEQS = 66
+MAX_TOKENS = 160
+MAX_MODEL_LEN = 4096
+DECODED = (1, 2, 3, 5, 8, 13, 16, 17, 33, 64, 65, 66)  # sequences of decode steps
+NUM_MIXED = 40
+
+
+@contextmanager
+def started(
+    path: Path, family: str, *, dtype: str = "bfloat16", quantization: str | None = None, **options: Any
+) -> Iterator[tuple[ModelRunner, FakeCuda, LaunchRecorder, dict[str, Tensor]]]:
+    """A runner as it is before the first request, and the weights of the base."""
+    pytest.importorskip("triton")
+    model = build_tiny_model(family)
+    model.save_pretrained(path)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    plan = replace(make_tiny_plan(path, dtype=dtype, max_model_len=MAX_MODEL_LEN), quantization=quantization)
+    cache = CacheConfig(num_blocks=2000, swap_space_gib=0.0, kv_cache_dtype=options.pop("kv_cache_dtype", "auto"))
+    scheduler = SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_TOKENS)
+    cuda = FakeCuda()
+    recorder = LaunchRecorder(lambda: cuda.capturing)
+    with cuda.installed(), recorder.installed():
+        runner = ModelRunner(plan, EngineConfig(cache, scheduler, **options), device="cuda")
+        yield runner, cuda, recorder, weights
+
+
+def bound(runner: ModelRunner, number: int, terms: VariantTerms) -> Variant:
+    variant = Variant(number)
+    assert isinstance(runner.model, GpuDecoder)
+    variant.bound = runner.model.bind(terms)
+    return variant
+
+
+def low_rank_variant(weights: Mapping[str, Tensor], rank: int) -> VariantTerms:
+    """An adapter of all linear layers but the head."""
+    shapes = {name.removesuffix(".weight"): tensor.shape for name, tensor in weights.items() if ".layers." in name}
+    linears = {
+        module: LinearTerms(a=torch.zeros(rank, shape[1]), b=torch.zeros(shape[0], rank))
+        for module, shape in shapes.items()
+        if len(shape) == 2
+    }
+    return VariantTerms(f"sha256:rank {rank}", linears)
+
+
+def with_more_tokens(terms: VariantTerms) -> VariantTerms:
+    """The same with three tokens that the base does not have."""
+    embedding = terms.embeddings[EMBEDDING]
+    assert embedding.rows is not None
+    extra = torch.zeros(3, embedding.rows.shape[1])
+    head = replace(terms.linears.get(HEAD, LinearTerms()), extra_rows=extra)
+    return replace(
+        terms,
+        linears={**terms.linears, HEAD: head},
+        embeddings={EMBEDDING: replace(embedding, extra_rows=extra)},
+    )
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama-tied", {}),
+    "without graphs": ("llama", {"dtype": "float32", "enforce_eager": True}),
+    "layer groups": ("gemma2", {}),
+    "norms of rows, int4": ("olmo2", {"quantization": "int4"}),
+    "norms of heads, 8 bits": ("qwen3", {"quantization": "fp8", "kv_cache_dtype": "float8_e4m3fn"}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_step_compiles_or_waits(tmp_path: Path, form: str) -> None:
+    """Whatever the requests want, and whichever variants are bound; logprobs of prompts are read from the device."""
+    family, options = FORMS[form]
+    with started(tmp_path, family, **options) as (runner, cuda, recorder, weights):
+        compiled = set(recorder.found)
+        steps = RandomSteps(
+            seed=0,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=MAX_TOKENS,
+            max_model_len=MAX_MODEL_LEN,
+            block_size=runner.block_size,
+            num_groups=len(runner.groups),
+            vocab_size=runner.vocab_size,
+        )
+        for turn in range(2):  # variants come and go
+            terms = [random_variant(weights, seed=10 * turn + number) for number in range(2)]
+            terms += [low_rank_variant(weights, rank=8 + 92 * turn), with_more_tokens(terms[0])]
+            variants = [None, *(bound(runner, number, each) for number, each in enumerate(terms))]
+            num_reads = cuda.num_reads
+            for step in every_step(steps, DECODED if turn == 0 else (), variants, NUM_MIXED):
+                runner.launch(step).result()
+                if any(item.sequence.sampling.prompt_logprobs is not None for item in step.scheduled):
+                    num_reads = cuda.num_reads
+                assert cuda.num_reads == num_reads
+        assert runner._config.enforce_eager or cuda.num_replays > 10
+    new = [str(key) for key in recorder.found if key not in compiled]
+    assert not new, "\n" + "\n".join(new)
