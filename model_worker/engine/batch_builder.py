@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence as SequenceOf
+from collections.abc import Sequence as SequenceOf
 from itertools import accumulate, groupby
 
 import numpy as np
@@ -58,10 +58,10 @@ class BatchBuilder:
             seq_lens=seq_lens,
             blocks=BlockMoves(output.swap_out, output.swap_in, output.block_copies, self._cleared(scheduled)),
             pending=pending,
-            segments=_segments((item.sequence.variant, item.num_tokens) for item in scheduled),
+            segments=_segments([(item.sequence.variant, item.num_tokens) for item in scheduled]),
             logit_rows=np.array(rows, dtype=np.int64),
             logit_segments=_segments(
-                (item.sequence.variant, 1 + len(item.drafts)) for item in scheduled if item.sampled
+                [(item.sequence.variant, 1 + len(item.drafts)) for item in scheduled if item.sampled]
             ),
             repeats=None if repeats is None else np.array(repeats, dtype=np.int64),
             prompt_rows=_prompt_rows(scheduled, query_start),
@@ -104,6 +104,9 @@ class BatchBuilder:
         self, scheduled: SequenceOf[ScheduledSequence], query_start: SequenceOf[int]
     ) -> tuple[list[int], list[int] | None]:
         """Tokens whose logits are sampled, and for each sample its place among them, should that be another."""
+        if query_start[-1] == len(scheduled) and all(len(item.sampled) == 1 for item in scheduled):
+            self._last_samples = {item.sampled[0].seq_id: place for place, item in enumerate(scheduled)}
+            return list(range(len(scheduled))), None
         rows: list[int] = []
         places: list[int] = []
         last_samples: dict[int, int] = {}
@@ -131,6 +134,8 @@ def prompt_targets(item: ScheduledSequence) -> range:
 def _prompt_rows(scheduled: SequenceOf[ScheduledSequence], query_start: SequenceOf[int]) -> tuple[PromptRows, ...]:
     pieces: list[PromptRows] = []
     for item, first in zip(scheduled, query_start, strict=False):
+        if item.sequence.sampling.prompt_logprobs is None:
+            continue
         variant = item.sequence.variant
         num_rows = len(prompt_targets(item))
         for start in range(0, num_rows, _PROMPT_ROWS):
@@ -147,8 +152,10 @@ def _input_ids(scheduled: SequenceOf[ScheduledSequence]) -> list[int]:
     return input_ids
 
 
-def _segments(runs: Iterable[tuple[Variant | None, int]]) -> tuple[RowSegment, ...]:
+def _segments(runs: SequenceOf[tuple[Variant | None, int]]) -> tuple[RowSegment, ...]:
     """Of runs of rows, in order; one for each variant, where the runs are sorted by it."""
+    if all(variant is None for variant, _ in runs):
+        return ()
     segments = []
     end = 0
     for variant, group in groupby(runs, key=lambda run: run[0]):

@@ -11,6 +11,7 @@ are as wide as the longest sequence that may come; of them only the columns in u
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
@@ -171,18 +172,15 @@ class DecodeGraphs:
         self._graphs.clear()
         self._outputs = None
 
-    def fits(self, batch: StepBatch, segments: VariantSegments) -> bool:
-        """There is a graph for this batch: of one token of each sequence, from all of which is sampled."""
+    def replay(self, batch: StepBatch, segments: VariantSegments) -> Replayed | None:
+        """Compute a batch of one token of each sequence, all sampled from. None: there is no graph for it."""
         if not batch.num_tokens == batch.num_sequences == len(batch.logit_rows):
-            return False
+            return None
         if batch.block_tables.shape[2] > self._max_blocks:
-            return False
-        return self._find(batch, segments) is not None
-
-    def replay(self, batch: StepBatch, segments: VariantSegments) -> Replayed:
-        """Compute a batch that fits."""
-        graph = self._find(batch, segments)
-        assert graph is not None
+            return None
+        graph = self._find(batch.num_tokens, segments)
+        if graph is None:
+            return None
         tables = self._inputs.load(batch, num_rows=graph.num_rows).block_tables
         graph.block_tables[:, :, : tables.shape[2]].copy_(tables)
         if graph.terms is not None:
@@ -191,8 +189,11 @@ class DecodeGraphs:
         assert self._outputs is not None
         return Replayed(*(output[: batch.num_tokens] for output in self._outputs))
 
-    def _find(self, batch: StepBatch, segments: VariantSegments) -> _Graph | None:
-        size = next((size for size in self._sizes if size >= batch.num_tokens), 0)
+    def _find(self, num_rows: int, segments: VariantSegments) -> _Graph | None:
+        place = bisect_left(self._sizes, num_rows)
+        if place == len(self._sizes):
+            return None
+        size = self._sizes[place]
         if not segments:
             return self._graphs.get((size, 0))
         for kind in range(1, self._num_kinds):

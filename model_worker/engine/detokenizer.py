@@ -60,6 +60,8 @@ class IncrementalDetokenizer:
 
     def append(self, token_ids: Sequence[int]) -> DetokenizedText:
         """Add sampled tokens; after a stop string nothing more is added."""
+        if len(token_ids) == 1 and not self._stopped:  # mostly
+            return self._append(token_ids[0])
         released: list[str] = []
         for token_id in token_ids:
             assert not self._stopped, "a token after the stop string"

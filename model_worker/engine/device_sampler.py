@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from model_worker.engine.token_draw import MIN_TEMPERATURE
 from model_worker.engine.token_logprobs import LogprobTensors
 from registry.errors import RootgraftError
 
-_GREEDY = (1.0, 0.0, 1.0, 1.0, 0.0)  # as parameters of ops/sampling
+_GREEDY = np.array([1.0, 0.0, 1.0, 1.0, 0.0])  # as parameters of ops/sampling
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,20 +96,21 @@ def launch_on_device(
 
 def _draw(logits: Tensor, sequences: SequenceOf[SampledRow]) -> Draws:
     vocab_size = logits.shape[1]
-    random = uniform([sequence.seed for sequence in sequences], [sequence.num_tokens for sequence in sequences])
-    rows: list[tuple[float, ...]] = []
+    parameters = np.tile(_GREEDY, (len(sequences), 1))  # [R, 5]
     wide: list[int] = []
-    for row, (sequence, number) in enumerate(zip(sequences, random.tolist(), strict=True)):
-        sampling = sequence.sampling
-        if sampling.greedy:
-            rows.append(_GREEDY)
-            continue
-        top_k = min(sampling.top_k or vocab_size, vocab_size)
-        rows.append((1.0 / max(sampling.temperature, MIN_TEMPERATURE), sampling.min_p, top_k, sampling.top_p, number))
-        if NUM_ORDERED < top_k < vocab_size:
-            wide.append(row)
-    parameters = to_device(torch.tensor(rows, dtype=torch.float64), logits.device)
-    return draw_tokens(logits, parameters, _index(wide, logits.device) if wide else None)
+    drawn = [row for row, sequence in enumerate(sequences) if not sequence.sampling.greedy]
+    if drawn:
+        chosen = [sequences[row] for row in drawn]
+        random = uniform([sequence.seed for sequence in chosen], [sequence.num_tokens for sequence in chosen])
+        for row, sequence, number in zip(drawn, chosen, random.tolist(), strict=True):
+            sampling = sequence.sampling
+            top_k = min(sampling.top_k or vocab_size, vocab_size)
+            inverse = 1.0 / max(sampling.temperature, MIN_TEMPERATURE)
+            parameters[row] = (inverse, sampling.min_p, top_k, sampling.top_p, number)
+            if NUM_ORDERED < top_k < vocab_size:
+                wide.append(row)
+    on_device = to_device(torch.from_numpy(parameters), logits.device)
+    return draw_tokens(logits, on_device, _index(wide, logits.device) if wide else None)
 
 
 def _index(rows: Iterable[int], device: torch.device) -> Tensor:

@@ -92,6 +92,9 @@ class OpenRequests:
                 drawn = list(islice(samples, 1 + len(item.drafts)))
                 if request is None or sequence.finished:
                     continue
+                if not item.drafts and isinstance(drawn[0], SampledToken) and request_id not in errors:  # mostly
+                    deltas.setdefault(request_id, []).append(self._append(request, sequence, (drawn[0],)))
+                    continue
                 failures = [sample for sample in drawn if isinstance(sample, RootgraftError)]
                 if failures and not item.drafts:
                     errors[request_id] = failures[0]
@@ -150,11 +153,11 @@ class OpenRequests:
                 text += detokenizer.flush()
             self._scheduler.finish(sequence, reason, stop_reason)
         appended = samples[:num_appended]
-        logprobs = tuple(sample.logprobs for sample in appended if sample.logprobs is not None)
+        logprobs = tuple([sample.logprobs for sample in appended if sample.logprobs is not None])
         return SequenceDelta(
             index=sequence.index,
             text=text,
-            token_ids=tuple(sample.token_id for sample in appended),
+            token_ids=tuple([sample.token_id for sample in appended]),
             logprobs=logprobs or None,
             finish_reason=reason,
             stop_reason=stop_reason,

@@ -68,9 +68,9 @@ class StepRunner:
         """Write K and V of all tokens. -> [T, hidden], until the next call"""
         segments = _bound(batch.segments, variants)
         self._logit_rows = self._logits = None
-        if self._graphs is not None and self._graphs.fits(batch, segments):
-            hidden, self._logits = self._graphs.replay(batch, segments)
-            return hidden
+        if self._graphs is not None and (replayed := self._graphs.replay(batch, segments)) is not None:
+            self._logits = replayed.logits
+            return replayed.hidden
         tensors = self._inputs.load(batch)
         self._logit_rows = tensors.logit_rows
         context = self._model.context
