@@ -10,6 +10,7 @@ which is how a trace knows what they are for; their keys are those of `decoder_f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -24,6 +25,7 @@ from model_worker.engine.ops.gated_activation.functional import gated_activation
 from model_worker.engine.ops.linear import Activation
 from model_worker.engine.ops.rotary.functional import RotaryCosSin
 from model_worker.engine.parallel.group import RankGroup
+from model_worker.engine.parallel.row_norms import row_scales
 
 
 class StepTerms(LinearTerms, NormTerms, Protocol):
@@ -95,6 +97,7 @@ class DecoderAttention(nn.Module):
     ) -> None:
         super().__init__()
         self._num_heads, self._head_dim, self._group = spec.num_heads, spec.head_dim, group
+        self._normalizes_rows, self._epsilon = spec.qk_norm == "row", spec.norm_epsilon
         query, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self._sizes = [query, kv, kv]
         widths = (query + 2 * kv,) if spec.fused_names else (query, kv, kv)
@@ -117,11 +120,21 @@ class DecoderAttention(nn.Module):
         """x [T, hidden] -> [T, hidden]"""
         num_rows = len(x)
         qkv = self.qkv_proj(x, terms)
-        for norm, columns in zip(self.qk_norms, self._normed, strict=True):
-            norm(qkv[:, columns], terms, out=qkv[:, columns])
+        self._normalize(qkv, terms)
         query, key, value = (part.view(num_rows, -1, self._head_dim) for part in torch.split(qkv, self._sizes, dim=1))
         attended = self.paged_attention(query, key, value, table)
         return self._group.all_reduce(self.o_proj(attended.view(num_rows, -1), terms))
+
+    def _normalize(self, qkv: Tensor, terms: StepTerms | None) -> None:
+        """Queries and keys, in place."""
+        parts = [qkv[:, columns] for columns in self._normed]
+        scales: Sequence[Tensor | None] = [None] * len(parts)
+        if self._normalizes_rows and self._group.size > 1:
+            scales = row_scales(parts, self._epsilon, self._group)
+        for norm, part, scale in zip(self.qk_norms, parts, scales, strict=True):
+            norm(part, terms, out=part)
+            if scale is not None:
+                part.mul_(scale)
 
 
 class DecoderMLP(nn.Module):

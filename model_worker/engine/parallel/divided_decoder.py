@@ -23,7 +23,6 @@ from model_worker.engine.parallel.sharding import (
     outputs,
 )
 from model_worker.engine.parallel.token_hooks import add_up_rows, gather_logits
-from registry.errors import UnsupportedModelError
 
 
 class DividedDecoder:
@@ -37,15 +36,13 @@ class DividedDecoder:
     Attributes:
         spec: of this rank: its heads and its share of the MLP; the vocabulary is whole.
         num_tokens: rows that it has of the embedding and of the head.
-        divisions: by module.
+        divisions: by module, or by parameter where it is that of a norm.
 
     Raises:
-        UnsupportedModelError: this model cannot be divided among so many, or not in this decoder.
+        UnsupportedModelError: this model cannot be divided among so many.
     """
 
     def __init__(self, spec: DecoderSpec, group: RankGroup, *, in_groups: bool) -> None:
-        if spec.qk_norm == "row":
-            raise UnsupportedModelError("The native decoder for GPUs cannot divide norms of all heads among ranks.")
         self._group = group
         self._share = Share(group.rank, group.size)
         self._tokens = outputs(Part(spec.vocab_size, spec.vocab_size, "tokens", uneven=True))
@@ -87,15 +84,16 @@ def _divisions(spec: DecoderSpec, tokens: Division) -> dict[str, Division]:
     found = {EMBEDDING.removesuffix(".weight"): tokens, HEAD.removesuffix(".weight"): tokens}
     for name in parameter_shapes(spec):
         module = name.removesuffix(".weight")
-        division = _division(spec, module.rpartition(".")[2])
-        if division is not None:
+        kind = module.rpartition(".")[2]
+        if (division := _division(spec, kind)) is not None:
             found[module] = division
+        elif spec.qk_norm == "row" and kind in ("q_norm", "k_norm"):
+            found[name] = outputs(_heads(spec) if kind == "q_norm" else _kv_heads(spec))
     return found
 
 
 def _division(spec: DecoderSpec, kind: str) -> Division | None:
-    heads = Part(spec.num_heads * spec.head_dim, spec.num_heads, "attention heads")
-    kv_heads = Part(spec.num_kv_heads * spec.head_dim, spec.num_kv_heads, "KV heads", repeats=True)
+    heads, kv_heads = _heads(spec), _kv_heads(spec)
     neurons = Part(spec.intermediate_size, spec.intermediate_size, "neurons")
     known = {
         "q_proj": outputs(heads),
@@ -109,3 +107,11 @@ def _division(spec: DecoderSpec, kind: str) -> Division | None:
         "down_proj": inputs(neurons),
     }
     return known.get(kind)
+
+
+def _heads(spec: DecoderSpec) -> Part:
+    return Part(spec.num_heads * spec.head_dim, spec.num_heads, "attention heads")
+
+
+def _kv_heads(spec: DecoderSpec) -> Part:
+    return Part(spec.num_kv_heads * spec.head_dim, spec.num_kv_heads, "KV heads", repeats=True)

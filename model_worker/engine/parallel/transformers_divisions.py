@@ -9,7 +9,8 @@ A plan names modules and parameters with a * for each index, and for each a styl
     heads                       a vector of one number a head
 
 What no plan names is whole on every rank, and so is what a plan computes in parts only to put it together again
-(olmo2's attention, whose norms look at all heads). The embedding and the output head are divided by tokens.
+(olmo2's attention, whose norms look at all heads; only the GPU's decoder divides it). The embedding and the output head
+are divided by tokens.
 """
 
 from __future__ import annotations

@@ -124,7 +124,14 @@ def test_adapters(name: str, impl: str, adapters: tuple[str, ...], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "impl"), [("llama", "transformers"), ("llama", "native"), ("llama-tied", "native"), ("mixtral", "auto")]
+    ("name", "impl"),
+    [
+        ("llama", "transformers"),
+        ("llama", "native"),
+        ("llama-tied", "native"),
+        ("olmo2", "native"),
+        ("mixtral", "auto"),
+    ],
 )
 def test_deltas(name: str, impl: str, tmp_path: Path) -> None:
     base = tmp_path / "base"

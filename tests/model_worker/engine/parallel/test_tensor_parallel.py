@@ -24,9 +24,7 @@ from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, buil
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 NATIVE = [
-    name
-    for name, model in TINY_MODELS.items()
-    if model.model_type in NATIVE_MODEL_TYPES and name not in (*MIXTURES, "olmo2")
+    name for name, model in TINY_MODELS.items() if model.model_type in NATIVE_MODEL_TYPES and name not in MIXTURES
 ]
 BOTH = [*((name, "transformers") for name in TINY_MODELS), *((name, "native") for name in NATIVE)]
 THOROUGH = [
@@ -127,6 +125,15 @@ def test_logprobs_of_prompts(name: str, impl: str, tmp_path: Path) -> None:
     for of_prompt, expected_of_prompt in zip(found, expected, strict=True):
         values = [entry.logprob for entry in of_prompt if entry is not None]
         assert values == pytest.approx([entry.logprob for entry in expected_of_prompt if entry is not None], abs=1e-4)
+
+
+def test_norms_of_all_heads_count_repeated_kv_heads_once(tmp_path: Path) -> None:
+    build_tiny_model("olmo2").save_pretrained(tmp_path)
+    expected, _, _ = _run(ModelRunner(make_tiny_plan(tmp_path), _config("transformers", size=1)), _prompts())
+    with divided_runner(make_tiny_plan(tmp_path), _config("native", size=4)) as runner:
+        found, _, _ = _run(runner, _prompts())
+    assert found == expected
+    assert isinstance(runner.model, GpuDecoder)
 
 
 @pytest.mark.parametrize("impl", ["transformers", "native"])
