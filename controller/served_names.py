@@ -113,7 +113,7 @@ class ServedNames:
             models, variants = sorted(self._workers.models()), sorted(self._variants.names())
             known = ", ".join(models) or "none"
             if variants:
-                known += f", and {len(variants)} variants, see GET /v1/models"
+                known += f", and {len(variants)} variant{'s' if len(variants) > 1 else ''}, see GET /v1/models"
             # The name comes from a client: escaped and cut, so that it cannot forge a log line.
             shown = f"{name[:80]!a} does not exist{_suggestion(name[:80], [*models, *variants])}"
             raise ModelNotFoundError(f"the model {shown}; models served now: {known}", param=param)

@@ -34,12 +34,12 @@ def create_models_router(backend: Backend) -> APIRouter:
         responses={200: {"model": ModelObject}, "default": error_responses()[404]},  # FastAPI would add a 422
     )
     async def retrieve_model(model_id: str) -> Response:
-        for model in backend.gateway.models():
-            if model.name == model_id:
-                return json_response(_model(model))
-        raise ModelNotFoundError(
-            f"No model {model_id[:80]!a} is served; GET /v1/models lists those that are.", param="model"
-        )
+        model = backend.gateway.model(model_id)
+        if model is None:
+            raise ModelNotFoundError(
+                f"No model {model_id[:80]!a} is served; GET /v1/models lists those that are.", param="model"
+            )
+        return json_response(_model(model))
 
     return router
 

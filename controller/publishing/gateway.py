@@ -79,6 +79,16 @@ class ReleaseGateway:
         """As Gateway.models, but releases and their aliases stand in the place of their versions."""
         return list(self._with_releases(self._inner.models()))
 
+    def model(self, name: str) -> ServedModelInfo | None:
+        """What `name` stands for, if it can be asked for now: versions and "@prod" too, which `models` leaves out."""
+        served = self._inner.models()
+        for model in self._with_releases(served):
+            if model.name == name:
+                return model
+        stable = self._stable(name)
+        version = next((model for model in served if model.name == stable), None)
+        return version if version is None or name == stable else replace(version, name=name, root=stable)
+
     # -------------------------------------------------------------------------------------------------- streams
 
     async def _stream(

@@ -177,6 +177,9 @@ class FakeGateway:
     def models(self) -> list[FakeModel]:
         return self.models_
 
+    def model(self, name: str) -> FakeModel | None:
+        return next((model for model in self.models_ if model.name == name), None)
+
     def _check(self, model: str) -> None:
         if self.refuse is not None:
             self.num_refused += 1

@@ -106,6 +106,10 @@ async def test_from_files_to_answers_and_back(publishing: Publishing, catalog: C
     assert [(model["id"], model["root"], model["parent"]) for model in listed] == [
         ("m", "m", None), ("bot", "bot@v1", "m"),
     ]  # fmt: skip
+    for name in ("bot", "bot@prod", "bot@v2", "m"):
+        model = await (await publishing.controller.get(f"/v1/models/{name}")).json()
+        assert (model["id"], model["parent"]) == (name, None if name == "m" else "m")
+    assert (await publishing.controller.get("/v1/models/bot@staging")).status == 404
     status, answer = await publishing.call("DELETE", "/bot/versions/1")
     assert (status, "used by the alias bot@prod" in answer["error"]["message"]) == (400, True)
     assert (await publishing.call("DELETE", "/bot/versions/2"))[0] == 200
