@@ -1,4 +1,4 @@
-"""A decoder computes sequences in steps, without an engine around it."""
+"""A model computes sequences in steps, without an engine around it."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from torch import Tensor
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegment
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.models.native_decoder import NativeDecoder
+from model_worker.engine.models.transformers_model import TransformersModel
 from model_worker.engine.ops.paged_attention import AttentionMetadata
 
 MAX_MODEL_LEN = 64
 BLOCK_SIZE = 16
 MAX_BLOCKS = MAX_MODEL_LEN // BLOCK_SIZE
 
-Decoder = NativeDecoder | GpuDecoder
+Model = NativeDecoder | GpuDecoder | TransformersModel
 
 
 class Sequences:
-    """Sequences that one decoder computes, each in blocks of its own.
+    """Sequences that one model computes, each in blocks of its own.
 
     Args:
         variants: of each sequence; None: the base.
     """
 
-    def __init__(self, decoder: Decoder, variants: Sequence[BoundVariant | None]) -> None:
-        self._decoder = decoder
+    def __init__(self, model: Model, variants: Sequence[BoundVariant | None]) -> None:
+        self._model = model
         self._variants = variants
         self._lengths = [0] * len(variants)
-        dtype = decoder.kv_dtypes[0]
-        for attention in decoder.attentions:
+        dtype = model.kv_dtypes[0]
+        for attention in model.attentions:
             tensors = attention.allocate(len(variants) * MAX_BLOCKS, BLOCK_SIZE, dtype, torch.device("cpu"))
             attention.use_cache(tensors, BLOCK_SIZE, dtype)
 
+    @torch.no_grad()
     def step(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
         """Logits after each of the new tokens of every sequence. -> for each [len(tokens), vocab]"""
-        context = self._decoder.context
+        context = self._model.context
         starts = self._lengths
         self._lengths = [start + len(new) for start, new in zip(starts, tokens, strict=True)]
         tables = torch.arange(len(tokens) * MAX_BLOCKS, dtype=torch.int32).view(-1, MAX_BLOCKS)
@@ -52,6 +54,6 @@ class Sequences:
             if variant is not None
         )
         ids = torch.tensor([token for new in tokens for token in new])
-        hidden = self._decoder(ids, context.metadata.positions)
-        logits = self._decoder.logits(hidden, context.variants).clone()
+        hidden = self._model(ids, context.metadata.positions)
+        logits = self._model.logits(hidden, context.variants).clone()
         return list(torch.split(logits, [len(new) for new in tokens]))

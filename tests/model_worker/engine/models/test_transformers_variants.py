@@ -18,63 +18,23 @@ from delta.peft.reader import read_peft_adapter
 from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
 from model_worker.engine.layers.linear import Linear, PackedMethod
 from model_worker.engine.loader import load_model
-from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost, VariantSegment
+from model_worker.engine.lora.bound_variant import VariantHost, VariantSegment
 from model_worker.engine.lora.served_base import ServedBase
 from model_worker.engine.models.transformers_model import TransformersModel
 from model_worker.engine.models.transformers_variants import TransformersVariant
-from model_worker.engine.ops.paged_attention import AttentionMetadata
 from registry.errors import UnsupportedModelError
+from tests.fakes.decoder_steps import Sequences
 from tests.fakes.peft_adapters import TinyBase, make_adapter, merged_model
 from tests.fakes.random_terms import random_plane, random_sparse
 from tests.fakes.tiny_models import TINY_MODELS, build_tiny_model, make_tiny_plan
 
 CPU = torch.device("cpu")
-BLOCK_SIZE = 8
-MAX_BLOCKS = 8
 WITHOUT_EXPERTS = ("llama4_text",)  # whose experts cannot have terms
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-class Rows:
-    """Sequences that one model computes, each in blocks of its own.
-
-    Args:
-        variants: of each sequence; None: the base.
-    """
-
-    def __init__(self, model: TransformersModel, variants: Sequence[BoundVariant | None]) -> None:
-        self._model = model
-        self._variants = variants
-        self._lengths = [0] * len(variants)
-        dtype = model.kv_dtypes[0]
-        for attention in model.attentions:
-            attention.use_cache(
-                attention.allocate(len(variants) * MAX_BLOCKS, BLOCK_SIZE, dtype, CPU), BLOCK_SIZE, dtype
-            )
-
-    @torch.inference_mode()
-    def step(self, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Logits after each of the new tokens of every sequence. -> for each [len(tokens), vocab]"""
-        context = self._model.context
-        starts, self._lengths = self._lengths, [n + len(new) for n, new in zip(self._lengths, tokens, strict=True)]
-        tables = torch.arange(len(tokens) * MAX_BLOCKS, dtype=torch.int32).view(-1, MAX_BLOCKS)
-        positions = [torch.arange(*limits) for limits in zip(starts, self._lengths, strict=True)]
-        slots = [i * MAX_BLOCKS * BLOCK_SIZE + each for i, each in enumerate(positions)]
-        query_start = torch.tensor([0, *map(len, tokens)]).cumsum(0).tolist()
-        context.metadata = AttentionMetadata(tables, tuple(query_start), tuple(self._lengths), torch.cat(positions))
-        context.slot_mapping = torch.cat(slots)
-        context.variants = tuple(
-            VariantSegment(query_start[i], query_start[i + 1], variant)
-            for i, variant in enumerate(self._variants)
-            if variant is not None
-        )
-        hidden = self._model(torch.tensor([token for new in tokens for token in new]), context.metadata.positions)
-        logits = self._model.logits(hidden, context.variants)
-        return list(torch.split(logits, [len(new) for new in tokens]))
 
 
 def _load(reference: PreTrainedModel, path: Path, dtype: str = "float32") -> TransformersModel:
@@ -164,7 +124,7 @@ def test_a_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
     references = [reference, *(merged_model(reference, of_variant) for of_variant in terms)]
     of_sequence = [0, 0, 1, 2, 2, 3]
     sequences = _tokens([12, 9, 14, 11, 8, 20])
-    rows = Rows(model, [None if variant == 0 else bound[variant - 1] for variant in of_sequence])
+    rows = Sequences(model, [None if variant == 0 else bound[variant - 1] for variant in of_sequence])
     cuts = [(0, 11, 12), (0, 8, 9), (0, 13, 14), (0, 6, 11), (0, 7, 8), (0, 19, 20)]
     found: list[list[Tensor]] = [[] for _ in sequences]
     for step in range(2):
@@ -184,7 +144,7 @@ def test_half_precision_is_near(name: str, dtype: str, tmp_path: Path) -> None:
     model = _load(reference, tmp_path, dtype)
     terms = _terms(model_shapes(reference), seed=2, model_type=name)
     prompt, other = _tokens([12, 5])
-    _, logits = Rows(model, [None, model.bind(terms)]).step([other, prompt])
+    _, logits = Sequences(model, [None, model.bind(terms)]).step([other, prompt])
     expected = _logits(merged_model(reference, terms).to(getattr(torch, dtype)), prompt)
     assert logits.dtype == expected.dtype
     error = (logits - expected).float().norm() / expected.float().norm()
@@ -199,10 +159,10 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str, tmp_path: Path) -> N
     bound = [model.bind(_terms(shapes, seed=seed, model_type=name)) for seed in (1, 2)]
     variants = [None, bound[0], bound[1], bound[1]]
     prompts, more = _tokens([7, 3, 9, 1]), [[5], [6], [7], [8]]
-    together = Rows(model, variants)
+    together = Sequences(model, variants)
     steps = together.step(prompts), together.step(more)
     for i, variant in enumerate(variants):
-        alone = Rows(model, [variant])
+        alone = Sequences(model, [variant])
         for step, tokens in zip(steps, (prompts, more), strict=True):
             (logits,) = alone.step([tokens[i]])
             torch.testing.assert_close(logits, step[i], rtol=1e-5, atol=1e-5)
@@ -213,16 +173,16 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     reference = build_tiny_model("qwen3_moe")
     model = _load(reference, tmp_path)
     bound = model.bind(_terms(model_shapes(reference), seed=1, model_type="qwen3_moe"))
-    before = Rows(model, [None]).step([[1, 2, 3]])
+    before = Sequences(model, [None]).step([[1, 2, 3]])
     methods = [(module, module.method) for module in model.causal_lm.modules() if isinstance(module, Linear)]
-    Rows(model, [bound]).step([[1, 2, 3]])
+    Sequences(model, [bound]).step([[1, 2, 3]])
     model.context.variants = (VariantSegment(0, 2, bound),)
     model.context.metadata = None
     with pytest.raises(AssertionError):
         model(torch.tensor([1, 2]), torch.tensor([0, 1]))
     assert all(module.method is method for module, method in methods)
     assert not any("forward" in vars(module) for module in model.causal_lm.modules())
-    assert torch.equal(Rows(model, [None]).step([[1, 2, 3]])[0], before[0])
+    assert torch.equal(Sequences(model, [None]).step([[1, 2, 3]])[0], before[0])
 
 
 def test_the_base_s_weights_can_be_read(tmp_path: Path) -> None:
@@ -321,7 +281,7 @@ def test_adapters_of_peft_give_what_peft_gives(name: str, config: Any, tmp_path:
     bound = model.bind(read_peft_adapter(tmp_path / "adapter", ServedBase(model, "")))
     prompt, other = _tokens([13, 7])
     tokens, base_tokens = list(prompt), list(other)
-    rows = Rows(model, [None, bound])
+    rows = Sequences(model, [None, bound])
     base_logits, logits = rows.step([other, prompt])
     torch.testing.assert_close(logits, _logits(adapted, tokens), rtol=1e-4, atol=1e-4)
     for _ in range(8):
