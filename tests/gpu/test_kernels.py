@@ -46,6 +46,9 @@ OPTIONS: list[dict[str, Any]] = [
     {"softcap": 3.0, "sinks": True, "alibi": torch.float32, "sliding_window": 333},
 ]
 
+_NEEDS_KERNELS = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU's signs are not in tables")
+_READS_ONLY_WHAT_IS_SEEN = pytest.mark.skipif(DEVICE == "cpu", reason="a CPU's attention reads what nobody sees")
+
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
     tolerance = TOLERANCE[dtype]
@@ -55,18 +58,21 @@ def _close(found: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1
 # ---------------------------------------------------------------------------------------------- attention
 
 
+@_READS_ONLY_WHAT_IS_SEEN
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("lengths", [DECODES, MIXED, [(0, 1000)]], ids=["decode", "mixed", "prompt"])
 def test_attention_at_the_shape_of_llama(lengths: list[tuple[int, int]], dtype: torch.dtype) -> None:
     compare(paged_attention, Case(lengths, dtype=dtype, **LLAMA), GPU)
 
 
+@_READS_ONLY_WHAT_IS_SEEN
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 def test_every_option_of_attention(options: dict[str, Any]) -> None:
     for lengths in (DECODES, MIXED):
         compare(paged_attention, Case(lengths, dtype=torch.bfloat16, options=options), GPU)
 
 
+@_READS_ONLY_WHAT_IS_SEEN
 @pytest.mark.parametrize(
     ("heads", "dims", "dtype"),
     [
@@ -207,6 +213,7 @@ def test_low_rank_terms(num_rows_each: int, dtype: torch.dtype) -> None:
     _close(out, expected, dtype, 4.0)
 
 
+@_NEEDS_KERNELS
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("num_rows_each", [1, 150])
 def test_planes_of_signs(num_rows_each: int, dtype: torch.dtype) -> None:
