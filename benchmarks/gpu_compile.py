@@ -24,6 +24,7 @@ from model_worker.engine.config import CacheConfig
 from model_worker.engine.llm import LLM
 
 KINDS = ("none", "fp8", "int4")
+COMMAND = [sys.executable, __file__]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     begin_s = time.perf_counter()
     write_checkpoint(small, {**LLAMA_8B, "num_hidden_layers": 1}, DEVICE)
-    command = [sys.executable, __file__, "--checkpoint", str(options.checkpoint), "--only"]
-    processes = [subprocess.Popen([*command, kind]) for kind in KINDS]
+    more = ["--checkpoint", str(options.checkpoint), "--only"]
+    processes = [subprocess.Popen([*COMMAND, *more, kind]) for kind in KINDS]
     write_checkpoint(options.checkpoint, LLAMA_8B, DEVICE)  # in the meantime
     failed = [kind for kind, process in zip(KINDS, processes, strict=True) if process.wait()]
     figure = Figure("kernels compiled, model written", time.perf_counter() - begin_s, "s")

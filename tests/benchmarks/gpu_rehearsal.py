@@ -72,6 +72,7 @@ _CONSTANTS: dict[str, dict[str, Any]] = {
         "SEPARATE_TARGETS": {3: 2.0},
     },
     "gpu_quantized": {"CONTEXT": 64, "NUM_STEPS": 6},
+    "gpu_compile": {"COMMAND": [sys.executable, __file__, "gpu_compile.py"]},
     "gpu_peers": {"BATCHING": {"num_blocks": 16, "max_batch_tokens": 64, "use_async_batching": False}},
 }
 

@@ -82,7 +82,7 @@ def test_models_of_one_layer_are_started(
     class InThisProcess:
         def __init__(self, command: list[str]) -> None:
             started.append(command[-1])
-            self._status = module.main(command[2:])
+            self._status = module.main(command[len(module.COMMAND) :])
 
         def wait(self) -> int:
             return int(self._status)
