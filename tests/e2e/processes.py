@@ -157,7 +157,7 @@ class Cluster:
 
     def get(self, path: str) -> requests.Response | None:
         try:
-            return requests.get(self.url + path, timeout=5)
+            return requests.get(self.url + path, timeout=30)
         except requests.ConnectionError:
             return None
 

@@ -109,21 +109,17 @@ def test_the_same_seed_gives_the_same_text_whatever_else_runs(client: openai.Ope
             other.result()
 
 
-def test_few_blocks_mean_preemption_and_the_same_text(cluster: Cluster) -> None:
+def test_few_blocks_mean_preemption_and_the_same_text(
+    serving: Cluster, client: openai.OpenAI, cluster: Cluster
+) -> None:
+    def run(client: openai.OpenAI) -> list[str]:
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda i: complete(client, prompt(i), 100), range(16)))
+
+    roomy = run(client)
+    assert serving.metric("rootgraft_worker_preemptions_total") == 0
     cluster.start_controller()
-    worker = cluster.start_worker("--max-num-seqs", "32")
-    client = openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=240)
-
-    def run() -> list[str]:
-        with ThreadPoolExecutor(32) as pool:
-            return list(pool.map(lambda i: complete(client, prompt(i), 150), range(32)))
-
-    roomy = run()
-    assert cluster.metric("rootgraft_worker_preemptions_total") == 0
-    worker.kill()
-    cluster.workers.clear()
-    wait_until(lambda: cluster.num_workers() == 0, 30, "the worker gone")
-    cluster.start_worker("--max-num-seqs", "32", "--num-blocks", "128")
-    assert run() == roomy
+    cluster.start_worker("--num-blocks", "64")
+    assert run(openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=240)) == roomy
     assert cluster.metric("rootgraft_worker_preemptions_total") > 0
     wait_until(lambda: cluster.metric("rootgraft_worker_kv_blocks_used") == 0, 5, "blocks given back")
