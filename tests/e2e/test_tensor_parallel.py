@@ -6,9 +6,12 @@ import threading
 from typing import Any
 
 import psutil
+import pytest
 import requests
 
 from tests.e2e.processes import MODEL, Cluster, wait_until
+
+pytestmark = pytest.mark.e2e
 
 QUESTION = "What is the capital of France?"
 
