@@ -28,4 +28,4 @@ def row_scales(parts: Sequence[Tensor], epsilon: float, group: RankGroup) -> tup
     """
     own = torch.stack([part.float().square().mean(dim=1) for part in parts], dim=1)  # [T, parts]
     of_all = group.all_reduce(own.clone()) / group.size
-    return ((own + epsilon) / (of_all + epsilon)).sqrt().split(1, dim=1)
+    return torch.split(((own + epsilon) / (of_all + epsilon)).sqrt(), 1, dim=1)

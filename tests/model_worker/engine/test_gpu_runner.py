@@ -22,10 +22,8 @@ from model_worker.engine.variant_activations import variant_activation_bytes
 from registry.errors import InsufficientMemoryError, InternalError
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_accelerator import GIB, FakeAccelerator, FakeMemory, compute_as_on_a_gpu
+from tests.fakes.mixed_requests import NO_SPECULATION, SMALL_CACHE, mixed_answers, mixed_config
 from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
-
-OFF = SpeculationConfig(speculation="off")
-SMALL = CacheConfig(block_size=4, num_blocks=24)  # so few that sequences are preempted
 
 
 @pytest.fixture(scope="module")
@@ -37,55 +35,32 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_runner(
-    checkpoint: Path, accelerator: FakeAccelerator | None, *, cache: CacheConfig = SMALL, **more: Any
+    checkpoint: Path, accelerator: FakeAccelerator | None, *, cache: CacheConfig = SMALL_CACHE, **more: Any
 ) -> ModelRunner:
-    config = EngineConfig(cache, SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=16), speculation=OFF, **more)
+    config = mixed_config(cache=cache, **more)
     return ModelRunner(make_tiny_plan(checkpoint), config, group=OneRank(), accelerator=accelerator)
 
 
-def answers(runner: ModelRunner, *, speculation: SpeculationConfig = OFF) -> dict[str, list[int]]:
-    config = EngineConfig(SMALL, SchedulerConfig(max_num_seqs=6, max_num_batched_tokens=16), speculation=speculation)
-    engine = LLMEngine(config, runner, ByteTokenizer(), stop_token_ids=(), max_model_len=64)
-    for number in range(9):
-        sampling = SamplingParams(
-            temperature=0.0 if number % 2 else 1.0,
-            n=1 + number % 3 // 2,
-            seed=number,
-            max_tokens=4 + 3 * number,
-            repetition_penalty=1.2 if number == 7 else 1.0,
-            prompt_logprobs=1 if number == 3 else None,
-        )
-        engine.add_request(str(number), [(number * 7 + i) % 50 for i in range(1 + 2 * number)], sampling)
-    tokens: dict[str, list[int]] = {}
-    while engine.has_unfinished_requests:
-        for output in engine.step():
-            assert output.error is None
-            for delta in output.deltas:
-                tokens.setdefault(f"{output.request_id}.{delta.index}", []).extend(delta.token_ids)
-        engine.check_integrity()
-    return tokens
-
-
-@pytest.mark.parametrize("speculation", [OFF, SpeculationConfig()], ids=["plain", "speculation"])
+@pytest.mark.parametrize("speculation", [NO_SPECULATION, SpeculationConfig()], ids=["plain", "speculation"])
 def test_the_same_tokens_as_step_by_step_without_graphs(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, speculation: SpeculationConfig
 ) -> None:
-    expected = answers(make_runner(checkpoint, None))
+    expected = mixed_answers(make_runner(checkpoint, None))
     compute_as_on_a_gpu(monkeypatch)
     accelerator = FakeAccelerator()
     runner = make_runner(checkpoint, accelerator)
     assert isinstance(runner.model, GpuDecoder)
     assert runner.runs_ahead
-    assert answers(runner, speculation=speculation) == expected
+    assert mixed_answers(runner, speculation=speculation) == expected
     assert accelerator.num_replays > 10
     assert accelerator.num_active == 0
 
 
 def test_eager_steps_are_the_same(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = answers(make_runner(checkpoint, None))
+    expected = mixed_answers(make_runner(checkpoint, None))
     compute_as_on_a_gpu(monkeypatch)
     accelerator = FakeAccelerator()
-    assert answers(make_runner(checkpoint, accelerator, enforce_eager=True)) == expected
+    assert mixed_answers(make_runner(checkpoint, accelerator, enforce_eager=True)) == expected
     assert not accelerator.captures
 
 
@@ -154,7 +129,7 @@ def test_out_of_memory_while_loading_while_measuring_and_in_a_step(
             make_runner(checkpoint, FakeAccelerator())
     memory = FakeMemory()
     runner = make_runner(checkpoint, FakeAccelerator(memory))
-    engine = LLMEngine(EngineConfig(SMALL), runner, ByteTokenizer(), stop_token_ids=(), max_model_len=64)
+    engine = LLMEngine(EngineConfig(SMALL_CACHE), runner, ByteTokenizer(), stop_token_ids=(), max_model_len=64)
     engine.add_request("r", [1, 2, 3], SamplingParams(max_tokens=5))
     trims = memory.num_trims
     with monkeypatch.context() as patch:
@@ -174,7 +149,7 @@ def test_a_gpu_that_has_failed_ends_the_executor(checkpoint: Path, monkeypatch: 
     compute_as_on_a_gpu(monkeypatch)
     accelerator = FakeAccelerator()
     runner = make_runner(checkpoint, accelerator, enforce_eager=True)
-    engine = LLMEngine(EngineConfig(SMALL), runner, ByteTokenizer(), stop_token_ids=(), max_model_len=64)
+    engine = LLMEngine(EngineConfig(SMALL_CACHE), runner, ByteTokenizer(), stop_token_ids=(), max_model_len=64)
 
     def fail(*args: object, **more: object) -> object:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore of it")
@@ -212,9 +187,9 @@ def test_a_failure_that_shows_with_the_result_ends_the_executor_too() -> None:
     ids=str,
 )
 def test_a_variant_that_does_not_fit_is_refused(error: RuntimeError) -> None:
-    with pytest.raises(InsufficientMemoryError, match=r"--lora-memory-gib, .* --max-loras .* --gpu-memory-utilization"):
-        with binding_variants():
-            raise error
+    settings = r"--lora-memory-gib, .* --max-loras .* --gpu-memory-utilization"
+    with pytest.raises(InsufficientMemoryError, match=settings), binding_variants():
+        raise error
     with pytest.raises(RuntimeError, match="a bug"), binding_variants():
         raise RuntimeError("a bug")
 
