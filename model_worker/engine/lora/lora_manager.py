@@ -3,6 +3,7 @@
     LoraDirectory    which adapters there are, by name and by content
     LoraClaims       who needs one that is not active, and who is next
     LoraTiers        what is active and what is in host memory, and who makes room
+    LoraRemovals     how what nobody uses goes
     LoraLoader       reads and binds, on a thread of its own
 
 Everything but the loader's work happens in the engine's thread, between steps.
@@ -20,6 +21,7 @@ from model_worker.engine.lora.lora_claims import Doomed, LoraClaims
 from model_worker.engine.lora.lora_directory import LoraDirectory
 from model_worker.engine.lora.lora_entry import LoraEntry
 from model_worker.engine.lora.lora_loader import LoadResult, LoraLoader, WorkQueue
+from model_worker.engine.lora.lora_removals import LoraRemovals
 from model_worker.engine.lora.lora_source import LoraSource
 from model_worker.engine.lora.lora_tiers import LoraTiers, TierLimits
 from model_worker.engine.lora.lora_weight import LoraWeight
@@ -60,6 +62,7 @@ class LoraManager:
         self._tiers = LoraTiers(TierLimits(config.max_loras, config.most_in_host_memory, memory_bytes), clock)
         self._claims = LoraClaims(self._tiers, self._loader, source, patience_s=config.lora_patience_s, clock=clock)
         self._directory = LoraDirectory(source.active_bytes)
+        self._removals = LoraRemovals(self._directory, self._claims, self._tiers, self._loader)
         self._additions: dict[LoraEntry, Future[VariantStatus]] = {}  # not read yet
         self._num_claims_served = 0  # since the last addition
 
@@ -86,7 +89,7 @@ class LoraManager:
             reply.set_exception(InvalidRequestError(f"LoRA adapter {name} was removed while it was being read."))
         if additions and name not in self._directory.by_name:
             return _done(additions[-1].status())
-        return self._answer(name, self._retire)
+        return self._answer(name, self._removals.retire)
 
     def pin(self, name: str) -> Future[VariantStatus]:
         """Keep it active; refused if it does not fit beside the others that are pinned."""
@@ -165,7 +168,7 @@ class LoraManager:
             return None
         entry = self._directory.find(loras)
         if entry.variant not in self._directory.entries:
-            self._forget_useless_combinations()  # among them those whose requests were refused
+            self._removals.forget_useless_combinations()  # among them those whose requests were refused
         self._tiers.check_fits(entry, self._claims.pinned())
         self._directory.keep(entry)
         return entry.variant
@@ -213,7 +216,7 @@ class LoraManager:
             self._stop_waiting(entry, sequence)
             entry.running.discard(sequence)
             if not entry.used:
-                self._forget_if_useless(entry)
+                self._removals.forget_if_useless(entry)
 
     # ------------------------------------------------------------------------------------------ between steps
 
@@ -282,7 +285,7 @@ class LoraManager:
             turn = addition is not None and self._num_claims_served >= _CLAIMS_PER_ADDITION
             if self._claims.serve(may_load=may_load and not turn):
                 self._num_claims_served += 1
-                self._forget_useless_combinations()  # some may have made room
+                self._removals.forget_useless_combinations()  # some may have made room
             elif addition is not None:
                 self._num_claims_served = 0
                 self._loader.start(addition, bind=False)
@@ -305,7 +308,7 @@ class LoraManager:
                 entry.bind_s = result.bind_s
                 entry.activate(result.bound)
             self._tiers.shrink()
-            self._forget_if_useless(entry)
+            self._removals.forget_if_useless(entry)
 
     def _take_addition(self, entry: LoraEntry, result: LoadResult) -> None:
         reply = self._additions.pop(entry)
@@ -327,7 +330,7 @@ class LoraManager:
             reply.set_exception(error)
             return
         if old is not None:
-            self._retire(old)
+            self._removals.retire(old)
         self._directory.keep(entry)
         if self._tiers.has_room(entry):
             self._tiers.in_host[entry] = None
@@ -384,32 +387,6 @@ class LoraManager:
         self._deactivate(entry)
         self._tiers.drop(entry)
         self._loader.return_memory()
-
-    def _retire(self, entry: LoraEntry) -> None:
-        """Let nobody new have it; it goes with its last request."""
-        self._directory.hide(entry)
-        entry.removed = True
-        entry.pinned = False
-        for reply in entry.take_activations():
-            reply.set_exception(InvalidRequestError(f"LoRA adapter {entry.name} was removed."))
-        for other in self._directory.combinations_with(entry):
-            self._retire(other)
-        self._forget_if_useless(entry)
-
-    def _forget_useless_combinations(self) -> None:
-        for entry in list(self._directory.combinations.values()):
-            self._forget_if_useless(entry)
-
-    def _forget_if_useless(self, entry: LoraEntry) -> None:
-        """Once nobody uses it: what is removed, and combinations that are not in memory."""
-        gone = entry.parts and entry.held is None and not entry.in_flight
-        if entry.used or not (entry.removed or gone):
-            return
-        if entry.held is not None:
-            self._loader.return_memory()
-        self._claims.give_up(entry)
-        self._tiers.drop(entry)
-        self._directory.forget(entry)
 
     def _stop_waiting(self, entry: LoraEntry, sequence: Sequence) -> None:
         if entry.waiting_since_s.pop(sequence, None) is not None:
