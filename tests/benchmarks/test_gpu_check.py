@@ -165,6 +165,26 @@ def test_tests_that_end_all_at_once_leave_what_they_have_found(modules: dict[str
     assert outcome.figures[0].detail == "1 of 2 passed, 0 skipped"
 
 
+def test_the_tests_for_gpus_are_right_themselves(
+    modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Some of them, on a CPU: engines compute as on a GPU, and are compared with transformers."""
+    monkeypatch.setenv("ROOTGRAFT_GPU_TESTS_ON", "cpu")
+    check = modules["gpu_check"]
+    directory = "tests/gpu"
+    part = check.Part(
+        1,
+        tests=(
+            f"{directory}/test_parity.py::test_the_own_decoder_is_what_is_compared",
+            f"{directory}/test_parity.py::test_bfloat16_is_as_exact_as_transformers[phi3-longrope]",
+            f"{directory}/test_kernels.py::test_draws",
+        ),
+    )
+    outcome = check._run("tests", part, *check.command_of(part, "tests", tmp_path, None, [], 240.0), 240.0)
+    assert outcome.problem == ""
+    assert outcome.figures[0].detail == "3 of 3 passed, 0 skipped"
+
+
 def test_peers_are_compared_with_what_was_measured_before(modules: dict[str, ModuleType], tmp_path: Path) -> None:
     check, figure = modules["gpu_check"], modules["gpu_figures"].Figure
     part = check.PARTS["vllm"]
