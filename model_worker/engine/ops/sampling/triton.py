@@ -9,7 +9,7 @@ from model_worker.engine.ops.sampling.reference import PARAMETER_COLUMNS
 from model_worker.engine.ops.sampling.triton_kernels import collect_kernel, draw_kernel
 
 _BLOCK = 4096  # tokens that a program looks at at once; more do not fit its registers
-_PIECE = 8  # candidates that each candidate is compared with at once
+_PIECE = 16  # candidates that each candidate is compared with at once
 _NUM_WARPS = 16
 
 
@@ -26,7 +26,7 @@ def draw_tokens(logits: Tensor, parameters: Tensor, num_ordered: int, block: int
     peaks = torch.empty(num_rows, dtype=torch.float32, device=device)
     totals = torch.empty(num_rows, dtype=torch.int64, device=device)
     settled = torch.empty(num_rows, dtype=torch.int32, device=device)
-    candidates = torch.empty(num_rows, num_ordered, dtype=torch.int64, device=device)
+    candidates = torch.empty(num_rows, 2, num_ordered, dtype=torch.int64, device=device)
     if num_rows:
         with torch.cuda.device(logits.get_device()):
             collect_kernel[(num_rows,)](

@@ -35,7 +35,8 @@ def collect_kernel(
     """Program (row). Sets finite; tokens of rows that are greedy or not finite; of the others what `draw_kernel` needs:
 
     peaks [R] float32; totals [R] int64, sum of the weights; settled [R] int32, how many tokens can be drawn in order;
-    candidates [R, NUM_ORDERED] int64, the first tokens of the order, filled up with some that have no weight.
+    candidates [R, 2, NUM_ORDERED] int64, the first tokens of the order, filled up with some that have no weight, and
+    the weights of these.
     """
     row = tl.program_id(0).to(tl.int64)
     source = logits + row * vocab_size
@@ -68,12 +69,12 @@ def collect_kernel(
         else:
             wanted = min(NUM_ORDERED, vocab_size)
             last, num_ties = _last_key(source, vocab_size, wanted, BLOCK)
-            total = _collect(
-                source, candidates + row * NUM_ORDERED, last, num_ties, peak, scale, min_p, vocab_size, wanted, BLOCK
-            )
+            of_row = candidates + row * (2 * NUM_ORDERED)
+            total = _collect(source, of_row, last, num_ties, peak, scale, min_p, vocab_size, NUM_ORDERED, BLOCK)
             places = tl.arange(0, NUM_ORDERED)
             nothing = _keys(tl.full((NUM_ORDERED,), float("-inf"), dtype=tl.float32)).to(tl.int64) << 32
-            tl.store(candidates + row * NUM_ORDERED + places, nothing, mask=places >= wanted)
+            tl.store(of_row + places, nothing, mask=places >= wanted)
+            tl.store(of_row + NUM_ORDERED + places, tl.full((NUM_ORDERED,), 0, dtype=tl.int64), mask=places >= wanted)
             tl.store(totals + row, total)
             everything = (vocab_size <= NUM_ORDERED) | (_values(last) == float("-inf"))
             tl.store(settled + row, tl.where(everything, vocab_size, wanted - num_ties))
@@ -108,10 +109,10 @@ def draw_kernel(
             none = tl.full((), -2147483648, dtype=tl.int32)
             token = _draw_by_id(source, none, total - total, total, uniform, peak, scale, min_p, vocab_size, BLOCK)
         else:
-            of_row = candidates + row * NUM_ORDERED
+            of_row = candidates + row * (2 * NUM_ORDERED)
             order = tl.load(of_row + tl.arange(0, NUM_ORDERED))
-            running, rank = _running(of_row, order, peak, scale, min_p, NUM_ORDERED, PIECE)
-            weights = _weights(_values((order >> 32).to(tl.int32)), peak, scale, min_p)
+            weights = tl.load(of_row + NUM_ORDERED + tl.arange(0, NUM_ORDERED))
+            running, rank = _running(of_row, order, weights, NUM_ORDERED, PIECE)
             eligible = (weights > 0) & (rank < top_k)
             if top_k < vocab_size:
                 total = tl.reduce(tl.where(eligible, running, 0), 0, larger)
@@ -181,38 +182,62 @@ def _last_key(source, vocab_size, wanted, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _collect(source, target, last, num_ties, peak, scale, min_p, vocab_size, wanted, BLOCK: tl.constexpr):
-    """Write the tokens above the key `last` and the first `num_ties` at it; returns the sum of all weights."""
-    taken = last - last
-    ties = taken
+def _collect(
+    source,
+    target,
+    last,
+    num_ties,
+    peak,
+    scale,
+    min_p,
+    vocab_size,
+    NUM_ORDERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write the tokens above the key `last`, the first `num_ties` at it, and the weights of these.
+
+    Returns the sum of all weights.
+    """
+    above = last - last
+    ties = above
     total = tl.full((), 0, dtype=tl.int64)
     for begin in tl.range(0, vocab_size, BLOCK, num_stages=4):
         ids = begin + tl.arange(0, BLOCK)
         inside = ids < vocab_size
         values = tl.load(source + ids, mask=inside, other=float("-inf"))
         keys = _keys(values)
-        tied = (inside & (keys == last)).to(tl.int32)
-        before = ties + tl.associative_scan(tied, 0, add) - tied
-        take = inside & ((keys > last) | ((keys == last) & (before < num_ties)))
-        places = taken + tl.associative_scan(take.to(tl.int32), 0, add) - 1
+        is_above, tied = inside & (keys > last), inside & (keys == last)
+        # Both are counted in one scan, as the halves of an integer: a block has less than 2^15 tokens.
+        counts = is_above.to(tl.int32) + (tied.to(tl.int32) << 16)
+        before = tl.associative_scan(counts, 0, add) - counts
+        ties_before = ties + (before >> 16)
+        places = above + (before & 0xFFFF) + tl.minimum(ties_before, num_ties)
+        take = is_above | (tied & (ties_before < num_ties))
         tl.store(target + places, (keys.to(tl.int64) << 32) | (0x7FFFFFFF - ids).to(tl.int64), mask=take)
-        taken += tl.reduce(take.to(tl.int32), 0, add)
-        ties += tl.reduce(tied, 0, add)
-        total += tl.reduce(_weights(values, peak, scale, min_p), 0, add)
+        weights = _weights(values, peak, scale, min_p)
+        tl.store(target + NUM_ORDERED + places, weights, mask=take)
+        in_block = tl.reduce(counts, 0, add)
+        above += in_block & 0xFFFF
+        ties += in_block >> 16
+        total += tl.reduce(weights, 0, add)
     return total
 
 
 @triton.jit
-def _running(of_row, order, peak, scale, min_p, NUM_ORDERED: tl.constexpr, PIECE: tl.constexpr):
-    """Of each candidate: the sum of the weights up to and with it, and how many come before it."""
+def _running(of_row, order, own_weights, NUM_ORDERED: tl.constexpr, PIECE: tl.constexpr):
+    """Of each candidate: the sum of the weights up to and with it, and how many come before it.
+
+    A thread has some candidates, and all of a piece: along the first axis nothing is exchanged between threads.
+    """
     running = tl.full((NUM_ORDERED,), 0, dtype=tl.int64)
     rank = tl.full((NUM_ORDERED,), 0, dtype=tl.int32)
     for begin in range(0, NUM_ORDERED, PIECE):
         other = tl.load(of_row + begin + tl.arange(0, PIECE))
-        weights = _weights(_values((other >> 32).to(tl.int32)), peak, scale, min_p)
-        running += tl.reduce(tl.where(other[None, :] >= order[:, None], weights[None, :], 0), 1, add)
-        rank += tl.reduce((other[None, :] > order[:, None]).to(tl.int32), 1, add)
-    return running, rank
+        weights = tl.load(of_row + NUM_ORDERED + begin + tl.arange(0, PIECE))
+        comes_first = other[:, None] > order[None, :]
+        running += tl.reduce(tl.where(comes_first, weights[:, None], 0), 0, add)
+        rank += tl.reduce(comes_first.to(tl.int32), 0, add)
+    return running + own_weights, rank
 
 
 @triton.jit
@@ -259,18 +284,25 @@ def _draw_by_id(source, last, mass_of_ties, mass, uniform, peak, scale, min_p, v
     """
     target = _target(mass, uniform)
     each = _weights(_values(last), peak, scale, min_p)
-    running, ties = target - target, target - target
-    begin, token = 0, 0
-    while (running <= target) & (begin < vocab_size):
+    running, ties, block_mass = target - target, target - target, target - target
+    begin = 0
+    # Whole blocks first: only the one in which the sum is exceeded is looked at token by token.
+    while (running + block_mass <= target) & (begin < vocab_size):
+        running += block_mass
         ids = begin + tl.arange(0, BLOCK)
         values = tl.load(source + ids, mask=ids < vocab_size, other=float("-inf"))
         keys = _keys(values)
-        tied = tl.where(keys == last, each, 0)
-        before = ties + tl.associative_scan(tied, 0, add)
-        kept = (keys > last) | ((keys == last) & (before <= mass_of_ties))
-        sums = running + tl.associative_scan(tl.where(kept, _weights(values, peak, scale, min_p), 0), 0, add)
-        token = tl.reduce(tl.where(sums > target, ids, vocab_size - 1), 0, smaller)
-        running = tl.reduce(sums, 0, larger)
-        ties += tl.reduce(tied, 0, add)
+        mass_above = tl.reduce(tl.where(keys > last, _weights(values, peak, scale, min_p), 0), 0, add)
+        block_ties = tl.reduce(tl.where(keys == last, each, 0), 0, add)
+        block_mass = mass_above + tl.maximum(tl.minimum(block_ties, mass_of_ties - ties), 0)
+        ties += block_ties
         begin += BLOCK
-    return token
+    begin -= BLOCK
+    ids = begin + tl.arange(0, BLOCK)
+    values = tl.load(source + ids, mask=ids < vocab_size, other=float("-inf"))
+    keys = _keys(values)
+    tied = tl.where(keys == last, each, 0)
+    before = ties - tl.reduce(tied, 0, add) + tl.associative_scan(tied, 0, add)
+    kept = (keys > last) | ((keys == last) & (before <= mass_of_ties))
+    sums = running + tl.associative_scan(tl.where(kept, _weights(values, peak, scale, min_p), 0), 0, add)
+    return tl.reduce(tl.where(sums > target, ids, vocab_size - 1), 0, smaller)
