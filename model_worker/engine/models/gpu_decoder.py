@@ -87,7 +87,7 @@ class GpuDecoder(nn.Module):
         self._dtype = dtype
         self._device = device
         own = str(dtype).removeprefix("torch.")
-        self.kv_dtypes: tuple[str, ...] = (own, "float8_e4m3fn")
+        self.kv_dtypes: tuple[str, ...] = (own, "float8_e4m3fn") if _has_float8(device) else (own,)
         self.context = ForwardContext()
         self.ties: dict[str, str] = {HEAD: EMBEDDING} if self.spec.tied_head else {}
         self._parameters_by_name = {
@@ -288,8 +288,13 @@ class GpuDecoder(nn.Module):
         return places
 
 
+def _has_float8(device: torch.device) -> bool:
+    """Whether kernels can be compiled that convert float8."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
+
+
 def _check_float8(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FLOAT8_CAPABILITY:
+    if not _has_float8(device):
         raise UnsupportedModelError(
             f"--quantization fp8 needs compute capability 8.9 or more, {torch.cuda.get_device_name(device)} has "
             "less; use int8."

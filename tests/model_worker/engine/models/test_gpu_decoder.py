@@ -18,6 +18,7 @@ from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.ops.quantized_matmul.functional import quantize_float8
 from registry.errors import CheckpointError, UnsupportedModelError
 from tests.fakes.decoder_steps import MAX_MODEL_LEN, Sequences
+from tests.fakes.fake_cuda import FakeCuda
 from tests.fakes.tiny_models import build_tiny_model
 
 CPU = torch.device("cpu")
@@ -129,6 +130,19 @@ def test_mixtures_are_refused() -> None:
     config = build_tiny_model("mixtral").config.to_dict()
     with pytest.raises(UnsupportedModelError, match="mixtures"):
         GpuDecoder(config, dtype=torch.float32, device=CPU, quantization=None, max_model_len=MAX_MODEL_LEN)
+
+
+@pytest.mark.parametrize(("capability", "names"), [((8, 6), ("float32",)), ((8, 9), ("float32", "float8_e4m3fn"))])
+def test_float8_needs_a_device_that_converts_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], names: tuple[str, ...]
+) -> None:
+    """Elsewhere kernels would not compile: the type is not offered, and the answer to asking for it says so."""
+    config = build_tiny_model("llama").config.to_dict()
+    with FakeCuda().installed():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        device = torch.device("cuda", 0)
+        decoder = GpuDecoder(config, dtype=torch.float32, device=device, quantization=None, max_model_len=64)
+    assert decoder.kv_dtypes == names
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
