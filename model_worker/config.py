@@ -187,8 +187,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--quantization",
         choices=QUANTIZATIONS,
         default="auto",
-        help="bits of the weights: int8 or int4, rounded to while loading; none: all in --dtype; auto: in --dtype, but "
-        "blocks of type Q8_0, Q4_0 and Q4_1 in a GGUF file stay as they are (default: %(default)s)",
+        help="bits of the weights: int8, int4 or, on GPUs only, fp8, rounded to while loading; none: all in --dtype; "
+        "auto: in --dtype, but blocks of type Q8_0, Q4_0 and Q4_1 in a GGUF file stay as they are (default: "
+        "%(default)s)",
     )
     model.add_argument(
         "--max-model-len",

@@ -141,18 +141,20 @@ class LoraConfig:
         InvalidRequestError: a value that cannot work.
     """
 
-    max_loras: int = flag(32, "most LoRA adapters that are active, so that requests can run with them")
+    max_loras: int = flag(
+        32, "most fine-tunes (LoRA adapters and deltas) that are active, so that requests can run with them"
+    )
     max_cpu_loras: int | None = flag(
         None,
-        "most LoRA adapters in host memory, the active ones included; default: 256, or --max-loras if that is more",
+        "most fine-tunes in host memory, the active ones included; default: 256, or --max-loras if that is more",
     )
     lora_memory_gib: float | None = flag(
-        None, "memory for LoRA adapters in GiB, active or not; default: a quarter of what is free after loading"
+        None, "memory for fine-tunes in GiB, active or not; default: a quarter of what is free after loading"
     )
     lora_patience_s: float = flag(
         1.0,
-        "seconds that a request waits for its LoRA adapter before a place is emptied for it; with less, adapters take "
-        "turns more often and batches are smaller, with more, rare adapters wait longer",
+        "seconds that a request waits for its fine-tune before a place is emptied for it; with less, they take "
+        "turns more often and batches are smaller, with more, rare ones wait longer",
     )
 
     def __post_init__(self) -> None:

@@ -49,6 +49,7 @@ async def url(server: FakeOpenAIServer) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
+    expect.set_options(timeout=15_000)  # other tests may keep all cores busy
     async with async_playwright() as playwright:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
