@@ -359,7 +359,8 @@ class ModelRunner:
                 first = targets[len(of_item)]
                 token_ids = item.sequence.token_ids[first : first + rows.end - rows.start]
                 logits = self.steps.prompt_logits(rows, hidden, bound)
-                of_item += self._sampler.prompt_logprobs(logits, token_ids, num_top)
+                with self.steps.waiting():
+                    of_item += self._sampler.prompt_logprobs(logits, token_ids, num_top)
         return found
 
 

@@ -16,13 +16,14 @@ from multiprocessing.connection import Connection
 
 import torch
 
+from model_worker.engine.gpu_memory import binding_variants
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost
 from model_worker.engine.lora.loader_thread import loader_thread
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.parallel.messages import Assignment, Bind, Ready, Step, Weight, send
 from model_worker.engine.parallel.process_group import STEP_TIMEOUT_S, ProcessGroup, join_store
-from registry.errors import InternalError, RootgraftError, UnsupportedModelError
+from registry.errors import InsufficientMemoryError, InternalError, RootgraftError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +125,12 @@ def _carry_out(request: Bind | Weight, share: BoundShare, device: torch.device) 
             return None
     share.drop(request.dropped)
     try:
-        share.bound[request.number] = model.bind(request.terms)
-    except UnsupportedModelError as error:
+        with binding_variants():
+            share.bound[request.number] = model.bind(request.terms)
+    except (InsufficientMemoryError, UnsupportedModelError) as error:
+        error.__traceback__ = error.__cause__ = None  # it is sent
         return error
-    except Exception as error:  # a bug, or no memory: it ends this variant, not the server
+    except Exception as error:  # a bug: it ends this variant, not the server
         logger.exception("A variant could not be bound.")
         return InternalError(f"A rank could not take the variant ({type(error).__name__}); see the log.")
     return share.bound[request.number].num_bytes

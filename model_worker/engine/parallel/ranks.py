@@ -121,6 +121,7 @@ class Ranks:
         store, port = host_store(len(devices))
         device = torch.device(devices[0])
         self.group = ProcessGroup(lambda: store, rank=0, size=len(devices), device=device)
+        self._devices = devices
         self._fate = _Fate(self.group)
         self._dropped: SimpleQueue[int] = SimpleQueue()
         self._variants_lock = threading.Lock()
@@ -158,10 +159,10 @@ class Ranks:
         Raises:
             RootgraftError: one of them could not.
         """
-        for other in self._ranks:
+        for rank, other in enumerate(self._ranks, start=1):
             reply = self._receive(other.steps)
             if isinstance(reply, RootgraftError):
-                raise reply
+                raise type(reply)(f"Rank {rank} ({self._devices[rank]}): {reply.message}") from reply
         self.group.wait_at_most(STEP_TIMEOUT_S)
         threading.Thread(target=_watch_time, args=(self._fate,), daemon=True).start()
 
@@ -269,7 +270,10 @@ def _assign(ranks: Sequence[RunningRank], assignments: Sequence[Assignment]) -> 
 
 def _watch(rank: int, process: RankProcess, fate: _Fate) -> None:
     status = process.wait()
-    how = f"was killed by signal {-status}" if status is not None and status < 0 else f"ended with status {status}"
+    if status is not None and status < 0:
+        how = f"was killed by signal {-status}"
+    else:
+        how = f"ended with status {status}; its own lines in the log say why"
     fate.lose(f"Rank {rank} of this model {how}.")
 
 

@@ -122,7 +122,7 @@ def test_what_a_rank_cannot_load_is_said_and_no_rank_stays(model: Path) -> None:
 
 
 def test_what_only_one_rank_cannot_load_is_said(model: Path) -> None:
-    with pytest.raises(InsufficientMemoryError, match="no room on this rank"):
+    with pytest.raises(InsufficientMemoryError, match=r"Rank 1 \(cpu\): There is no room on this rank"):
         start_ranks(make_tiny_plan(model), CONFIG, launch=partial(fork_rank, _rank_without_room))
 
 
