@@ -47,9 +47,14 @@ MEMORY_GIB = 2 * 48.0  # half of it on the GPU
 
 
 class RandomTerms:
-    """Variants whose numbers are pieces of the same random ones, each variant's from another place on."""
+    """Variants whose numbers are pieces of the same random ones, each variant's from another place on.
 
-    def __init__(self, config: dict[str, object]) -> None:
+    Args:
+        config: of the model.
+        device: of the signs, which are most of a fine-tune: made there, they need not be copied, only put in order.
+    """
+
+    def __init__(self, config: dict[str, object], device: str = "cpu") -> None:
         self._shapes = {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in parameter_shapes(config)
@@ -58,7 +63,7 @@ class RandomTerms:
         largest = max(max(shape) for shape in self._shapes.values())
         self._numbers = torch.randn(64 * largest * 2).mul_(0.01).bfloat16()
         largest_bits = max(shape[0] * shape[1] // 8 for shape in self._shapes.values())
-        self._bits = torch.randint(0, 256, (largest_bits + (1 << 20),), dtype=torch.uint8)
+        self._bits = torch.randint(0, 256, (largest_bits + (1 << 20),), dtype=torch.uint8, device=device)
         self._scales = torch.full((largest,), 1e-4)
 
     def read(self, path: Path) -> VariantTerms:
@@ -122,7 +127,7 @@ def make_engine(checkpoint: Path) -> LLMEngine:
     runner = ModelRunner(plan, config, device=str(machine.device))
     model = runner.model
     assert isinstance(model, VariantHost)
-    terms = RandomTerms(LLAMA_8B)
+    terms = RandomTerms(LLAMA_8B, DEVICE)
     source = LoraSource(terms.read, compose, hold=lambda held: held, bind=model.bind, binds_in_place=False)
     return LLMEngine(
         config,

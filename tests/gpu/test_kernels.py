@@ -23,7 +23,7 @@ from model_worker.engine.ops.quantized_matmul.functional import pack_groups, qua
 from model_worker.engine.ops.rms_norm.functional import add_rms_norm, rms_norm, rms_norm_add
 from model_worker.engine.ops.rotary.functional import rotary_table, rotate_and_write
 from model_worker.engine.ops.sampling.functional import draw_tokens
-from model_worker.engine.ops.sign_matmul import SignMatrix, add_signs, planes_table
+from model_worker.engine.ops.sign_matmul import LayerSigns, SignMatrix, add_signs, planes_table
 from tests.fakes.random_terms import random_plane
 from tests.gpu.device import DEVICE
 from tests.model_worker.engine.ops.paged_attention.attention_batches import Case, batch, compare
@@ -227,10 +227,11 @@ def test_planes_of_signs(num_rows_each: int, dtype: torch.dtype) -> None:
         for plane in of_segment:
             expected[start:end] += x[start:end].float() @ signs_to_dense(plane, num_inputs).T
     matrices = [[SignMatrix(plane, num_inputs, dtype=dtype, device=GPU) for plane in each] for each in planes]
-    table = torch.stack([planes_table(each, 1) for each in matrices]).to(GPU)
+    columns = slice(0, num_outputs)
+    table = torch.stack([planes_table(each, 1, columns) for each in matrices])[None].to(GPU)
     out = base.to(GPU)
     plan = SegmentPlan.of(bounds, num_rows=num_rows, max_rank=1, device=GPU)
-    add_signs(x.to(GPU), out, matrices, plan, table)
+    add_signs(x.to(GPU), out, LayerSigns((), (columns,), table), plan)
     _close(out, expected.to(dtype), dtype, 3.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -13,12 +14,15 @@ from model_worker.engine.layers.linear import Linear
 class LinearTerms(Protocol):
     """What the variants of a step's rows change in linear layers."""
 
-    def scaled_input(self, layer: FusedLinear, x: Tensor) -> Tensor:
-        """x [T, K] -> x, or another tensor where rows have scales of their inputs."""
+    def product(self, layer: FusedLinear, x: Tensor) -> Tensor:
+        """The base's product of x [T, K] as the variants scale it, with those of their terms in it that `add` leaves.
+
+        -> [T, N]
+        """
         ...
 
     def add(self, layer: FusedLinear, x: Tensor, y: Tensor) -> None:
-        """Change y [T, N], in place, into what the variants make of x [T, K]."""
+        """Change y [T, N] of `product`, in place, into what the variants make of x [T, K]."""
         ...
 
 
@@ -28,17 +32,20 @@ class FusedLinear(Linear):
     Attributes:
         key: its name in the model.
         widths: outputs of each part.
+        columns: of the output, that each part has.
     """
 
     def __init__(self, in_features: int, widths: tuple[int, ...], key: str, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__(in_features, sum(widths), bias=bias, dtype=dtype, device=torch.device("meta"))
         self.key = key
         self.widths = widths
+        ends = tuple(accumulate(widths))
+        self.columns = tuple(slice(end - width, end) for width, end in zip(widths, ends, strict=True))
 
     def forward(self, x: Tensor, terms: LinearTerms | None = None) -> Tensor:
         """x [T, in] -> [T, sum of widths]"""
         if terms is None:
             return self.method.apply(self, x, self.bias)
-        y = self.method.apply(self, terms.scaled_input(self, x), self.bias)
+        y = terms.product(self, x)
         terms.add(self, x, y)
         return y

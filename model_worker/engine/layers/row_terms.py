@@ -8,116 +8,30 @@ Terms are those of `delta.variant_terms`, for a fused layer put together when th
 the same whether rows have variants or not. On GPUs terms are found by their addresses, which lie in tables of the
 device under the number of the variant: nothing of a step but the numbers of its rows' variants has to be sent there,
 and a captured graph serves any mix. Matrices Z are the exception: outside graphs, where there may be many rows, torch
-multiplies with them segment by segment.
+multiplies with them segment by segment. Signs of long segments are merged with W: `merged_rows.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Flag, auto
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from delta.merge_terms import signs_to_dense
-from delta.variant_terms import EmbeddingTerms, SignPlane, SparseMatrix
+from delta.variant_terms import EmbeddingTerms, SignPlane
+from model_worker.engine.layers.bound_terms import MATRICES, BoundTerms, FusedTerms, TermKind
 from model_worker.engine.layers.fused_linear import FusedLinear
+from model_worker.engine.layers.merged_rows import MergedRows
 from model_worker.engine.layers.sparse import sparse_product
 from model_worker.engine.ops.embedding_terms.functional import EmbeddingTable, embed_rows
 from model_worker.engine.ops.low_rank import Factors, LowRankFactors, SegmentPlan, add_low_rank
 from model_worker.engine.ops.matrix_terms.functional import add_matrices
 from model_worker.engine.ops.rms_norm.functional import RowWeights
 from model_worker.engine.ops.row_scales.functional import scale_rows
-from model_worker.engine.ops.sign_matmul import SignMatrix, add_signs
-
-
-class TermKind(Flag):
-    """What a variant changes, or the variants of a step."""
-
-    LOW_RANK = auto()
-    SIGNS = auto()
-    NORMS = auto()
-    OUTPUT_SCALES = auto()  # and biases
-    INPUT_SCALES = auto()
-    DENSE = auto()
-    SPARSE = auto()
-    EMBEDDING = auto()
-
-
-NO_TERMS = TermKind(0)
-_MATRICES = TermKind.DENSE | TermKind.SPARSE
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FusedTerms:
-    """Terms of a fused layer, where it is computed; its parts are in the order of its outputs.
-
-    Attributes:
-        factors: of each part, or None.
-        planes: of each part.
-        dense: Z of each part, or None.
-        sparse: the same where most of it is 0.
-        input_scale: d [K] float32; only layers of one part have one.
-        scale: e [N] float32; None: all 1.
-        shift: f [N] float32.
-    """
-
-    factors: tuple[Factors | None, ...]
-    planes: tuple[tuple[SignMatrix, ...], ...]
-    dense: tuple[Tensor | None, ...]
-    sparse: tuple[SparseMatrix | None, ...]
-    input_scale: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-
-    @property
-    def kinds(self) -> TermKind:
-        found = NO_TERMS
-        for kind, has in (
-            (TermKind.LOW_RANK, any(pair is not None for pair in self.factors)),
-            (TermKind.SIGNS, any(self.planes)),
-            (TermKind.OUTPUT_SCALES, self.scale is not None or self.shift is not None),
-            (TermKind.INPUT_SCALES, self.input_scale is not None),
-            (TermKind.DENSE, any(matrix is not None for matrix in self.dense)),
-            (TermKind.SPARSE, any(matrix is not None for matrix in self.sparse)),
-        ):
-            if has:
-                found |= kind
-        return found
-
-    @property
-    def max_rank(self) -> int:
-        return max((len(pair.a) for pair in self.factors if pair is not None), default=0)
-
-
-@dataclass(slots=True, eq=False)
-class BoundTerms:
-    """Terms of a variant, where they are computed.
-
-    Attributes:
-        linears: by the key of the fused layer.
-        norms: by the key of the norm; weights like its own.
-        embedding: `a` is [V, r]; the given rows are those of `given_rows`. None: the embedding is the base's.
-    """
-
-    linears: dict[str, FusedTerms] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    embedding: EmbeddingTerms | None = None
-
-    @property
-    def kinds(self) -> TermKind:
-        found = TermKind.NORMS if self.norms else NO_TERMS
-        if self.embedding is not None:
-            found |= TermKind.EMBEDDING
-        for terms in self.linears.values():
-            found |= terms.kinds
-        return found
-
-    @property
-    def max_rank(self) -> int:
-        return max((terms.max_rank for terms in self.linears.values()), default=0)
+from model_worker.engine.ops.sign_matmul import LayerSigns, add_signs, merged_linear
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,6 +71,7 @@ class RowTerms:
         bound: terms of each segment of the plan.
         tables: None on CPUs.
         in_graph: everything is found in tables; there are no segments.
+        merged: rows whose planes of signs are merged with the base's weight; None: no rows.
     """
 
     def __init__(
@@ -167,12 +82,14 @@ class RowTerms:
         tables: StepTables | None,
         *,
         in_graph: bool = False,
+        merged: MergedRows | None = None,
     ) -> None:
         self.plan = plan
         self.kinds = kinds
         self._bound = bound
         self._tables = tables
         self._in_graph = in_graph
+        self._merged = merged
         self._addresses: Tensor | None = None  # of norms' weights [norms, T]
 
     def begin(self) -> None:
@@ -205,8 +122,25 @@ class RowTerms:
             if terms.embedding is not None:
                 x[start:end] = _embedded(input_ids[start:end], weight, terms.embedding)
 
-    def scaled_input(self, layer: FusedLinear, x: Tensor) -> Tensor:
-        """See `LinearTerms.scaled_input`."""
+    def product(self, layer: FusedLinear, x: Tensor) -> Tensor:
+        """See `LinearTerms.product`."""
+        x = self._scaled_input(layer, x)
+        merged = self._merged_in(layer)
+        if merged is None:
+            return layer.method.apply(layer, x, layer.bias)
+        assert layer.weight is not None
+        y = x.new_empty(len(x), layer.out_features)
+        signs = self._signs(layer)
+        merged_linear(x, y, layer.weight, layer.bias, signs, merged.plan, num_planes=merged.num_planes)
+        for start, end in merged.others:  # in place, because a step's largest output has no room beside it
+            if layer.bias is None:
+                torch.mm(x[start:end], layer.weight.T, out=y[start:end])
+            else:
+                torch.addmm(layer.bias, x[start:end], layer.weight.T, out=y[start:end])
+        return y
+
+    def _scaled_input(self, layer: FusedLinear, x: Tensor) -> Tensor:
+        """x, or another tensor where rows have scales of their inputs."""
         if TermKind.INPUT_SCALES not in self.kinds or len(layer.widths) > 1:
             return x
         if self._tables is not None:
@@ -226,20 +160,13 @@ class RowTerms:
             return
         if TermKind.OUTPUT_SCALES in self.kinds:
             self._scale(layer, y)
-        if self.kinds & _MATRICES:
+        if self.kinds & MATRICES:
             self._add_matrices(layer, x, y)
         if TermKind.LOW_RANK in self.kinds:
             add_low_rank(x, y, self._factors(layer), self.plan)
         if TermKind.SIGNS in self.kinds:
-            for part, columns in enumerate(_columns(layer)):
-                if self._tables is not None:
-                    add_signs(x, y[:, columns], (), self.plan, self._tables.signs[layer.key][part])
-                else:
-                    planes = [
-                        terms.linears[layer.key].planes[part] if layer.key in terms.linears else ()
-                        for terms in self._bound
-                    ]
-                    add_signs(x, y[:, columns], planes, self.plan)
+            merged = self._merged_in(layer)
+            add_signs(x, y, self._signs(layer), self.plan if merged is None else merged.rest)
 
     def _scale(self, layer: FusedLinear, y: Tensor) -> None:
         if self._tables is not None:
@@ -257,7 +184,7 @@ class RowTerms:
             add_matrices(x, y, self._tables.matrices[layer.key], layer.widths, self.plan)
             return
         for rows, terms in self._segments(layer):
-            for part, columns in enumerate(_columns(layer)):
+            for part, columns in enumerate(layer.columns):
                 if (dense := terms.dense[part]) is not None:
                     y[rows, columns] += F.linear(x[rows], dense)
                 if (sparse := terms.sparse[part]) is not None:
@@ -272,24 +199,26 @@ class RowTerms:
         ]
         return LowRankFactors(tuple(zip(*of_segments, strict=True)), layer.widths)
 
-    def _planes(self, layer: FusedLinear, part: int) -> list[tuple[SignMatrix, ...]]:
-        """Of each segment."""
+    def _signs(self, layer: FusedLinear) -> LayerSigns:
+        if self._tables is not None:
+            return LayerSigns((), layer.columns, self._tables.signs[layer.key])
         of_segments = [terms.linears.get(layer.key) for terms in self._bound]
-        return [() if terms is None else terms.planes[part] for terms in of_segments]
+        parts = (
+            tuple(() if terms is None else terms.planes[part] for terms in of_segments)
+            for part in range(len(layer.columns))
+        )
+        return LayerSigns(tuple(parts), layer.columns)
+
+    def _merged_in(self, layer: FusedLinear) -> MergedRows | None:
+        """The merged rows, in layers that have some; their weight is there as it is."""
+        merged = self._merged
+        return merged if merged is not None and layer.key in merged.keys and layer.weight is not None else None
 
     def _segments(self, layer: FusedLinear) -> Iterator[tuple[slice, FusedTerms]]:
         """Rows that have terms of a layer."""
         for (start, end), terms in zip(self.plan.bounds, self._bound, strict=True):
             if layer.key in terms.linears:
                 yield slice(start, end), terms.linears[layer.key]
-
-
-def _columns(layer: FusedLinear) -> Iterator[slice]:
-    """Of each part."""
-    first = 0
-    for width in layer.widths:
-        yield slice(first, first + width)
-        first += width
 
 
 def _embedded(tokens: Tensor, weight: Tensor, terms: EmbeddingTerms) -> Tensor:

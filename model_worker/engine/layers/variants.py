@@ -26,7 +26,7 @@ from model_worker.engine.layers.linear import Linear, LinearMethod
 from model_worker.engine.layers.row_axes import RowAxes, tensors
 from model_worker.engine.layers.sparse import sparse_product
 from model_worker.engine.ops.low_rank import Factors, LowRankFactors, SegmentPlan, add_low_rank, to_device
-from model_worker.engine.ops.sign_matmul import SignMatrix, add_signs, planes_table
+from model_worker.engine.ops.sign_matmul import LayerSigns, SignMatrix, add_signs, planes_table
 
 
 class BoundLinear(NamedTuple):
@@ -48,7 +48,7 @@ class VariantMethod:
         method: of the layer, for the base's product.
         bound: of each segment of the plan; None: that segment is the base's in this layer.
         table: [1, S, columns] of `table_rows` on the device; None on CPUs.
-        signs_table: [S, P, columns] of `planes_table` on the device; None on CPUs.
+        signs_table: [1, S, P, columns] of `planes_table` on the device; None on CPUs.
     """
 
     def __init__(
@@ -88,8 +88,8 @@ class VariantMethod:
         if self._adds_low_rank:
             add_low_rank(rows, y, self._factors(layer.out_features), self._plan)
         if self._adds_signs:
-            planes = [() if part is None else part.signs for part in self._bound]
-            add_signs(rows, y, planes, self._plan, self._signs_table)
+            planes = tuple(() if part is None else part.signs for part in self._bound)
+            add_signs(rows, y, LayerSigns((planes,), (slice(0, layer.out_features),), self._signs_table), self._plan)
         return y.view(*x.shape[:-1], -1)
 
     def weight(self, layer: Linear) -> Tensor:
@@ -249,8 +249,10 @@ def _linear_with_terms(x: Tensor, weight: Tensor, bias: Tensor | None, bound: Bo
     _add_matrices(x, y, terms)
     if signs:
         plan = SegmentPlan.of([(0, len(x))], num_rows=len(x), max_rank=0, device=x.device)
-        table = None if x.device.type == "cpu" else to_device(planes_table(signs, len(signs))[None], x.device)
-        add_signs(x, y, [signs], plan, table)
+        columns, table = slice(0, len(weight)), None
+        if x.device.type != "cpu":
+            table = to_device(planes_table(signs, len(signs), columns)[None, None], x.device)
+        add_signs(x, y, LayerSigns(((signs,),), (columns,), table), plan)
     return y
 
 

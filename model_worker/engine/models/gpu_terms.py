@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import overload
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from delta.extra_tokens import given_rows
 from delta.variant_terms import EmbeddingTerms, LinearTerms, SignPlane, SparseMatrix, VariantTerms
+from model_worker.engine.layers.bound_terms import BoundTerms, FusedTerms
 from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import RMSNorm
-from model_worker.engine.layers.row_terms import BoundTerms, FusedTerms
 from model_worker.engine.layers.token_embedding import TokenEmbedding
 from model_worker.engine.models.gpu_weights import WeightPlace
 from model_worker.engine.ops.low_rank import Factors
@@ -189,17 +189,23 @@ class TermBinder:
     def _take(self, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None if tensor is None else self._moved(tensor.to(dtype))
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """A copy on the device that belongs to the variant."""
-        self.num_bytes += tensor.nbytes
+    def _moved(self, tensor: Tensor, arranged: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """A copy on the device that belongs to the variant, of the tensor or of what `arranged` makes of it there."""
         if self._stream is None:
-            return tensor.to(self._device).clone(memory_format=torch.contiguous_format)
-        moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-        moved.record_stream(self._stream)
-        # It may be memory that a step under way has given back but not done with.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            moved.copy_(tensor.contiguous().pin_memory(), non_blocking=True)
+            there = tensor.to(self._device)
+            moved = there.clone(memory_format=torch.contiguous_format) if arranged is None else arranged(there)
+        else:
+            source = tensor.contiguous() if tensor.is_cuda else tensor.contiguous().pin_memory()
+            if arranged is not None:
+                with torch.cuda.stream(self._stream):
+                    source = arranged(source.to(self._device, non_blocking=True))
+            moved = torch.empty(source.shape, dtype=source.dtype, device=self._device)
+            moved.record_stream(self._stream)
+            # It may be memory that a step under way has given back but not done with.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                moved.copy_(source, non_blocking=True)
+        self.num_bytes += moved.nbytes
         return moved
 
 

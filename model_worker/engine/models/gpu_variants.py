@@ -16,20 +16,27 @@ from typing import cast
 import torch
 
 from delta.variant_terms import LinearTerms, SignPlane, VariantTerms
+from model_worker.engine.layers.bound_terms import NO_TERMS, BoundTerms, TermKind
 from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.fused_linear import FusedLinear
+from model_worker.engine.layers.merged_rows import MIN_ROWS as MIN_MERGED_ROWS, MergedRows, SignLayers
 from model_worker.engine.layers.rms_norm import RMSNorm
-from model_worker.engine.layers.row_terms import NO_TERMS, BoundTerms, RowTerms, TermKind
+from model_worker.engine.layers.row_terms import RowTerms
 from model_worker.engine.lora.bound_variant import VariantSegment, VariantSegments
 from model_worker.engine.models.gpu_terms import TermBinder
 from model_worker.engine.models.gpu_weights import WeightPlace
 from model_worker.engine.models.variant_tables import VariantTables
 from model_worker.engine.ops.low_rank import SegmentPlan, tile_table, to_device
+from model_worker.engine.ops.sign_matmul import MANY_MERGED_ROWS
 from registry.errors import InsufficientMemoryError
 
 _MAX_VARIANTS = 256  # that are bound at once
 _RANK_STEP = 64  # steps of ranks up to this have the same kernels, those of graphs
 _MANY_ROWS = 65  # of a segment whose tiles are those of prompts, whole and not
+_WARM_UP_STEPS = {1: (1, _MANY_ROWS, MIN_MERGED_ROWS, MANY_MERGED_ROWS), 2: (MIN_MERGED_ROWS,)}
+"""Rows of one variant by its planes of signs: for each kernel, and each size of its tiles."""
+
+_MERGING_CAPABILITY = (9, 0)  # older tensor cores leave too few registers for `merged_linear`
 _STATIC_COLUMNS = 4  # of a graph's tables, for each row: three of a tile, and a number
 _GRAPHS = (
     (TermKind.LOW_RANK, 64),
@@ -45,7 +52,7 @@ class GpuVariant:
     Attributes:
         number: in all tables, if there are any.
         terms: on the device.
-        kinds, max_rank: of the terms.
+        kinds, max_rank, signs: of the terms.
         extra_head: for tokens that the base does not have; None: there are none.
         num_bytes: of the terms.
     """
@@ -62,6 +69,7 @@ class GpuVariant:
         self.terms = terms
         self.kinds = terms.kinds
         self.max_rank = terms.max_rank
+        self.signs = SignLayers.of(terms)
         self.extra_head = extra_head
         self.num_bytes = num_bytes
         self._copied = copied
@@ -111,6 +119,7 @@ class GpuVariants:
         self._tables: VariantTables | None = None
         if device.type != "cpu" if has_tables is None else has_tables:
             self._tables = VariantTables(linears, norms, _MAX_VARIANTS, num_tokens, device)
+        self._merges = device.type != "cuda" or torch.cuda.get_device_capability(device) >= _MERGING_CAPABILITY
 
     # ------------------------------------------------------------------------------------------ binding
 
@@ -148,19 +157,19 @@ class GpuVariants:
         """Launch what steps outside graphs launch for variants, so that no kernel is compiled in a request."""
         parts = [(name, place.part, place.linear) for name, place in self._places.items() if place.linear is not None]
         layers = {(layer.in_features, layer.widths): layer for _, _, layer in parts}  # one of each shape
-        terms = {
-            name.removesuffix(".weight"): _warm_up_terms(layer.in_features, layer.widths[part])
-            for name, part, layer in parts
-            if layer in layers.values()
-        }
-        variant = self.bind(VariantTerms("", terms))
-        for num_rows in (1, _MANY_ROWS):
-            row_terms = self.plan((VariantSegment(0, num_rows, variant),), num_rows)
-            assert row_terms is not None
-            for layer in layers.values():
-                x = torch.zeros(num_rows, layer.in_features, dtype=self._dtype, device=self._device)
-                y = torch.zeros(num_rows, layer.out_features, dtype=self._dtype, device=self._device)
-                row_terms.add(layer, row_terms.scaled_input(layer, x), y)
+        for num_planes, steps in _WARM_UP_STEPS.items():
+            terms = {
+                name.removesuffix(".weight"): _warm_up_terms(layer.in_features, layer.widths[part], num_planes)
+                for name, part, layer in parts
+                if layer in layers.values()
+            }
+            variant = self.bind(VariantTerms("", terms))
+            for num_rows in steps:
+                row_terms = self.plan((VariantSegment(0, num_rows, variant),), num_rows)
+                assert row_terms is not None
+                for layer in layers.values():
+                    x = torch.zeros(num_rows, layer.in_features, dtype=self._dtype, device=self._device)
+                    row_terms.add(layer, x, row_terms.product(layer, x))
 
     # ------------------------------------------------------------------------------------------ steps
 
@@ -175,14 +184,17 @@ class GpuVariants:
         if self._tables is not None:
             max_rank = -(-max_rank // _RANK_STEP) * _RANK_STEP
         plan = SegmentPlan(num_rows, bounds, max_rank)
-        tables = None
+        tables, merged = None, None
         if self._tables is not None:
-            plan = plan.tiled(self._device, entries=[variant.number for variant in variants])
+            entries = [variant.number for variant in variants]
+            if TermKind.SIGNS in kinds and self._merges:
+                merged = MergedRows.of(plan, [variant.signs for variant in variants], entries, self._device)
+            plan = plan.tiled(self._device, entries=entries)
             numbers = torch.zeros(num_rows, dtype=torch.int32)
             for (start, end), variant in zip(bounds, variants, strict=True):
                 numbers[start:end] = 1 + variant.number
             tables = self._tables.of_rows(to_device(numbers, self._device))
-        return RowTerms(plan, kinds, [variant.terms for variant in variants], tables)
+        return RowTerms(plan, kinds, [variant.terms for variant in variants], tables, merged=merged)
 
     def graph_terms(self, num_rows: int) -> tuple[GraphTerms, ...]:
         """For graphs of steps of so many rows: from the one that computes least to the one that serves the most."""
@@ -241,14 +253,14 @@ class GraphTerms(RowTerms):
         self._static.copy_(staging, non_blocking=True)
 
 
-def _warm_up_terms(num_inputs: int, num_outputs: int) -> LinearTerms:
+def _warm_up_terms(num_inputs: int, num_outputs: int, num_planes: int) -> LinearTerms:
     """Of the kinds that kernels compute."""
     bits = torch.zeros(num_outputs, -(-num_inputs // 8), dtype=torch.uint8)
     return LinearTerms(
         a=torch.zeros(1, num_inputs),
         b=torch.zeros(num_outputs, 1),
         bias=torch.zeros(num_outputs),
-        signs=(SignPlane(bits, torch.zeros(num_outputs)),),
+        signs=(SignPlane(bits, torch.zeros(num_outputs)),) * num_planes,
     )
 
 

@@ -133,7 +133,10 @@ class TransformersVariants:
             of_places = [bound.linears.get(linear) for linear in self._places]
             bound.table = table_rows([factors_of(each) for each in of_places])
             bound.signs_table = torch.stack(
-                [planes_table(() if each is None else each.signs, bound.max_planes) for each in of_places]
+                [
+                    planes_table(() if each is None else each.signs, bound.max_planes, slice(0, linear.out_features))
+                    for linear, each in zip(self._places, of_places, strict=True)
+                ]
             )
         return bound
 
@@ -181,7 +184,7 @@ class TransformersVariants:
                 [variant.linears.get(linear) for _, variant in variants],
                 plan,
                 None if table is None else table[place : place + 1],
-                None if signs_table is None else signs_table[place],
+                None if signs_table is None else signs_table[place : place + 1],
             )
             for place, linear in enumerate(linears)
         }

@@ -8,14 +8,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from model_worker.engine.layers.bound_terms import BoundTerms, FusedTerms
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import RMSNorm
-from model_worker.engine.layers.row_terms import BoundTerms, FusedTerms, StepTables
+from model_worker.engine.layers.row_terms import StepTables
 from model_worker.engine.ops.embedding_terms import functional as embedding_terms
 from model_worker.engine.ops.low_rank import factors as low_rank
 from model_worker.engine.ops.matrix_terms import functional as matrix_terms
 from model_worker.engine.ops.row_scales import functional as row_scales
-from model_worker.engine.ops.sign_matmul import sign_matrix
+from model_worker.engine.ops.sign_matmul import SignMatrix, planes_table
 from registry.errors import UnsupportedModelError
 
 _MAX_PLANES = 8  # of a part of a layer
@@ -54,7 +55,8 @@ class VariantTables:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         self._low_rank = zeros(num_parts, num_variants, low_rank.TABLE_COLUMNS)
-        self._signs = zeros(num_parts, num_variants, _MAX_PLANES, sign_matrix.TABLE_COLUMNS)
+        self._no_signs = torch.cat([_sign_rows(layer, ((),) * len(layer.widths)) for layer in linears])
+        self._signs = self._no_signs.to(device)[:, None].repeat(1, num_variants, 1, 1)
         self._matrices = zeros(num_parts, num_variants, matrix_terms.TABLE_COLUMNS)
         self._output_scales = zeros(len(linears), num_variants, row_scales.TABLE_COLUMNS)
         self._input_scales = zeros(len(linears), num_variants, row_scales.TABLE_COLUMNS)
@@ -80,9 +82,10 @@ class VariantTables:
         """
         rows = [
             torch.zeros(table[:, number].shape, dtype=torch.int64)
-            for table in (self._low_rank, self._signs, self._matrices, self._output_scales, self._input_scales)
+            for table in (self._low_rank, self._matrices, self._output_scales, self._input_scales)
         ]
-        low_rank_rows, sign_rows, matrix_rows, output_scales, input_scales = rows
+        low_rank_rows, matrix_rows, output_scales, input_scales = rows
+        sign_rows = self._no_signs.clone()
         for place, layer in enumerate(self._linears):
             terms = bound.linears.get(layer.key)
             if terms is None:
@@ -114,13 +117,21 @@ class VariantTables:
 
 def _write_parts(layer: FusedLinear, terms: FusedTerms, low_rank_rows: Tensor, signs: Tensor, matrices: Tensor) -> None:
     """Rows of the parts of a layer."""
+    signs.copy_(_sign_rows(layer, terms.planes))
     first_column = 0
     for part, width in enumerate(layer.widths):
         low_rank_rows[part] = low_rank.table_rows([terms.factors[part]], first_column)[0]
-        _check_planes(layer.key, len(terms.planes[part]), _MAX_PLANES)
-        signs[part] = sign_matrix.planes_table(terms.planes[part], _MAX_PLANES)
         matrices[part] = matrix_terms.table_row(terms.dense[part], terms.sparse[part], first_column, width)
         first_column += width
+
+
+def _sign_rows(layer: FusedLinear, planes: Sequence[Sequence[SignMatrix]]) -> Tensor:
+    """Of the parts of a layer: also without planes, they say which columns are the part's."""
+    rows = []
+    for of_part, columns in zip(planes, layer.columns, strict=True):
+        _check_planes(layer.key, len(of_part), _MAX_PLANES)
+        rows.append(planes_table(of_part, _MAX_PLANES, columns))
+    return torch.stack(rows)
 
 
 def _check_planes(what: str, num_planes: int, most: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,20 +40,29 @@ class SegmentPlan:
         return plan if device.type == "cpu" else plan.tiled(device)
 
     def tiled(
-        self, device: torch.device, num_tiles: int | None = None, entries: Sequence[int] | None = None
+        self,
+        device: torch.device,
+        num_tiles: int | None = None,
+        entries: Sequence[int] | None = None,
+        tile_rows: int | None = None,
     ) -> SegmentPlan:
         """With tiles.
 
         Args:
             num_tiles: filled up to that many, so that plans of one captured graph have one shape.
             entries: of each segment in the kernels' tables; None: the segments are numbered.
+            tile_rows: most rows of a tile; None: what suits the longest segment.
         """
         longest = max((end - start for start, end in self.bounds), default=0)
-        tile_rows = _FEW_ROWS if longest <= _FEW_ROWS else _MANY_ROWS
+        tile_rows = tile_rows or (_FEW_ROWS if longest <= _FEW_ROWS else _MANY_ROWS)
         tiles = tile_table(self.bounds, entries or range(len(self.bounds)), tile_rows)
         tiles += [(0, 0, 0)] * ((num_tiles or 0) - len(tiles))
         tensor = torch.tensor(tiles, dtype=torch.int32).view(-1, 3)
-        return SegmentPlan(self.num_rows, self.bounds, self.max_rank, to_device(tensor, device), tile_rows)
+        return replace(self, tiles=to_device(tensor, device), tile_rows=tile_rows)
+
+    def of_segments(self, bounds: Sequence[tuple[int, int]]) -> SegmentPlan:
+        """Of some of the segments, without tiles."""
+        return replace(self, bounds=tuple(bounds), tiles=None)
 
 
 def tile_table(

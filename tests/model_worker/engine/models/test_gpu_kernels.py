@@ -14,15 +14,22 @@ import torch
 from torch import Tensor
 
 from delta.variant_terms import LinearTerms, VariantTerms
-from model_worker.engine.layers import rms_norm as rms_norm_layers, rotary_attention as attention_layers, row_terms
+from model_worker.engine.layers import (
+    merged_rows,
+    rms_norm as rms_norm_layers,
+    rotary_attention as attention_layers,
+    row_terms,
+)
 from model_worker.engine.lora.bound_variant import VariantSegment, VariantSegments
 from model_worker.engine.models import gpu_layer
 from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.ops.linear import Activation
 from model_worker.engine.ops.low_rank import SegmentPlan
 from model_worker.engine.ops.rotary.functional import RotaryCosSin
+from model_worker.engine.ops.sign_matmul import merged_linear
 from tests.fakes.decoder_steps import MAX_MODEL_LEN, Sequences
-from tests.fakes.random_variants import random_variant
+from tests.fakes.random_terms import random_plane
+from tests.fakes.random_variants import linear_terms, random_variant
 from tests.fakes.tiny_models import build_tiny_model
 
 CPU = torch.device("cpu")
@@ -103,10 +110,54 @@ def test_a_mixed_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def _run(decoder: GpuDecoder, terms: Sequence[VariantTerms | None]) -> list[Tensor]:
+@pytest.mark.usefixtures("_on_kernels")
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+def test_prompts_whose_planes_are_merged_with_the_base(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of three variants and the base, single tokens; in some layers rows are scaled, or have no planes."""
+    monkeypatch.setattr(merged_rows, "MIN_ROWS", 5)
+    found_by, weights = _decoder(family, has_tables=True)
+    variants = [_with_planes(weights, num_planes, seed) for seed, num_planes in enumerate((1, 2, 3))]
+    terms = [variants[0], variants[1], None, random_variant(weights, seed=3), variants[0], variants[2]]
+    merged: list[tuple[str, int]] = []
+
+    def note(x: Tensor, out: Tensor, *rest: Any, num_planes: int) -> None:
+        merged.append((f"{x.shape[1]} to {out.shape[1]}", num_planes))
+        merged_linear(x, out, *rest, num_planes=num_planes)
+
+    monkeypatch.setattr(row_terms, "merged_linear", note)
+    steps = ((1, 7, 9, 1, 12, 1), (6, 1, 1, 11, 3, 5))
+    found = _run(found_by, terms, steps)
+    assert {planes for _, planes in merged} == {1, 2}
+    assert len({layer for layer, _ in merged}) > 3
+    monkeypatch.undo()
+    expected = _run(_decoder(family, has_tables=False)[0], terms, steps)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def _with_planes(weights: dict[str, Tensor], num_planes: int, seed: int) -> VariantTerms:
+    """Planes and low-rank terms in two thirds of the layers, biases in some of them."""
+    torch.manual_seed(seed)
+    linears = {}
+    for place, (name, weight) in enumerate(weights.items()):
+        if weight.ndim == 2 and "layers" in name and (place + seed) % 3:
+            planes = tuple(
+                random_plane(*weight.shape, scale=0.05, has_columns=bool(place % 2)) for _ in range(num_planes)
+            )
+            bias = torch.randn(len(weight)) * 0.1 if place % 4 == 0 else None
+            low_rank = linear_terms(weight, "low rank")
+            linears[name.removesuffix(".weight")] = replace(low_rank, signs=planes, bias=bias)
+    return VariantTerms(f"sha256:{seed}", linears)
+
+
+def _run(
+    decoder: GpuDecoder,
+    terms: Sequence[VariantTerms | None],
+    steps: Sequence[Sequence[int]] = ((1, 2, 18), (1, 1, 1)),
+) -> list[Tensor]:
     sequences = Sequences(decoder, [None if each is None else decoder.bind(each) for each in terms])
     with torch.inference_mode():
-        return [logits for step in ((1, 2, 18), (1, 1, 1)) for logits in sequences.step(_tokens(step))]
+        return [logits for step in steps for logits in sequences.step(_tokens(step))]
 
 
 @pytest.mark.usefixtures("_on_kernels")
@@ -153,17 +204,21 @@ def _of_kinds(weights: dict[str, Tensor], seed: int, *, with_signs: bool) -> Var
 def test_kernels_of_variants_are_launched_before_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tiles of both sizes and layers of every shape."""
     decoder, _ = _decoder("llama-tied", has_tables=True)
-    shapes: dict[str, set[tuple[int, int, int]]] = {"add_low_rank": set(), "add_signs": set()}
+    shapes: dict[str, set[tuple[int, ...]]] = {"add_low_rank": set(), "add_signs": set(), "merged_linear": set()}
 
-    def note(name: str, x: Tensor, out: Tensor, *rest: Any) -> None:
+    def note(name: str, x: Tensor, out: Tensor, *rest: Any, **planes: int) -> None:
         (plan,) = [each for each in rest if isinstance(each, SegmentPlan)]
-        shapes[name].add((plan.tile_rows, x.shape[1], out.shape[1]))
+        if plan.bounds:
+            shapes[name].add((*planes.values(), plan.tile_rows, x.shape[1], out.shape[1]))
 
     for name in shapes:
         monkeypatch.setattr(row_terms, name, partial(note, name))
     monkeypatch.setattr(row_terms, "scale_rows", lambda *args: None)
     decoder._variants.warm_up()
     layers = [(32, 64), (32, 32), (32, 96), (48, 32), (32, 128)]  # qkv, output, gate and up, down, head
-    assert shapes["add_low_rank"] == {(tile_rows, *layer) for tile_rows in (16, 64) for layer in layers}
-    parts = [(32, 32), (32, 16), (32, 48), (48, 32), (32, 128)]
-    assert shapes["add_signs"] == {(tile_rows, *part) for tile_rows in (16, 64) for part in parts}
+    for name in ("add_low_rank", "add_signs"):
+        assert shapes[name] == {(tile_rows, *layer) for tile_rows in (16, 64) for layer in layers}
+    of_merged = [
+        (planes, tile_rows, *layer) for planes, tile_rows in ((1, 128), (1, 256), (2, 128)) for layer in layers
+    ]
+    assert shapes["merged_linear"] == set(of_merged)
