@@ -153,7 +153,7 @@ def _run(
         BLOCK_VALUE_DIM=block_value_dim,
         TILE_ROWS=shape.tile_rows,
         **limits,
-        PRODUCT_DTYPE=_PRODUCT_DTYPES[query.dtype] if query.is_cuda else tl.float32,  # the interpreter has no bfloat16
+        PRODUCT_DTYPE=_product_dtype(query, key_cache),
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
@@ -176,6 +176,15 @@ def _run(
         BLOCK_SPLITS=_MAX_SPLITS,
         **limits,
     )
+
+
+def _product_dtype(query: Tensor, key_cache: Tensor) -> tl.dtype:
+    """What is multiplied. float16 holds float8 as it is, and one instruction widens two of them to it; to bfloat16 each
+    number takes four."""
+    if not query.is_cuda:
+        return tl.float32  # the interpreter has no bfloat16
+    is_half = query.dtype.itemsize == 2 and key_cache.dtype == torch.float8_e4m3fn
+    return tl.float16 if is_half else _PRODUCT_DTYPES[query.dtype]
 
 
 def _plan(

@@ -63,14 +63,23 @@ def tile_shapes(
     """
     num_bytes = dtype.itemsize * (1 << (head_dim - 1).bit_length())  # of a key
     few = max(_FEW_ROWS, 1 << (num_shared - 1).bit_length())
-    many = max(few, 128 if dtype.itemsize == 2 else 32)
-    keys = 64 if num_bytes <= 256 else 32
+    is_wide = head_dim > 128
+    if dtype.itemsize == 2:
+        many = max(few, 64 if is_wide and not has_227_kib else 128)
+    else:
+        many = max(few, 16 if is_wide else 32)
+    keys = 64 if num_bytes <= 256 else 32 if num_bytes <= 512 else 16
     # Block tables, and keys and values behind them, are read ahead: with 5 stages two tiles of keys, with 3 one.
     stages = (5 if has_227_kib else 3) if dtype.itemsize == 2 else 2
     return (
-        TileShape(few, few // num_shared, keys, 4, stages, True, 6, keys),
-        TileShape(many, many // num_shared, keys, 8 if many == 128 else 4, stages, False, 1, 8 * keys),
+        TileShape(few, few // num_shared, keys, _num_warps(few), stages, True, 6, keys),
+        TileShape(many, many // num_shared, keys, _num_warps(many), stages, False, 1, 8 * keys),
     )
+
+
+def _num_warps(tile_rows: int) -> int:
+    """With fewer, the registers of 128 rows would not do."""
+    return 8 if tile_rows >= 128 else 4
 
 
 def tuned_shapes(

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from model_worker.engine.ops.rotary.triton_kernels import rotary_table_kernel, rotate_and_write_kernel
 
+_NUMBERS_OF_ONE_WARP = 1024  # of the first halves of heads that share a key; both halves are held in registers
+
 
 def fill_rotary_table(
     positions: Tensor, inverse_frequencies: Tensor, attention_scaling: float, cos: Tensor, sin: Tensor
@@ -67,7 +69,7 @@ def rotate_and_write(
             BLOCK_HALF=_power_of_two(half),
             BLOCK_REST=_power_of_two(max(key_dim - 2 * half, 1)),
             BLOCK_VALUE_DIM=_power_of_two(value_dim),
-            num_warps=1,
+            num_warps=1 if num_heads // num_kv_heads * half <= _NUMBERS_OF_ONE_WARP else 4,
         )
 
 

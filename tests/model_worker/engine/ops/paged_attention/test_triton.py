@@ -41,29 +41,61 @@ def test_every_kind_of_batch(kernels: ModuleType, lengths: list[tuple[int, int]]
     compare(kernels.paged_attention, Case(lengths, dtype=dtype))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"sliding_window": 1},
-        {"sliding_window": 33},
-        {"chunk_size": 32},
-        {"sliding_window": 7, "chunk_size": 50},
-        {"softcap": 3.0},
-        {"sinks": True},
-        {"alibi": torch.float32},
-        {"softcap": 3.0, "sinks": True, "alibi": torch.float32, "sliding_window": 33},
-    ],
-    ids=lambda options: "-".join(options),
-)
+_OPTIONS: list[dict[str, Any]] = [
+    {"sliding_window": 1},
+    {"sliding_window": 33},
+    {"chunk_size": 32},
+    {"sliding_window": 7, "chunk_size": 50},
+    {"softcap": 3.0},
+    {"sinks": True},
+    {"alibi": torch.float32},
+    {"alibi": torch.float16},
+    {"softcap": 3.0, "sinks": True, "alibi": torch.float32, "sliding_window": 33},
+]
+
+
+def _name(options: dict[str, Any]) -> str:
+    return "-".join(options)
+
+
+@pytest.mark.parametrize("options", _OPTIONS, ids=_name)
 def test_every_option(kernels: ModuleType, options: dict[str, Any]) -> None:
     for lengths in (DECODES, MIXED):
         compare(kernels.paged_attention, Case(lengths, options=options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", _OPTIONS, ids=_name)
+def test_every_option_in_half_precision_with_float8_too(
+    kernels: ModuleType, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    for kv_dtype in (None, torch.float8_e4m3fn):
+        compare(kernels.paged_attention, Case([(70, 1), (30, 5)], dtype=dtype, kv_dtype=kv_dtype, options=options))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (20, 1)])
 @pytest.mark.parametrize("dims", [(8, 8), (24, 40), (80, 64)])
 def test_every_shape_of_heads(kernels: ModuleType, heads: tuple[int, int], dims: tuple[int, int]) -> None:
     compare(kernels.paged_attention, Case([(40, 1), (3, 4), (0, 70)], heads=heads, dims=dims))
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (7, 1), (8, 1)])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (64, torch.bfloat16),
+        (80, torch.float16),
+        (96, torch.bfloat16),
+        (128, torch.float16),
+        (128, torch.bfloat16),
+        (192, torch.float16),
+        (256, torch.bfloat16),
+    ],
+)
+def test_shapes_of_models(kernels: ModuleType, heads: tuple[int, int], dim: int, dtype: torch.dtype) -> None:
+    """A step that decodes, and one with a prompt and drafts."""
+    for lengths in ([(0, 1), (64, 1)], [(40, 1), (3, 4), (0, 14)]):
+        compare(kernels.paged_attention, Case(lengths, block_size=16, heads=heads, dims=(dim, dim), dtype=dtype))
 
 
 @pytest.mark.parametrize("block_size", [1, 3, 16, 128])
@@ -86,6 +118,18 @@ def test_float8_keys_and_values(kernels: ModuleType, dtype: torch.dtype) -> None
 def test_the_context_of_few_sequences_is_split(kernels: ModuleType, options: dict[str, Any]) -> None:
     for lengths in ([(700, 1), (10, 1)], [(600, 3)]):
         compare(kernels.paged_attention, Case(lengths, heads=(2, 1), options=options))
+
+
+def test_many_heads_share_a_key(kernels: ModuleType) -> None:
+    """As in falcon: a tile of one query has the rows of tiles for prompts."""
+    compare(kernels.paged_attention, Case([(9, 1), (0, 2)], heads=(71, 1), dims=(64, 64), dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("context", [1, 64, 65, 128, 129, 256])
+def test_contexts_that_fill_their_splits(kernels: ModuleType, context: int, dtype: torch.dtype) -> None:
+    """A split has 64 keys where there is little to do."""
+    compare(kernels.paged_attention, Case([(context - 1, 1)], block_size=16, heads=(2, 1), dtype=dtype))
 
 
 def test_rows_that_fill_a_batch_up_are_zeros_and_a_replay_reads_new_lengths(kernels: ModuleType) -> None:
@@ -183,14 +227,16 @@ def test_they_compile_for_gpus() -> None:
         (_MODULE, "attend_kernel", _POINTERS, _DECODE),
         (_MODULE, "attend_kernel", _POINTERS, {**_PROMPT, "num_stages": 3}),
         (_MODULE, "attend_kernel", _POINTERS, {**every, "WINDOW": 1024, "num_stages": 3}),
+        (_MODULE, "attend_kernel", {**_POINTERS, "slopes": "*bf16"}, {**every, "CHUNK": 512, "num_stages": 3}),
         (_MODULE, "merge_kernel", _POINTERS, merged),
         (_MODULE, "write_kernel", _POINTERS, written),
     )
     eights = {**_POINTERS, "key_cache": "*fp8e4nv", "value_cache": "*fp8e4nv"}
     singles = {name: "*fp32" if kind == "*bf16" else kind for name, kind in _POINTERS.items()}
+    widened = {"PRODUCT_DTYPE": "tl.float16"}
     exact = {**_DECODE, "TILE_KEYS": 32, "num_stages": 3, "PRODUCT_DTYPE": "tl.float32", "PRECISION": "tf32x3"}
     assert_they_compile(
-        (_MODULE, "attend_kernel", eights, _DECODE),
+        (_MODULE, "attend_kernel", eights, {**_DECODE, **widened}),
         (_MODULE, "write_kernel", eights, written),
         (_MODULE, "attend_kernel", singles, exact),
         capabilities=(90,),
