@@ -18,6 +18,9 @@ Terms of options that are off fall away. key[s, j] is key_cache[block_tables[s, 
 
 H is a multiple of Hkv. Softmax and sums are float32 whatever the dtype. Only blocks with a visible position are read.
 
+With caches of float8, GPUs multiply half-precision queries as float16: numbers of theirs beyond its range, 65,504,
+become infinite.
+
 On CPUs all slots of a sequence's blocks must hold finite numbers, those past its end too: they are multiplied by zero,
 not left out (see `KVCache.clear_blocks`). On GPUs slots past the end are not read. What may be captured in a graph
 there is said at `AttentionMetadata`.
