@@ -23,7 +23,14 @@ from model_worker.engine.ops.quantized_matmul.functional import pack_groups, qua
 from model_worker.engine.ops.rms_norm.functional import add_rms_norm, rms_norm, rms_norm_add
 from model_worker.engine.ops.rotary.functional import rotary_table, rotate_and_write
 from model_worker.engine.ops.sampling.functional import draw_tokens
-from model_worker.engine.ops.sign_matmul import LayerSigns, SignMatrix, add_signs, planes_table
+from model_worker.engine.ops.sign_matmul import (
+    LayerSigns,
+    SignMatrix,
+    add_signs,
+    merged_linear,
+    merged_rows,
+    planes_table,
+)
 from tests.fakes.random_terms import random_plane
 from tests.gpu.device import DEVICE
 from tests.model_worker.engine.ops.paged_attention.attention_batches import Case, batch, compare
@@ -233,6 +240,35 @@ def test_planes_of_signs(num_rows_each: int, dtype: torch.dtype) -> None:
     plan = SegmentPlan.of(bounds, num_rows=num_rows, max_rank=1, device=GPU)
     add_signs(x.to(GPU), out, LayerSigns((), (columns,), table), plan)
     _close(out, expected.to(dtype), dtype, 3.0)
+
+
+@_NEEDS_KERNELS
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("num_rows_each", "num_planes"), [(300, 1), (400, 1), (300, 2)])
+def test_planes_merged_with_the_base(num_rows_each: int, num_planes: int, dtype: torch.dtype) -> None:
+    """Tiles of both sizes, of three segments; the last row is in none."""
+    num_inputs, num_outputs = 4096, 1024
+    planes = [
+        [random_plane(num_outputs, num_inputs, scale=0.1 * num_inputs**-0.5) for _ in range(num_planes)]
+        for _ in range(3)
+    ]
+    bounds = [(number * num_rows_each, (number + 1) * num_rows_each) for number in range(3)]
+    num_rows = 3 * num_rows_each
+    x = torch.randn(num_rows + 1, num_inputs).to(dtype)
+    weight = (torch.randn(num_outputs, num_inputs) * num_inputs**-0.5).to(dtype)
+    expected = torch.empty(num_rows, num_outputs)
+    for (start, end), of_segment in zip(bounds, planes, strict=True):
+        merged = weight.float() + sum(signs_to_dense(plane, num_inputs) for plane in of_segment)
+        expected[start:end] = x[start:end].float() @ merged.T
+    matrices = [[SignMatrix(plane, num_inputs, dtype=dtype, device=GPU) for plane in each] for each in planes]
+    columns = slice(0, num_outputs)
+    table = torch.stack([planes_table(each, num_planes, columns) for each in matrices])[None].to(GPU)
+    plan = SegmentPlan(num_rows + 1, tuple(bounds), 1).tiled(GPU, tile_rows=merged_rows(num_rows, num_planes))
+    out = torch.full((num_rows + 1, num_outputs), 7.0, dtype=dtype, device=GPU)
+    signs = LayerSigns((), (columns,), table)
+    merged_linear(x.to(GPU), out, weight.to(GPU), None, signs, plan, num_planes=num_planes)
+    assert (out[-1] == 7.0).all()
+    _close(out[:-1], expected.to(dtype), dtype, 3.0)
 
 
 # ---------------------------------------------------------------------------------------------- quantized weights
