@@ -23,7 +23,7 @@ _READS: Mapping[str, Any] = {"__bool__": True, "__int__": 1, "__float__": 1.0, "
 
 
 class FakeCuda:
-    """An H200 that nobody else uses.
+    """A GPU that nobody else uses: an H200, or one with another compute capability.
 
     Attributes:
         device: what its tensors say.
@@ -33,10 +33,10 @@ class FakeCuda:
     """
 
     device = torch.device("cuda", 0)
-    capability = (9, 0)
     total_bytes = 140 * _GIB
 
-    def __init__(self) -> None:
+    def __init__(self, capability: tuple[int, int] = (9, 0)) -> None:
+        self.capability = capability
         self.capturing = False
         self.num_replays = 0
         self.num_reads = 0
@@ -53,7 +53,7 @@ class FakeCuda:
     def _functions(self) -> Mapping[str, object]:
         """What the engine calls of torch.cuda."""
         properties = SimpleNamespace(
-            name="NVIDIA H200 in name only",
+            name="no GPU",
             major=self.capability[0],
             minor=self.capability[1],
             multi_processor_count=132,
@@ -158,7 +158,7 @@ def _attribute(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     if of is Tensor.device and value.type == "meta":
         return FakeCuda.device
     if of is Tensor.is_cuda:
-        return Tensor.device.__get__(args[0]).type == "meta"  # type: ignore[attr-defined]
+        return Tensor.device.__get__(args[0]).type == "meta"
     return value
 
 
