@@ -50,7 +50,8 @@ def iterate_weights(
     with ExitStack() as stack:
         deltas = DeltaStack([stack.enter_context(open_delta(path)) for path in plan.deltas])
         for name, tensor in read_weights(plan.checkpoint, plan.config):
-            yield name, _selected(deltas.apply(name, tensor), select(name, tuple(tensor.shape)))
+            merged = deltas.apply(name, tensor)
+            yield name, _selected(merged, select(name, tuple(merged.shape)))
         deltas.check_complete()
 
 

@@ -143,6 +143,7 @@ def _make_backends(store: Store, rank: int, size: int, device: torch.device, tim
     # NCCL's watchdog would end the process, a minute after something has failed and without our reason. It does not
     # see what graphs launch either: `Ranks` watches the processes and how long steps take.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    torch.cuda.set_device(device)  # a thread has its own
     of_nccl = c10d.ProcessGroupNCCL.Options()
     of_nccl._timeout = timeout
     return _Backends(host, c10d.ProcessGroupNCCL(c10d.PrefixStore("tensors", store), rank, size, of_nccl))
