@@ -332,4 +332,11 @@ def _error_of(answer: requests.Response) -> RootgraftError:
 
 
 def _reason(error: requests.RequestException) -> str:
-    return "it did not answer in time" if isinstance(error, requests.Timeout) else str(error).splitlines()[0][:200]
+    if isinstance(error, requests.Timeout):
+        return "it did not answer in time"
+    first: BaseException = error  # of those that were raised one after the other; the last ones quote all others
+    while (before := first.__cause__ or first.__context__) is not None:
+        first = before
+    if isinstance(first, OSError) and first.strerror:
+        return first.strerror
+    return str(error).splitlines()[0][:200]

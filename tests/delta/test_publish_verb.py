@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from delta.__main__ import main
-from delta.publish import Publication
+from delta.progress_bar import progress_bar
+from delta.publish import Publication, publish
+from registry.errors import UpstreamError
 
 
 @pytest.fixture
@@ -57,3 +60,22 @@ def test_flags_that_cannot_be_followed_are_refused(
     assert main(["publish", "--name", "bot", *flags]) == 1
     assert error in capsys.readouterr().err
     assert not published
+
+
+def test_a_controller_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        clock = iter(range(0, 1000, 10))
+        with pytest.raises(UpstreamError, match=rf"^the controller at {url} cannot be reached: Connection refused;"):
+            publish(
+                Publication("bot", tmp_path),
+                url,
+                key=None,
+                timeout_s=1,
+                report=lambda line: None,
+                progress_bar=progress_bar,
+                sleep=lambda seconds: None,
+                clock=lambda: float(next(clock)),
+            )
