@@ -56,20 +56,18 @@ class Expected:
 @pytest.fixture(scope="module")
 def expected(
     tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path, applied: dict[str, Sequence[str]]
-) -> Iterator[Expected]:
+) -> Expected:
     cluster = Cluster(tmp_path_factory.mktemp("applied-cluster"), smollm2_dir)
-    answers = {}
     try:
-        cluster.start_controller()
         for codec, flags in applied.items():
-            cluster.start_worker(*flags, "--model-name", codec)
-            answers[codec] = {prompt: until_close_call(cluster, codec, prompt) for prompt in FEW_PROMPTS}
-            if codec == "lossless":
-                text, num_tokens = chat(cluster, codec)
-            cluster.workers.pop().kill()
-            wait_until(lambda: cluster.num_workers() == 0, 30, "the worker gone")
+            cluster.start_worker(*flags, "--model-name", codec, "--kv-cache-gib", "0.1", wait=False)
+        cluster.start_controller()
+        cluster.wait_for_workers(len(applied))
+        answers = {
+            codec: {prompt: until_close_call(cluster, codec, prompt) for prompt in FEW_PROMPTS} for codec in applied
+        }
         answers |= dict.fromkeys(EXACT, answers["lossless"])
-        yield Expected(answers, text, num_tokens)
+        return Expected(answers, *chat(cluster, "lossless"))
     finally:
         cluster.stop()
 
