@@ -43,6 +43,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that is ended, if it does not stop by itself, would be that of the tests."""
+    monkeypatch.setattr(ranks, "_LAST_S", 600.0)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     build_tiny_model("llama").save_pretrained(tmp_path)
