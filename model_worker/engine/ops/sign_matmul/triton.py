@@ -12,7 +12,7 @@ from model_worker.engine.ops.low_rank.segment_plan import SegmentPlan
 from model_worker.engine.ops.sign_matmul.sign_matrix import TABLE_COLUMNS, LayerSigns
 from model_worker.engine.ops.sign_matmul.triton_kernels import add_signs_kernel, merged_linear_kernel
 
-_BLOCKS = 4  # of 1,024 inputs
+_FEW_BLOCKS, _MANY_BLOCKS = 4, 2  # of 1,024 inputs, for one row: as many as registers hold sums of
 _FEW_OUTPUTS, _MANY_OUTPUTS = 32, 128  # of a program: a few rows are limited by memory, and want many programs
 _FEW_WARPS, _MANY_WARPS = 4, 8  # with four, a thread has eight of 32 outputs of one row, for which it makes 2^n x once
 _ONE = 0x3F800000
@@ -44,7 +44,7 @@ def add_signs(x: Tensor, out: Tensor, signs: LayerSigns, plan: SegmentPlan) -> N
             _ONE,
             NUM_PLANES=num_planes,
             TILE_ROWS=plan.tile_rows,
-            BLOCKS=_BLOCKS,
+            BLOCKS=_MANY_BLOCKS if many else _FEW_BLOCKS,
             BLOCK_OUTPUTS=block_outputs,
             TABLE_COLUMNS=TABLE_COLUMNS,
             WIDTHS_MULTIPLE=_multiple(signs),

@@ -242,9 +242,9 @@ _CONSTANTS = {
 }
 
 
-@pytest.mark.parametrize(("tile_rows", "block_outputs", "num_warps"), [(16, 32, 4), (64, 128, 8)])
-def test_it_compiles_for_a_gpu(tile_rows: int, block_outputs: int, num_warps: int) -> None:
-    sizes = {"NUM_PLANES": 8, "TILE_ROWS": tile_rows, "BLOCKS": 4, "BLOCK_OUTPUTS": block_outputs}
+@pytest.mark.parametrize(("tile_rows", "blocks", "block_outputs", "num_warps"), [(16, 4, 32, 4), (64, 2, 128, 8)])
+def test_it_compiles_for_a_gpu(tile_rows: int, blocks: int, block_outputs: int, num_warps: int) -> None:
+    sizes = {"NUM_PLANES": 8, "TILE_ROWS": tile_rows, "BLOCKS": blocks, "BLOCK_OUTPUTS": block_outputs}
     pointers = {"x": "*bf16", "out": "*bf16", **_TABLES}
     assert_they_compile((_KERNELS, "add_signs_kernel", pointers, {**sizes, **_CONSTANTS, "num_warps": num_warps}))
 
