@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,14 @@ def commands() -> list[list[str]]:
     return found
 
 
+@cache
+def help_of(*command: str) -> str:
+    """What it prints; once, because some commands begin by importing for seconds."""
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert shown.returncode == 0, shown.stderr
+    return shown.stdout
+
+
 def test_the_tree_exists() -> None:
     paths = tree_paths()
     assert len(paths) > 20
@@ -79,10 +88,9 @@ def test_every_flag_of_a_command_is_in_its_help(words: list[str]) -> None:
     else:
         command = [sys.executable, "-m", words[2]]
         verb = [word for word in words[3:4] if re.fullmatch(r"[a-z]+", word)]
-    shown = subprocess.run([*command, *verb, "--help"], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert shown.returncode == 0, shown.stderr
+    shown = help_of(*command, *verb)
     for flag in (word for word in words if word.startswith("--")):
-        assert re.search(rf"{flag}\b", shown.stdout), f"{' '.join(words)}: no {flag} in the help"
+        assert re.search(rf"{flag}\b", shown), f"{' '.join(words)}: no {flag} in the help"
 
 
 @pytest.mark.parametrize("package", [p for p in PACKAGES if (ROOT / p / "__main__.py").exists()])

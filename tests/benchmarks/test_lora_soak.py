@@ -100,11 +100,11 @@ def test_the_same_text_with_other_log_probabilities_is_another_answer(checks: Mo
 def test_a_short_soak(scripts: None, smollm2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "report.json"
     sizes = ["--num-adapters", "6", "--ranks", "1,4", "--combinations", "1", "--max-loras", "4", "--max-cpu-loras", "5"]
-    arguments = ["--model-path", str(smollm2_dir), *sizes, "--num-requests", "60", "--clients", "6"]
+    arguments = ["--model-path", str(smollm2_dir), *sizes, "--num-requests", "30", "--clients", "6"]
     status = importlib.import_module("lora_soak").main([*arguments, "--json", str(report)])
     assert status == 0, capsys.readouterr()
     found = json.loads(report.read_text())
     assert found["num_violations"] == 0
     assert found["num_different_answers"] == found["num_recorded_answers"] == 6 * 2 * 2 + 4 + 2
-    assert sum(found["requests"].values()) == 60
+    assert sum(found["requests"].values()) == 30
     assert found["requests"]["200"] > 0
