@@ -16,6 +16,8 @@ from model_worker.engine.ops.low_rank.triton_kernels import expand_kernel, shrin
 _SPLIT_INPUTS = 512  # of K; a multiple of _BLOCK_INPUTS
 _BLOCK_INPUTS = 64
 _BLOCK_OUTPUTS = 128
+_MANY_ROWS = 64  # of a tile, whose sums do not fit the registers of four warps
+_FEW_WARPS, _MANY_WARPS = 4, 8
 _MIN_BLOCK_RANKS, _MAX_BLOCK_RANKS = 16, 64  # the least that tensor cores multiply
 
 
@@ -74,6 +76,7 @@ def expand(t: Tensor, out: Tensor, factors: LowRankFactors, plan: SegmentPlan) -
                 BLOCK_OUTPUTS=_BLOCK_OUTPUTS,
                 TABLE_COLUMNS=TABLE_COLUMNS,
                 PRECISION=_precision(out),
+                num_warps=_MANY_WARPS if plan.tile_rows >= _MANY_ROWS else _FEW_WARPS,
             )
 
 

@@ -14,6 +14,7 @@ from model_worker.engine.ops.sign_matmul.triton_kernels import add_signs_kernel,
 
 _FEW_BLOCKS, _MANY_BLOCKS = 4, 2  # of 1,024 inputs, for one row: as many as registers hold sums of
 _FEW_OUTPUTS, _MANY_OUTPUTS = 32, 128  # of a program: a few rows are limited by memory, and want many programs
+_TILE_OUTPUTS = 64  # of tiles of signs alone: with more, registers are spilled
 _FEW_WARPS, _MANY_WARPS = 4, 8  # with four, a thread has eight of 32 outputs of one row, for which it makes 2^n x once
 _ONE = 0x3F800000
 _MANY_ROWS = 64
@@ -30,7 +31,7 @@ def add_signs(x: Tensor, out: Tensor, signs: LayerSigns, plan: SegmentPlan) -> N
         return
     num_parts, num_entries, num_planes, _ = signs.table.shape
     many = plan.tile_rows >= _MANY_ROWS
-    block_outputs = _MANY_OUTPUTS if many else _FEW_OUTPUTS
+    block_outputs = _TILE_OUTPUTS if many else _FEW_OUTPUTS
     with torch.cuda.device(out.get_device()):
         add_signs_kernel[(len(plan.tiles), -(-max(signs.widths) // block_outputs), num_parts)](
             x,
