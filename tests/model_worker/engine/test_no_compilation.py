@@ -44,7 +44,8 @@ def started(
     scheduler = SchedulerConfig(max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_TOKENS)
     cuda = FakeCuda()
     recorder = LaunchRecorder(lambda: cuda.capturing)
-    with cuda.installed(), recorder.installed():
+    with cuda.installed(), recorder.installed(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # for the tests after this one, if kernels are defined here
         runner = ModelRunner(plan, EngineConfig(cache, scheduler, **options), device="cuda")
         yield runner, cuda, recorder, weights
 
