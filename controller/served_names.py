@@ -111,11 +111,12 @@ class ServedNames:
         resolved = await self._resolve(name)
         if resolved is None:
             models, variants = sorted(self._workers.models()), sorted(self._variants.names())
+            served = [variant for found in self._served_variants().values() for variant, _ in found]
             known = ", ".join(models) or "none"
             if variants:
                 known += f", and {len(variants)} variant{'s' if len(variants) > 1 else ''}, see GET /v1/models"
             # The name comes from a client: escaped and cut, so that it cannot forge a log line.
-            shown = f"{name[:80]!a} does not exist{_suggestion(name[:80], [*models, *variants])}"
+            shown = f"{name[:80]!a} does not exist{_suggestion(name[:80], [*models, *served])}"
             raise ModelNotFoundError(f"the model {shown}; models served now: {known}", param=param)
         return resolved
 
@@ -180,7 +181,7 @@ class ServedNames:
 
 
 def _suggestion(name: str, served: Sequence[str]) -> str:
-    """What may have been meant; versions of a release count as its name."""
-    names = list(dict.fromkeys(known.partition("@")[0] for known in served))
-    close = difflib.get_close_matches(name, names[:MAX_COMPARED], n=1, cutoff=0.7)
-    return f", did you mean {close[0]}?" if close and close[0] != name else ""
+    """What may have been meant; a version of a release also where its name is."""
+    by_text = {text: known for known in served[:MAX_COMPARED] for text in (known.partition("@")[0], known)}
+    close = difflib.get_close_matches(name, list(by_text), n=1, cutoff=0.7)
+    return f", did you mean {by_text[close[0]]}?" if close else ""

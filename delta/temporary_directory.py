@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _YOUNG_S = 60.0  # one that is this young may not have been locked yet
@@ -16,13 +16,17 @@ _YOUNG_S = 60.0  # one that is this young may not have been locked yet
 
 @contextmanager
 def temporary_directory(prefix: str) -> Iterator[Path]:
-    """Removed at the end. Those of this user, with this prefix, whose processes were killed are removed first."""
+    """Removed at the end. Those of this user, with this prefix, whose processes were killed are removed first.
+
+    Where the file system knows no locks nobody can tell whose process lives, and they are left.
+    """
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         _remove_if_abandoned(left)
     with tempfile.TemporaryDirectory(prefix=prefix) as name:
         lock = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield Path(name)
         finally:
             os.close(lock)
@@ -38,7 +42,7 @@ def _remove_if_abandoned(directory: Path) -> None:
         if status.st_uid == os.getuid() and time.time() - status.st_mtime > _YOUNG_S:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(directory, ignore_errors=True)
-    except BlockingIOError:
-        pass  # its process lives
+    except OSError:
+        pass  # its process lives, or there are no locks
     finally:
         os.close(lock)

@@ -25,6 +25,7 @@ from model_worker.published_variants import PublishedVariants
 from model_worker.signature_check import SignatureCheck
 from registry.errors import (
     CheckpointError,
+    InsufficientMemoryError,
     InternalError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -302,18 +303,23 @@ class Variants:
     async def _try_out(self, name: str, path: Path) -> None:
         """Ask the probe of a delta that is to replace another, under a name that no request can have.
 
+        Where there is no room for both, it is asked once it has replaced the other (`_proved`).
+
         Raises:
             RootgraftError: it cannot be read, or fails; what it was to replace goes on.
         """
         if self._probe is None:
             return
         trial = name + _TRIAL
-        status = await self._engine.add(trial, path, parent=self._parent, pinned=False, from_command_line=False)
         try:
+            status = await self._engine.add(trial, path, parent=self._parent, pinned=False, from_command_line=False)
             if status.digest is not None and status.digest not in self._proven:
                 self._proven[status.digest] = await self._probe(trial, path)
+        except InsufficientMemoryError:
+            logger.warning("%s is replaced before its probe is asked: there is no room for both", name)
         finally:
-            await self._engine.remove(trial)
+            with suppress(ModelNotFoundError):  # it could not be read
+                await self._engine.remove(trial)
 
     @contextmanager
     def _finding(self, request: AddVariantRequest) -> Iterator[None]:

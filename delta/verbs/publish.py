@@ -100,7 +100,7 @@ def _publish(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Raises InvalidRequestError: flags that contradict each other, or a value that cannot be."""
     ModelName(args.name, alias=None if args.no_alias else args.alias)
-    if urlsplit(args.url).scheme not in ("http", "https") or not urlsplit(args.url).hostname:
+    if not _is_http_url(args.url):
         raise InvalidRequestError(f"--url is that of the controller, such as {DEFAULT_URL}, not {args.url!r}")
     if not (args.timeout > 0 and math.isfinite(args.timeout)):
         raise InvalidRequestError(f"--timeout is a number of seconds above 0, not {args.timeout}")
@@ -112,6 +112,14 @@ def _check(args: argparse.Namespace) -> None:
         raise InvalidRequestError("a fine-tune is published as its delta from a base: give --base DIR")
     if args.target is None and (args.out is not None or args.prompts is not None):
         raise InvalidRequestError("--out and --prompts are for the delta that is made of a --target; leave them out")
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        url = urlsplit(text)
+    except ValueError:  # such as half an IPv6 address
+        return False
+    return url.scheme in ("http", "https") and bool(url.hostname)
 
 
 def _read_key(file: Path) -> str:

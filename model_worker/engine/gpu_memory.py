@@ -5,7 +5,8 @@
 
 Weights and all that stays are what is gone from the free memory after loading. Activations are what the largest step
 takes beside that, with its logits and samples, and what variants would add to it (`variant_activations.py`); graphs are
-measured with the two largest of each kind. Variants may take their bound (`--lora-memory-gib`).
+measured with the two largest of each kind. Variants may take their bound (`--lora-memory-gib`). What is small is left
+to the share that stays free: block tables, buffers of inputs, partial results of graphs of few rows.
 """
 
 from __future__ import annotations

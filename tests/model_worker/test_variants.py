@@ -14,6 +14,7 @@ from model_worker.config import GivenVariant
 from model_worker.variants import Variants
 from registry.errors import (
     CheckpointError,
+    InsufficientMemoryError,
     InternalError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -178,6 +179,31 @@ async def test_a_delta_is_asked_its_probe_before_it_replaces_another(
     assert served == [("x", "pirate")] * 2  # while the probes of the others ran
     assert [(status.name, status.path) for status in await variants.statuses()] == [("x", "plain")]
     assert [status.name for status in await engine.list()] == ["x"]
+
+
+async def test_a_delta_for_which_there_is_no_room_beside_the_one_it_replaces(
+    engine: FakeLoras, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants_module, "is_delta", lambda directory: True)
+    for number, directory in enumerate(("pirate", "poet", "plain")):
+        engine.digests[root / directory] = f"sha256:{number}"
+    asked: list[tuple[str, str]] = []
+
+    async def probe(name: str, path: Path) -> None:
+        asked.append((name, path.name))
+        if name != "x":
+            raise InsufficientMemoryError("No place beside those that are pinned.")
+        if path.name == "plain":
+            raise ProbeFailedError("It fails.")
+
+    variants = make(engine, root, probe=probe)
+    await variants.add(addition("x", "pirate"))
+    await variants.add(addition("x", "poet"))
+    assert [(status.name, status.path) for status in await variants.statuses()] == [("x", "poet")]
+    with pytest.raises(ProbeFailedError):
+        await variants.add(addition("x", "plain"))
+    assert asked == [("x", "pirate"), ("x@trial", "poet"), ("x", "poet"), ("x@trial", "plain"), ("x", "plain")]
+    assert await engine.list() == []
 
 
 async def test_without_a_root_there_are_only_those_of_the_command_line(engine: FakeLoras, root: Path) -> None:

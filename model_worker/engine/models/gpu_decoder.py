@@ -176,16 +176,16 @@ class GpuDecoder(nn.Module):
         """See `VariantHost.base_weight`."""
         name = f"{module}.weight"
         if name == HEAD:
-            return self.lm_head.method.weight(self.lm_head).float().cpu()
+            return self._variants.on_host(lambda: self.lm_head.method.weight(self.lm_head))
         if self._parameters_by_name[name].ndim != 2:
             raise KeyError(module)
-        return self._weights.get(name).cpu()
+        return self._variants.on_host(lambda: self._weights.get(name))
 
     def base_bias(self, module: str) -> Tensor:
         """See `VariantHost.base_bias`."""
         if self._parameters_by_name[f"{module}.weight"].ndim != 2:
             raise KeyError(module)
-        return self._weights.get(f"{module}.bias").cpu()
+        return self._variants.on_host(lambda: self._weights.get(f"{module}.bias"))
 
     @property
     def binds_in_host_memory(self) -> bool:

@@ -20,6 +20,7 @@ from model_worker.engine.ops.low_rank import Factors
 from model_worker.engine.ops.sign_matmul import SignMatrix
 from registry.errors import UnsupportedModelError
 
+_ARRANGED_ROWS = 4096  # at a time: it takes several times their memory
 _OTHERWISE = "serve the model with --model-impl transformers."
 
 
@@ -190,21 +191,29 @@ class TermBinder:
         return None if tensor is None else self._moved(tensor.to(dtype))
 
     def _moved(self, tensor: Tensor, arranged: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """A copy on the device that belongs to the variant, of the tensor or of what `arranged` makes of it there."""
+        """A copy on the device that belongs to the variant, of the tensor or of what `arranged` makes of it there.
+
+        Args:
+            arranged: makes of each row of the tensor one of its own; called with some of them at a time.
+        """
         if self._stream is None:
             there = tensor.to(self._device)
             moved = there.clone(memory_format=torch.contiguous_format) if arranged is None else arranged(there)
         else:
             source = tensor.contiguous() if tensor.is_cuda else tensor.contiguous().pin_memory()
-            if arranged is not None:
-                with torch.cuda.stream(self._stream):
-                    source = arranged(source.to(self._device, non_blocking=True))
-            moved = torch.empty(source.shape, dtype=source.dtype, device=self._device)
-            moved.record_stream(self._stream)
+            wanted = source if arranged is None else arranged(source.to("meta"))
+            moved = torch.empty(wanted.shape, dtype=wanted.dtype, device=self._device)
+            for each in (source, moved) if source.is_cuda else (moved,):
+                each.record_stream(self._stream)
             # It may be memory that a step under way has given back but not done with.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
-                moved.copy_(source, non_blocking=True)
+                if arranged is None:
+                    moved.copy_(source, non_blocking=True)
+                else:
+                    pieces = torch.split(source, _ARRANGED_ROWS), torch.split(moved, _ARRANGED_ROWS)
+                    for rows, there in zip(*pieces, strict=True):
+                        there.copy_(arranged(rows.to(self._device, non_blocking=True)))
         self.num_bytes += moved.nbytes
         return moved
 

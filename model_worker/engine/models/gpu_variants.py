@@ -10,12 +10,15 @@ uses the variant waits for the copies, on the device. A number is free again whe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from delta.variant_terms import LinearTerms, SignPlane, VariantTerms
+from model_worker.engine.gpu_memory import binding_variants
 from model_worker.engine.layers.bound_terms import NO_TERMS, BoundTerms, TermKind
 from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.fused_linear import FusedLinear
@@ -36,7 +39,7 @@ _MANY_ROWS = 65  # of a segment whose tiles are those of prompts, whole and not
 _WARM_UP_STEPS = {1: (1, _MANY_ROWS, MIN_MERGED_ROWS, MANY_MERGED_ROWS), 2: (MIN_MERGED_ROWS,)}
 """Rows of one variant by its planes of signs: for each kernel, and each size of its tiles."""
 
-_MERGING_CAPABILITY = (9, 0)  # older tensor cores leave too few registers for `merged_linear`
+_MERGING_MAJOR = 9  # older tensor cores leave too few registers for `merged_linear`, newer devices too little memory
 _STATIC_COLUMNS = 4  # of a graph's tables, for each row: three of a tile, and a number
 _GRAPHS = (
     (TermKind.LOW_RANK, 64),
@@ -119,9 +122,21 @@ class GpuVariants:
         self._tables: VariantTables | None = None
         if device.type != "cpu" if has_tables is None else has_tables:
             self._tables = VariantTables(linears, norms, _MAX_VARIANTS, num_tokens, device)
-        self._merges = device.type != "cuda" or torch.cuda.get_device_capability(device) >= _MERGING_CAPABILITY
+        self._merges = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == _MERGING_MAJOR
 
     # ------------------------------------------------------------------------------------------ binding
+
+    def on_host(self, weight: Callable[[], Tensor]) -> Tensor:
+        """A weight of the base, which nobody writes any more, in float32: no step waits for the copy.
+
+        Args:
+            weight: makes it on the device.
+
+        Raises:
+            InsufficientMemoryError: the device has no memory to make it.
+        """
+        with binding_variants(), nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            return weight().cpu().float()
 
     @torch.no_grad()
     def bind(self, terms: VariantTerms) -> GpuVariant:
@@ -242,7 +257,6 @@ class GraphTerms(RowTerms):
         wanted = [(start, end, variant.number) for (start, end, _), variant in zip(segments, variants, strict=True)]
         if wanted == self._filled:
             return
-        self._filled = wanted
         num_rows = self.plan.num_rows
         staging = torch.zeros(_STATIC_COLUMNS * num_rows, dtype=torch.int32, pin_memory=self._static.is_cuda)
         tiles = tile_table([(start, end) for start, end, _ in wanted], [number for _, _, number in wanted])
@@ -251,6 +265,7 @@ class GraphTerms(RowTerms):
         for start, end, number in wanted:
             staging[3 * num_rows + start : 3 * num_rows + end] = 1 + number
         self._static.copy_(staging, non_blocking=True)
+        self._filled = wanted
 
 
 def _warm_up_terms(num_inputs: int, num_outputs: int, num_planes: int) -> LinearTerms:

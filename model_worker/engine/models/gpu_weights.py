@@ -125,8 +125,8 @@ class GpuWeights:
         return torch.equal(place.converted(dense).to(self._device, place.rows.dtype), place.rows)
 
     def get(self, name: str) -> Tensor:
-        """What is computed with in place of a matrix or bias of the checkpoint. -> [N, K] or [N] float32"""
-        return self._places[name].rows.float()
+        """What is computed with in place of a matrix or bias of the checkpoint. -> [N, K] or [N], on the device"""
+        return self._places[name].rows
 
     def _copy(self, place: WeightPlace, tensor: Tensor) -> None:
         if place.parameter.device.type == "meta":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from queue import Empty, SimpleQueue
 from typing import Literal, Protocol
 
@@ -24,6 +24,8 @@ from adapters.load_plan import LoadPlan
 from delta.variant_terms import VariantTerms
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.executor import ExecutorLostError
+from model_worker.engine.gpu_memory import is_out_of_memory
+from model_worker.engine.gpu_sizing import settings_for_smaller_steps
 from model_worker.engine.parallel.messages import Assignment, Bind, Step, Weight, send
 from model_worker.engine.parallel.process_group import STEP_TIMEOUT_S, ProcessGroup, host_store
 from model_worker.engine.step_batch import StepBatch
@@ -122,6 +124,8 @@ class Ranks:
         device = torch.device(devices[0])
         self.group = ProcessGroup(lambda: store, rank=0, size=len(devices), device=device)
         self._devices = devices
+        self._config = config
+        self._loading = list(range(1, len(devices)))  # ranks that have not said how it ended
         self._fate = _Fate(self.group)
         self._dropped: SimpleQueue[int] = SimpleQueue()
         self._variants_lock = threading.Lock()
@@ -159,16 +163,36 @@ class Ranks:
         Raises:
             RootgraftError: one of them could not.
         """
-        for rank, other in enumerate(self._ranks, start=1):
-            reply = self._receive(other.steps)
-            if isinstance(reply, RootgraftError):
-                raise type(reply)(f"Rank {rank} ({self._devices[rank]}): {reply.message}") from reply
+        try:
+            while self._loading:
+                for rank in self._with_news(None):
+                    self._hear(rank)
+        except (EOFError, OSError) as error:
+            self.raise_reason()
+            raise self.lost() from error
         self.group.wait_at_most(STEP_TIMEOUT_S)
         threading.Thread(target=_watch_time, args=(self._fate,), daemon=True).start()
 
+    def raise_reason(self) -> None:
+        """Call this when loading has failed here: another rank may be the cause, and has a moment for saying so.
+
+        Raises:
+            RootgraftError: it is.
+        """
+        has_ended = False
+        deadline_s = time.monotonic() + _REASON_S
+        while self._loading and (ranks := self._with_news(max(0.0, deadline_s - time.monotonic()))):
+            for rank in ranks:
+                try:
+                    self._hear(rank)
+                except (EOFError, OSError):  # perhaps because of one that says why
+                    has_ended = True
+        if has_ended:
+            raise self.lost()
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around waiting for what was launched on a GPU, where a rank that is stuck or gone raises nothing.
+        """Around waiting for what a rank that is stuck or gone keeps from coming without raising anything.
 
         Raises:
             ExecutorLostError: the ranks are lost; what was waited for is garbage.
@@ -191,7 +215,8 @@ class Ranks:
             raise self.lost()
         step = Step(batch, variants, self._take_dropped())
         try:
-            send([other.steps for other in self._ranks], step)
+            with self.waiting():  # one that is stuck reads nothing, and a step may not fit into its connection
+                send([other.steps for other in self._ranks], step)
         except OSError as error:
             raise self.lost() from error
 
@@ -204,11 +229,11 @@ class Ranks:
         with self._variants_lock:
             self._num_variants += 1
             number, dropped = self._num_variants, self._take_dropped()
-            answers = self._ask([Bind(number, of_rank, dropped) for of_rank in terms])
-        errors = [answer for answer in answers if isinstance(answer, RootgraftError)]
-        if errors:
-            self.drop(number)
-            raise errors[0]
+            try:
+                answers = self._ask([Bind(number, of_rank, dropped) for of_rank in terms])
+            except RootgraftError:
+                self.drop(number)
+                raise
         return number, [answer for answer in answers if isinstance(answer, int)]
 
     def drop(self, number: int) -> None:
@@ -216,7 +241,11 @@ class Ranks:
         self._dropped.put(number)
 
     def weights(self, module: str, kind: Literal["weight", "bias"]) -> list[Tensor | None]:
-        """Of each rank but 0, its share of a weight or bias; None: it has none."""
+        """Of each rank but 0, its share of a weight or bias; None: it has none.
+
+        Raises:
+            RootgraftError: one of them could not give it, or has ended.
+        """
         with self._variants_lock:
             answers = self._ask([Weight(module, kind)] * len(self._ranks))
         return [answer if isinstance(answer, Tensor) else None for answer in answers]
@@ -228,8 +257,18 @@ class Ranks:
             cause: that it had on rank 0, which may be that another rank has ended.
         """
         self._fate.known.wait(_REASON_S)
-        why = self._fate.lost or f"A step failed on rank 0 ({type(cause).__name__}), and the others wait for it."
-        return ExecutorLostError(f"{why} Start the worker again.")
+        if self._fate.lost is not None:
+            return ExecutorLostError(f"{self._fate.lost} Start the worker again.")
+        if cause is None:
+            return ExecutorLostError("A rank of this model does not answer any more. Start the worker again.")
+        lines = str(cause).splitlines()
+        what = f"{type(cause).__name__}: {lines[0]}" if lines else type(cause).__name__
+        remedy = ""
+        if isinstance(cause, RuntimeError) and is_out_of_memory(cause):
+            remedy = f" with {settings_for_smaller_steps(self._config)}"
+        return ExecutorLostError(
+            f"A step failed on rank 0 ({what}), and the others wait for it. Start the worker again{remedy}."
+        )
 
     def close(self) -> None:
         """End the ranks."""
@@ -241,7 +280,11 @@ class Ranks:
                 send([other.variants], request)
         except OSError as error:
             raise self.lost() from error
-        return [self._receive(other.variants) for other in self._ranks]
+        answers: list[object] = [self._receive(other.variants) for other in self._ranks]
+        for answer in answers:
+            if isinstance(answer, RootgraftError):
+                raise answer
+        return answers
 
     def _receive(self, channel: Connection) -> object:
         try:
@@ -249,6 +292,23 @@ class Ranks:
         except (EOFError, OSError) as error:
             raise self.lost() from error
         return message
+
+    def _with_news(self, timeout_s: float | None) -> list[int]:
+        """Of the ranks that load, those that have said how it ended, or are gone; none when the time is over."""
+        ready = wait([self._ranks[rank - 1].steps for rank in self._loading], timeout_s)
+        return [rank for rank in self._loading if self._ranks[rank - 1].steps in ready]
+
+    def _hear(self, rank: int) -> None:
+        """Raises:
+        EOFError, OSError: it is gone.
+        RootgraftError: it could not load.
+        """
+        self._loading.remove(rank)
+        reply = self._ranks[rank - 1].steps.recv()
+        if isinstance(reply, RootgraftError):
+            reply.message = f"Rank {rank} ({self._devices[rank]}): {reply.message}"
+            reply.args = (reply.message,)
+            raise reply
 
     def _take_dropped(self) -> tuple[int, ...]:
         numbers: list[int] = []

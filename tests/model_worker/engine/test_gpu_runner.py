@@ -197,5 +197,8 @@ def test_a_variant_that_does_not_fit_is_refused(error: RuntimeError) -> None:
 def test_variants_are_accounted_for_in_the_largest_step() -> None:
     shapes = [torch.Size(shape) for shape in ((1000, 64), (96, 64), (64, 96), (64,))]
     found = variant_activation_bytes(shapes, num_tokens=10, num_samples=2, vocab_size=1000, dtype_bytes=2)
-    assert found == 10 * (2 * (64 + 2 * 96) + 4 * 3 * 1024)
-    assert variant_activation_bytes(shapes, num_tokens=10, num_samples=90, vocab_size=1000, dtype_bytes=2) == 360_000
+    assert found == 10 * (2 * 64 + 4 * 3 * 1024)  # ranks take more than 2 x 2 x 96
+    shapes.append(torch.Size((9000, 64)))
+    found = variant_activation_bytes(shapes, num_tokens=10, num_samples=2, vocab_size=1000, dtype_bytes=2)
+    assert found == 10 * 2 * (64 + 2 * 9000)
+    assert variant_activation_bytes(shapes, num_tokens=1, num_samples=90, vocab_size=1000, dtype_bytes=2) == 360_000
