@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from adapters.load_plan import MemoryEstimate
@@ -70,13 +71,13 @@ def available_memory_bytes() -> int:
 
 
 def _free_on_machine() -> int:
-    try:
-        lines = _MEMORY.read_text().splitlines()
-    except OSError:  # not Linux
-        import psutil  # which scripts/gpu-check does without
+    with suppress(OSError):  # not Linux
+        for line in _MEMORY.read_text().splitlines():
+            if line.startswith("MemAvailable:"):  # which some sandboxes leave out
+                return int(line.split()[1]) * 1024
+    import psutil  # which scripts/gpu-check does without
 
-        return int(psutil.virtual_memory().available)
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    return int(psutil.virtual_memory().available)
 
 
 def gib(num_bytes: int) -> str:

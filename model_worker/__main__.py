@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import gc
 import logging
 import os
@@ -35,6 +36,7 @@ from registry.errors import RootgraftError
 from registry.paths import default_cache_dir
 
 TOKEN_VARIABLE = "ROOTGRAFT_WORKER_TOKEN"
+_LEAVING_S = 30.0  # that the interpreter has for ending
 
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
@@ -118,4 +120,7 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # Where ranks were lost, NCCL may wait for them without bound. A thread of Python would not run any more.
+    faulthandler.dump_traceback_later(_LEAVING_S, exit=True)
+    sys.exit(status)

@@ -155,11 +155,18 @@ class GpuSizing:
         )
 
     def _step_failed(self, num_tokens: int) -> str:
-        tokens, seqs = self._config.scheduler.max_num_batched_tokens, self._config.scheduler.max_num_seqs
-        lower = max(0.05, self._config.cache.gpu_memory_utilization - 0.05)
         return (
             f"The GPU had no memory left for a step of {num_tokens} tokens ({gib(self._memory.free())} of "
             f"{gib(self._total)} are free): something else uses it too, or its memory is in pieces. Start the model "
-            f"worker with --gpu-memory-utilization {lower:.2f}, --max-num-batched-tokens {max(1, tokens // 2)} or "
-            f"--max-num-seqs {max(1, seqs // 2)}."
+            f"worker with {settings_for_smaller_steps(self._config)}."
         )
+
+
+def settings_for_smaller_steps(config: EngineConfig) -> str:
+    """What would help where a step found no memory."""
+    tokens, seqs = config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs
+    lower = max(0.05, config.cache.gpu_memory_utilization - 0.05)
+    return (
+        f"--gpu-memory-utilization {lower:.2f}, --max-num-batched-tokens {max(1, tokens // 2)} or "
+        f"--max-num-seqs {max(1, seqs // 2)}"
+    )

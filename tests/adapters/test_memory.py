@@ -34,5 +34,11 @@ def test_without_a_limit(cgroup) -> None:
     assert memory.available_memory_bytes() > 5_000_000
 
 
+def test_where_the_kernel_does_not_say_what_is_available(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "_MEMORY", tmp_path / "meminfo")
+    (tmp_path / "meminfo").write_text("MemTotal: 1024 kB\n")
+    assert memory.available_memory_bytes() > 1024 * 1024
+
+
 def test_gib() -> None:
     assert memory.gib(3 << 29) == "1.50 GiB"

@@ -35,7 +35,8 @@ class LeadingSteps(StepRunner):
         self._owed: list[Callable[[], Tensor]] = []  # calls for the last batch that the others make
 
     def move_blocks(self, moves: BlockMoves) -> None:
-        self._together(partial(self._own.move_blocks, moves))
+        with self._ranks.waiting():  # swapping waits for the step before it
+            self._together(partial(self._own.move_blocks, moves))
 
     def forward(self, batch: StepBatch, variants: BoundVariants) -> Tensor:
         while self._owed:

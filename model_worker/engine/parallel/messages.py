@@ -75,7 +75,9 @@ class Bind:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """This rank's share of a weight or bias of the base is wanted; answered by a tensor, or None: there is none."""
+    """This rank's share of a weight or bias of the base is wanted; answered by a tensor, None (there is none), or the
+    RootgraftError that keeps it from that.
+    """
 
     module: str
     kind: Literal["weight", "bias"]

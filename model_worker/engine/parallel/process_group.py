@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -108,7 +109,7 @@ class ProcessGroup:
         try:
             backends = _make_backends(find_store(), self.rank, self.size, self._device, timeout)
         except Exception as error:
-            if not self._found.done():
+            with suppress(InvalidStateError):  # aborted in the meantime
                 self._found.set_exception(error)
             return
         try:

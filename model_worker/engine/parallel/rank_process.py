@@ -6,6 +6,7 @@ goes wrong in a step ends it too: the others' sums would wait for it for ever.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
+from torch import Tensor
 
 from model_worker.engine.gpu_memory import binding_variants
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantHost
@@ -23,7 +25,7 @@ from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.causal_model import CausalModel
 from model_worker.engine.parallel.messages import Assignment, Bind, Ready, Step, Weight, send
 from model_worker.engine.parallel.process_group import STEP_TIMEOUT_S, ProcessGroup, join_store
-from registry.errors import InsufficientMemoryError, InternalError, RootgraftError, UnsupportedModelError
+from registry.errors import InternalError, RootgraftError
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,11 @@ def main(steps: Connection, variants: Connection) -> None:
     try:
         runner, group = _load(assignment)
     except RootgraftError as error:
+        logger.error("Rank %d could not load its share: %s", assignment.rank, error.message)
         send([steps], error)
         return
+    gc.collect()
+    gc.freeze()  # as on rank 0: else all ranks wait for a collection that walks through all that loading made
     share.model = runner.model
     send([steps], Ready())
     _compute(steps, runner, group, share)
@@ -107,33 +112,43 @@ def _answer(variants: Connection, share: BoundShare, device: torch.device) -> No
     while True:
         try:
             request: Bind | Weight = variants.recv()
+            send([variants], loader.submit(carry_out, request, share, device).result())
         except (EOFError, OSError):
             os._exit(0)
-        send([variants], loader.submit(_carry_out, request, share, device).result())
+        except Exception:  # rank 0 waits for an answer, and sees that this process ends
+            logger.exception("A rank could not answer.")
+            os._exit(1)
 
 
-def _carry_out(request: Bind | Weight, share: BoundShare, device: torch.device) -> object:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # a thread has its own
-    model = share.model
-    assert isinstance(model, VariantHost)
-    if isinstance(request, Weight):
-        find = model.base_weight if request.kind == "weight" else model.base_bias
-        try:
-            return find(request.module).cpu()
-        except KeyError:
-            return None
-    share.drop(request.dropped)
+def carry_out(request: Bind | Weight, share: BoundShare, device: torch.device) -> object:
+    """The answer to a request; raises nothing, because rank 0 waits for one."""
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread has its own
         with binding_variants():
-            share.bound[request.number] = model.bind(request.terms)
-    except (InsufficientMemoryError, UnsupportedModelError) as error:
+            return _weight(request, share) if isinstance(request, Weight) else _bind(request, share)
+    except RootgraftError as error:
         error.__traceback__ = error.__cause__ = None  # it is sent
         return error
     except Exception as error:  # a bug: it ends this variant, not the server
-        logger.exception("A variant could not be bound.")
-        return InternalError(f"A rank could not take the variant ({type(error).__name__}); see the log.")
-    return share.bound[request.number].num_bytes
+        logger.exception("A rank could not do its part of a variant.")
+        return InternalError(f"A rank could not do its part of the variant ({type(error).__name__}); see the log.")
+
+
+def _weight(request: Weight, share: BoundShare) -> Tensor | None:
+    assert isinstance(share.model, VariantHost)
+    find = share.model.base_weight if request.kind == "weight" else share.model.base_bias
+    try:
+        return find(request.module).cpu()
+    except KeyError:
+        return None
+
+
+def _bind(request: Bind, share: BoundShare) -> int:
+    assert isinstance(share.model, VariantHost)
+    share.drop(request.dropped)
+    bound = share.bound[request.number] = share.model.bind(request.terms)
+    return bound.num_bytes
 
 
 def _run(steps: Connection, variants: Connection) -> int:

@@ -52,9 +52,9 @@ def start_ranks(
         ranks.wait_until_ready()
     except BaseException as error:
         with closing(ranks):
-            if isinstance(error, RuntimeError):  # of a sum that another rank did not come to: it has said why
-                ranks.wait_until_ready()
-        raise
+            if isinstance(error, RuntimeError):  # perhaps of a sum that another rank did not come to, which says why
+                ranks.raise_reason()
+            raise
     runner.steps = LeadingSteps(runner.steps, ranks)
     return runner, ranks
 

@@ -11,7 +11,7 @@ from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +20,12 @@ import torch
 from delta.variant_terms import LinearTerms, VariantTerms
 from model_worker.engine.batch_builder import BatchBuilder
 from model_worker.engine.config import EngineConfig
+from model_worker.engine.executor import ExecutorLostError
+from model_worker.engine.parallel import ranks as ranks_module
+from model_worker.engine.parallel.leading_steps import LeadingSteps
 from model_worker.engine.parallel.messages import Assignment, Bind, Ready, Step, Weight, send
 from model_worker.engine.parallel.process_group import ProcessGroup, join_store
+from model_worker.engine.parallel.rank_process import BoundShare, carry_out
 from model_worker.engine.parallel.ranks import Ranks, RunningRank
 from model_worker.engine.parallel.sharding import Part, inputs, outputs
 from model_worker.engine.parallel.shared_variants import SharedVariants
@@ -29,7 +33,7 @@ from model_worker.engine.sampling_params import SamplingParams
 from model_worker.engine.sequence import Sequence
 from model_worker.engine.step import ScheduledSequence, SchedulerOutput
 from model_worker.engine.step_batch import StepBatch
-from registry.errors import UnsupportedModelError
+from registry.errors import InternalError, UnsupportedModelError
 from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
 
 WEIGHT = torch.arange(24.0).view(4, 6)
@@ -41,7 +45,8 @@ class FakeRank:
 
     Attributes:
         steps, requests: that it was sent.
-        refusal: answer to a variant.
+        refusal: answer to a variant, and to who asks for a weight.
+        reads_steps: set; else it is stuck.
     """
 
     def __init__(self) -> None:
@@ -49,6 +54,8 @@ class FakeRank:
         self.steps: list[Step] = []
         self.requests: list[Bind | Weight] = []
         self.refusal: UnsupportedModelError | None = None
+        self.reads_steps = threading.Event()
+        self.reads_steps.set()
         self._ended = threading.Event()
 
     def launch(self) -> RunningRank:
@@ -73,7 +80,7 @@ class FakeRank:
             group = ProcessGroup(join, rank=1, size=2, device=torch.device("cpu"))
             send([steps], Ready())
             try:
-                while True:
+                while self.reads_steps.wait():
                     self.steps.append(steps.recv())
             except EOFError:
                 group.abort()
@@ -87,8 +94,10 @@ class FakeRank:
                 except EOFError:
                     return
                 request = self.requests[-1]
-                if isinstance(request, Bind):
-                    send([variants], self.refusal or 100)
+                if self.refusal is not None:
+                    send([variants], self.refusal)
+                elif isinstance(request, Bind):
+                    send([variants], 100)
                 elif request.kind == "bias":
                     send([variants], BIAS[2:])
                 else:
@@ -176,6 +185,65 @@ def test_a_variant_that_one_rank_refuses_is_refused(rank: FakeRank, tmp_path: Pa
         ranks.send_step(_batch(), {})
     rank.wait()
     assert rank.steps[0].dropped == (1,)
+
+
+def test_what_keeps_a_rank_from_giving_a_weight_is_said(rank: FakeRank, tmp_path: Path) -> None:
+    rank.refusal = UnsupportedModelError("no copy of it")
+    with _ranks(rank, tmp_path) as ranks, pytest.raises(UnsupportedModelError, match="no copy of it"):
+        SharedVariants(FakeModel(), ranks).base_weight("up")
+
+
+@pytest.mark.parametrize("request_", [Weight("up", "weight"), Bind(1, VariantTerms(""), ())])
+def test_a_rank_answers_whatever_goes_wrong(request_: Bind | Weight) -> None:
+    answer = carry_out(request_, BoundShare(), torch.device("cpu"))  # which has no model
+    assert isinstance(answer, InternalError)
+    assert "AssertionError" in answer.message
+
+
+def test_rank_0_does_not_wait_for_ever_until_a_step_is_taken(
+    rank: FakeRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with _ranks(rank, tmp_path) as ranks:
+        rank.reads_steps.clear()
+        monkeypatch.setattr(ranks_module, "STEP_TIMEOUT_S", 0.5)
+        ranks.on_lost = rank.reads_steps.set  # in a worker this process ends
+        with pytest.raises(ExecutorLostError, match="is stuck"):
+            _send_steps(ranks, 10_000)
+
+
+def _send_steps(ranks: Ranks, number: int) -> None:
+    for _ in range(number):
+        ranks.send_step(_batch(), {})
+
+
+def test_rank_0_does_not_wait_for_ever_until_blocks_are_swapped(rank: FakeRank, tmp_path: Path) -> None:
+    deadlines: list[float | None] = []
+    with _ranks(rank, tmp_path) as ranks:
+        own: Any = SimpleNamespace(move_blocks=lambda moves: deadlines.append(ranks._fate.deadline_s))
+        LeadingSteps(own, ranks).move_blocks(_batch().blocks)
+        assert deadlines[0] is not None
+        assert ranks._fate.deadline_s is None
+
+
+def test_a_step_without_memory_names_settings_that_help(
+    rank: FakeRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks_module, "_REASON_S", 0.0)
+    with _ranks(rank, tmp_path) as ranks:
+
+        def fail(moves: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nA trace.")
+
+        own: Any = SimpleNamespace(move_blocks=fail)
+        expected = (
+            r"rank 0 \(OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.\), and the others wait for it. "
+            r"Start the worker again with --gpu-memory-utilization 0.85, --max-num-batched-tokens \d+ or --max-num-seqs"
+        )
+        with pytest.raises(ExecutorLostError, match=expected):
+            LeadingSteps(own, ranks).move_blocks(_batch().blocks)
+        assert ranks.lost(ValueError("no place")).message == (
+            "A step failed on rank 0 (ValueError: no place), and the others wait for it. Start the worker again."
+        )
 
 
 def test_weights_of_the_base_are_put_together(rank: FakeRank, tmp_path: Path) -> None:

@@ -23,12 +23,13 @@ from model_worker.engine.async_llm_engine import AsyncLLMEngine
 from model_worker.engine.config import CacheConfig, EngineConfig
 from model_worker.engine.executor import ExecutorLostError
 from model_worker.engine.llm_engine import LLMEngine
-from model_worker.engine.parallel import rank_process, ranks
+from model_worker.engine.parallel import rank_process, ranks, start
+from model_worker.engine.parallel.messages import Ready, send
 from model_worker.engine.parallel.process_group import ProcessGroup, host_store, join_store
-from model_worker.engine.parallel.ranks import RunningRank
+from model_worker.engine.parallel.ranks import Ranks, RunningRank
 from model_worker.engine.parallel.start import start_ranks
 from model_worker.engine.sampling_params import SamplingParams
-from registry.errors import CheckpointError, InsufficientMemoryError, InternalError
+from registry.errors import CheckpointError, InsufficientMemoryError, InternalError, InvalidRequestError
 from tests.fakes.divided_models import engine_of
 from tests.fakes.rank_launcher import fork_rank
 from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
@@ -139,6 +140,57 @@ def _rank_without_room(steps: Connection, variants: Connection) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_process, "ModelRunner", refuse)
         rank_process.main(steps, variants)
+
+
+def test_what_one_of_several_ranks_cannot_load_is_said_also_where_another_ends_first(model: Path) -> None:
+    """As ranks do whose sums wait for the one that could not load."""
+    targets = iter([_rank_that_ends, _rank_that_is_ready, _rank_that_refuses_later])
+    running = Ranks(make_tiny_plan(model), CONFIG, ["cpu"] * 4, lambda: fork_rank(next(targets)))
+    try:
+        with pytest.raises(InvalidRequestError, match=r"^Rank 3 \(cpu\): Not with this one\.$") as refusal:
+            running.wait_until_ready()
+        assert refusal.value.param == "kv_cache"
+    finally:
+        running.close()
+
+
+def _rank_that_ends(steps: Connection, variants: Connection) -> None:
+    steps.recv()
+
+
+def _rank_that_is_ready(steps: Connection, variants: Connection) -> None:
+    steps.recv()
+    send([steps], Ready())
+    _wait_for_rank_0(steps)
+
+
+def _rank_that_refuses_later(steps: Connection, variants: Connection) -> None:
+    steps.recv()
+    time.sleep(0.5)
+    send([steps], InvalidRequestError("Not with this one.", param="kv_cache"))
+
+
+def _rank_that_never_loads(steps: Connection, variants: Connection) -> None:
+    steps.recv()
+    _wait_for_rank_0(steps)
+
+
+def _wait_for_rank_0(steps: Connection) -> None:
+    with pytest.raises(EOFError):
+        steps.recv()
+
+
+@pytest.mark.parametrize("rank", [_rank_that_never_loads, _rank_that_is_ready])
+def test_what_rank_0_cannot_load_is_said_where_the_others_still_wait_for_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch, rank: Callable[[Connection, Connection], None]
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("A kernel has failed.")
+
+    monkeypatch.setattr(start, "ModelRunner", fail)
+    monkeypatch.setattr(ranks, "_REASON_S", 0.2)
+    with pytest.raises(RuntimeError, match="A kernel has failed"):
+        start_ranks(make_tiny_plan(model), CONFIG, launch=partial(fork_rank, rank))
 
 
 def test_ranks_end_with_the_process_of_rank_0(model: Path) -> None:
