@@ -116,9 +116,20 @@ class ServedNames:
             if variants:
                 known += f", and {len(variants)} variant{'s' if len(variants) > 1 else ''}, see GET /v1/models"
             # The name comes from a client: escaped and cut, so that it cannot forge a log line.
-            shown = f"{name[:80]!a} does not exist{_suggestion(name[:80], [*models, *served])}"
+            shown = f"{name[:80]!a} does not exist{await self._suggestion(name[:80], [*models, *served])}"
             raise ModelNotFoundError(f"the model {shown}; models served now: {known}", param=param)
         return resolved
+
+    async def _suggestion(self, name: str, served: Sequence[str]) -> str:
+        """What may have been meant: a name that can be asked for."""
+        by_text = {text: known for known in served[:MAX_COMPARED] for text in (known.partition("@")[0], known)}
+        close = difflib.get_close_matches(name, list(by_text), n=1, cutoff=0.7)
+        if not close:
+            return ""
+        meant, known = close[0], by_text[close[0]]
+        if meant != known and await self._resolve(meant) is None:  # no alias leads to this version
+            meant = known
+        return f", did you mean {meant}?"
 
     def models(self) -> list[ServedModelInfo]:
         """The models and variants that live workers serve now, by name; each model before its variants."""
@@ -178,10 +189,3 @@ class ServedNames:
             created=self._created.setdefault(name, int(self._wall_clock())),
             num_workers=len(models),
         )
-
-
-def _suggestion(name: str, served: Sequence[str]) -> str:
-    """What may have been meant; a version of a release also where its name is."""
-    by_text = {text: known for known in served[:MAX_COMPARED] for text in (known.partition("@")[0], known)}
-    close = difflib.get_close_matches(name, list(by_text), n=1, cutoff=0.7)
-    return f", did you mean {by_text[close[0]]}?" if close else ""

@@ -15,6 +15,7 @@ from controller.protocol import (
     PromptEvent,
     VariantStatus,
 )
+from controller.served_names import ServedName
 from controller.workers import Worker
 from registry.errors import (
     ModelNotFoundError,
@@ -42,6 +43,15 @@ async def test_only_workers_that_have_all_adapters_are_asked(fleet: Fleet) -> No
     assert [event.kind async for events in stream for event in events][-1] == "done"
     (sent,) = both.requests
     assert sent.loras == [LoraWeight(name="sql", scale=0.5), LoraWeight(name="chat")]
+
+
+async def test_a_release_is_suggested_by_a_name_that_can_be_asked_for(fleet: Fleet) -> None:
+    await fleet.add(variants=variants(**{"support-bot@v1": "active"}))
+    with pytest.raises(ModelNotFoundError, match=r"did you mean support-bot@v1\?"):
+        await fleet.events("suport-bot")
+    fleet.aliases["support-bot"] = ServedName("support-bot@v1", "m")
+    with pytest.raises(ModelNotFoundError, match=r"did you mean support-bot\?"):
+        await fleet.events("suport-bot")
 
 
 async def test_why_nobody_can_be_asked_for_an_adapter(fleet: Fleet) -> None:
