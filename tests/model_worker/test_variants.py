@@ -153,12 +153,17 @@ async def test_a_replacement_that_is_refused_leaves_the_old_one(variants: Varian
     assert variants.prompt_format(["x"]) != before
 
 
-async def test_a_delta_is_asked_its_probe_before_it_replaces_another(
-    engine: FakeLoras, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def deltas(engine: FakeLoras, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All directories hold deltas, and different ones."""
     monkeypatch.setattr(variants_module, "is_delta", lambda directory: True)
     for number, directory in enumerate(("pirate", "poet", "plain")):
         engine.digests[root / directory] = f"sha256:{number}"
+
+
+async def test_a_delta_is_asked_its_probe_before_it_replaces_another(
+    engine: FakeLoras, root: Path, deltas: None
+) -> None:
     asked: list[tuple[str, str]] = []
     served: list[tuple[str, str]] = []
     variants: Variants
@@ -182,11 +187,8 @@ async def test_a_delta_is_asked_its_probe_before_it_replaces_another(
 
 
 async def test_a_delta_for_which_there_is_no_room_beside_the_one_it_replaces(
-    engine: FakeLoras, root: Path, monkeypatch: pytest.MonkeyPatch
+    engine: FakeLoras, root: Path, deltas: None
 ) -> None:
-    monkeypatch.setattr(variants_module, "is_delta", lambda directory: True)
-    for number, directory in enumerate(("pirate", "poet", "plain")):
-        engine.digests[root / directory] = f"sha256:{number}"
     asked: list[tuple[str, str]] = []
 
     async def probe(name: str, path: Path) -> None:
