@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fakes.patient_loop import PatientLoop
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 DATA = Path(__file__).parent / "data"
 SMALL_MODEL = "smollm2-135m-instruct"
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, type[PatientLoop]]:
+    """Tests run in event loops that do not take a busy machine for an answer that is late."""
+    return {"patient": PatientLoop}
 
 
 @pytest.fixture(scope="session")

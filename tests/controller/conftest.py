@@ -70,7 +70,7 @@ async def start_controller(catalog: Catalog) -> AsyncIterator[StartController]:
         async def start(*, edit: Callable[[FastAPI], None] | None = None, **values: Any) -> RunningController:
             # Tests listen on loopback whatever `host` says to the rest of the configuration.
             config = controller_config(**{"port": 0, "shutdown_timeout_s": 0.1, **values})
-            app = create_app(config, catalog=catalog)
+            app = create_app(config, catalog=catalog, clock=asyncio.get_running_loop().time)
             if edit is not None:
                 edit(app)
             listener = stack.enter_context(bind(dataclasses.replace(config.server, host="127.0.0.1")))
