@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 import torch
 
+from compression.grouped_weight import GROUP
 from model_worker.engine.ops.tuning.attention_problems import attention_problems
 from model_worker.engine.ops.tuning.quantized_problems import quantized_problems
 from model_worker.engine.ops.tuning.search import choices_of, search
@@ -50,8 +52,12 @@ def main() -> None:
 
 
 def _shape(text: str) -> tuple[int, int]:
-    outputs, inputs = text.split("x")
-    return int(outputs), int(inputs)
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
+    if match is None or int(match[2]) % GROUP:
+        raise argparse.ArgumentTypeError(
+            f"expected outputs and inputs of a weight such as 4096x14336, inputs a multiple of {GROUP}, got {text!r}"
+        )
+    return int(match[1]), int(match[2])
 
 
 def _milliseconds(run: Callable[[], object]) -> float:

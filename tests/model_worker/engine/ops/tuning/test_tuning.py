@@ -10,6 +10,7 @@ import torch
 from compression.int4 import quantize_int4
 from model_worker.engine.ops.quantized_matmul.functional import pack_groups
 from model_worker.engine.ops.quantized_matmul.tiles import OP, ROW_CLASSES, Tile, default_tile, row_class, tiles_for
+from model_worker.engine.ops.tuning import __main__ as command
 from model_worker.engine.ops.tuning.quantized_problems import candidate_tiles, quantized_problems
 from model_worker.engine.ops.tuning.search import Problem, choices_of, search
 from model_worker.engine.ops.tuning.tuned_table import TunedTable, read_table, table_name, table_of, write_table
@@ -82,3 +83,13 @@ def test_the_problems_of_quantized_weights_are_right_on_a_cpu():
     assert len(problems) == 9
     for problem in problems:
         problem.check(problem.candidates[0])
+
+
+@pytest.mark.parametrize("shape", ["axb", "12", "64x", "0x64", "64x-32", "64x33", "64x32x32"])
+def test_a_shape_that_no_weight_has_is_a_usage_error(
+    shape: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["tuning", "--shape", "4096x14336", "--shape", shape])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert f"such as 4096x14336, inputs a multiple of 32, got '{shape}'" in capsys.readouterr().err
