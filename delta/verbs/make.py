@@ -104,6 +104,8 @@ def _check(args: argparse.Namespace) -> None:
             "--prompts, --max-kl and --min-answers are about a delta's quality, which --no-quality and --layout "
             "huggingface leave unmeasured; leave out one or the other"
         )
+    if args.layout == "huggingface":
+        _check_plain_differences(args)
     if args.residual and args.codec not in ("auto", "sign", "ternary"):
         raise InvalidRequestError(f"--codec {args.codec} has no residuals; --residual follows sign, ternary or auto")
     if args.rank is not None and args.rank < 1:
@@ -119,13 +121,23 @@ def _check(args: argparse.Namespace) -> None:
         raise InvalidRequestError(f"--min-answers is a share from 0 to 1, not {args.min_answers}")
 
 
+def _check_plain_differences(args: argparse.Namespace) -> None:
+    """Raises InvalidRequestError: something is to be written beside them."""
+    if args.codec != "dense":
+        raise InvalidRequestError("--layout huggingface holds plain differences; add --codec dense")
+    written = ("name", "license", "base_name", "base_revision", "parent", "quality")
+    given = [f"--{label.replace('_', '-')}" for label in written if getattr(args, label)]
+    if given:
+        raise InvalidRequestError(
+            f"--layout huggingface has no place for what {' and '.join(given)} would write; leave out one or the other"
+        )
+
+
 def _asks_for_quality(args: argparse.Namespace) -> bool:
     return any(value is not None for value in (args.prompts, args.max_kl, args.min_answers))
 
 
 def _make_differences(args: argparse.Namespace) -> None:
-    if args.codec != "dense":
-        raise InvalidRequestError("--layout huggingface holds plain differences; add --codec dense")
     with progress_bar("making") as progress:
         make_weight_difference(args.base, args.target, args.out, force=args.force, progress=progress)
     print(f"wrote {args.out}")

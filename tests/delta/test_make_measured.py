@@ -138,6 +138,8 @@ def test_command_line(base: Path, target: Path, capsys: pytest.CaptureFixture[st
     [
         ["--no-quality", "--max-kl", "1"],
         ["--codec", "dense", "--layout", "huggingface", "--min-answers", "1"],
+        ["--codec", "dense", "--layout", "huggingface", "--name", "n"],
+        ["--codec", "dense", "--layout", "huggingface", "--quality"],
         ["--codec", "lossless", "--residual", "sign"],
         ["--rank", "0"],
         ["--codec", "sparse", "--rank", "4"],
