@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from adapters.quantization import QUANTIZATIONS
 from model_worker.engine.config import GPU_STEPS, EngineConfig, ProfileConfig
-from model_worker.engine.machine import choose_device
+from model_worker.engine.machine import check_num_threads, choose_device
 from registry.errors import InvalidRequestError
 from registry.flags import add_flags, config_from_args
 from registry.names import is_name
@@ -213,14 +213,20 @@ def parse_config(argv: Sequence[str] | None, *, worker_token: str | None) -> Wor
 
     Raises:
         InvalidRequestError: a token that no header can hold, or none for a worker that a network can reach; fine-tunes
-            of one name; a directory or device that does not exist; a policy for signatures without keys, or keys
-            without one.
+            of one name; a directory, device or processor that does not exist; a policy for signatures without keys, or
+            keys without one; an address for a controller that there is not.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
     if choose_device(args.device).type == "cuda":
         parser.set_defaults(**GPU_STEPS)
         args = parser.parse_args(argv)
+    check_num_threads(args.num_threads)
+    if args.no_controller and args.advertise_url is not None:
+        raise InvalidRequestError(
+            "--advertise-url is where the controller reaches this worker, and with --no-controller there is none; "
+            "leave one of them out."
+        )
     variants = (*args.lora, *args.delta)
     _check_variants(variants, args.adapter_root)
     _check_signatures(args.signatures, args.signature_key)

@@ -16,14 +16,14 @@ from registry.flags import flag
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """The KV cache; `num_blocks` goes before `kv_cache_gib`.
+    """The KV cache.
 
     Raises:
-        InvalidRequestError: a value that no cache can have.
+        InvalidRequestError: a value that no cache can have, or its size given twice.
     """
 
     block_size: int = flag(16, "tokens in one KV cache block")
-    num_blocks: int | None = flag(None, "number of KV cache blocks; default: from --kv-cache-gib")
+    num_blocks: int | None = flag(None, "number of KV cache blocks, instead of --kv-cache-gib")
     kv_cache_gib: float | None = flag(
         None,
         "memory for the KV cache in GiB; default: for CPUs half of what is free, at most 4; for GPUs what is left of "
@@ -50,6 +50,12 @@ class CacheConfig:
         if self.kv_cache_gib is not None and not (math.isfinite(self.kv_cache_gib) and self.kv_cache_gib > 0):
             raise InvalidRequestError(
                 f"--kv-cache-gib must be a positive number, got {self.kv_cache_gib}.", param="kv_cache_gib"
+            )
+        if self.num_blocks is not None and self.kv_cache_gib is not None:
+            raise InvalidRequestError(
+                f"--num-blocks {self.num_blocks} and --kv-cache-gib {self.kv_cache_gib} both give the size of the KV cache; "
+                "leave one of them out.",
+                param="num_blocks",
             )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise InvalidRequestError(

@@ -30,7 +30,7 @@ def choose_num_blocks(
     """How many blocks to allocate.
 
     Args:
-        config: `num_blocks` goes before `kv_cache_gib`, which goes before half of the free memory, for GPUs all of it.
+        config: `num_blocks` or `kv_cache_gib`; with neither, half of the free memory, for GPUs all of it.
         block_bytes: see `bytes_per_block`.
         max_useful_blocks: more can never be in use; bounds only the default.
         free_bytes: memory that is free; of a GPU what the KV cache may have.

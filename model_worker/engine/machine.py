@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -89,3 +90,14 @@ def choose_device(name: str, *, num_gpus: int | None = None) -> torch.device:
             param="device",
         )
     return torch.device("cuda", index)
+
+
+def check_num_threads(num_threads: int | None) -> None:
+    """Raises InvalidRequestError: a `--num-threads` above the processors of this machine; they wait for each other."""
+    num_processors = os.cpu_count() or 1
+    if num_threads is not None and num_threads > num_processors:
+        raise InvalidRequestError(
+            f"--num-threads must be at most {num_processors}, the processors of this machine, not {num_threads}; "
+            "without it, there is one thread per core.",
+            param="num_threads",
+        )

@@ -13,6 +13,7 @@ from adapters import plan_load
 from model_worker.applied_model import applied_model
 from model_worker.config import add_model_flags, positive_int
 from model_worker.engine.config import EngineConfig
+from model_worker.engine.machine import check_num_threads
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
 from model_worker.engine.ops.cpu.build import find_compiler
 from model_worker.engine.ops.cpu.kernels import build_kernels, find_kernels
@@ -91,6 +92,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         parser.error("--memory-gib is for the section footprint, which is not asked for")
     if args.output is not None:
         _check_output(parser, args.output)
+    check_num_threads(args.num_threads)
     config = config_from_args(args, EngineConfig)
     request = InspectRequest(
         sections=tuple(args.section),

@@ -24,9 +24,9 @@ def test_defaults() -> None:
 
 
 def test_engine_flags_are_generated_from_its_config() -> None:
-    flags = ["--num-blocks", "7", "--max-num-seqs", "3", "--no-enable-prefix-caching", "--num-threads", "2"]
+    flags = ["--num-blocks", "7", "--max-num-seqs", "3", "--no-enable-prefix-caching", "--num-threads", "1"]
     assert parse_config([*MODEL, *flags], worker_token=None).engine == EngineConfig(
-        CacheConfig(num_blocks=7, enable_prefix_caching=False), SchedulerConfig(max_num_seqs=3), num_threads=2
+        CacheConfig(num_blocks=7, enable_prefix_caching=False), SchedulerConfig(max_num_seqs=3), num_threads=1
     )
 
 
@@ -83,6 +83,19 @@ def test_whom_to_trust() -> None:
 )
 def test_adapters_that_cannot_be_there_are_refused_before_anything_is_loaded(flags: list[str], remedy: str) -> None:
     with pytest.raises(InvalidRequestError, match=remedy):
+        parse_config([*MODEL, *flags], worker_token=None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-threads", "500000"], "--num-threads must be at most"),
+        (["--num-blocks", "7", "--kv-cache-gib", "1"], "--num-blocks 7 and --kv-cache-gib 1.0 both give .* leave one"),
+        (["--no-controller", "--advertise-url", "http://h:1"], "--advertise-url .* leave one of them out"),
+    ],
+)
+def test_flags_that_cannot_be_followed_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
         parse_config([*MODEL, *flags], worker_token=None)
 
 

@@ -22,6 +22,7 @@ from registry.errors import InvalidRequestError
         (lambda: CacheConfig(kv_cache_gib=math.nan), "kv_cache_gib"),
         (lambda: CacheConfig(kv_cache_gib=math.inf), "kv_cache_gib"),
         (lambda: CacheConfig(kv_cache_gib=-1.0), "kv_cache_gib"),
+        (lambda: CacheConfig(num_blocks=7, kv_cache_gib=1.0), "num_blocks"),
         (lambda: CacheConfig(swap_space_gib=-1.0), "swap_space_gib"),
         (lambda: CacheConfig(swap_space_gib=math.inf), "swap_space_gib"),
         (lambda: SpeculationConfig(num_speculative_tokens=0), "num_speculative_tokens"),

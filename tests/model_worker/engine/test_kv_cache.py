@@ -26,7 +26,7 @@ def test_a_block_counts_keys_and_values_of_all_layers() -> None:
 @pytest.mark.parametrize(
     ("config", "free", "expected"),
     [
-        (CacheConfig(num_blocks=7, kv_cache_gib=1.0), GIB, 7),
+        (CacheConfig(num_blocks=7), GIB, 7),
         (CacheConfig(kv_cache_gib=0.5), GIB, 512),
         (CacheConfig(), GIB, 512),  # half of what is free
         (CacheConfig(), 100 * GIB, 4096),  # no more than 4 GiB unless asked

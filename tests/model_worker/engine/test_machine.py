@@ -7,7 +7,7 @@ import torch
 
 from model_worker.engine import machine
 from model_worker.engine.config import EngineConfig
-from model_worker.engine.machine import choose_device, find_machine
+from model_worker.engine.machine import check_num_threads, choose_device, find_machine
 from registry.errors import InvalidRequestError
 
 
@@ -46,3 +46,11 @@ def test_kernels_are_looked_for_only_where_they_are_used(tmp_path: Path, monkeyp
     divided = find_machine(EngineConfig(device="cpu", tensor_parallel_size=2), tmp_path, quantization="int8")
     assert "llama" in divided.native_model_types
     assert asked == [False, True]
+
+
+def test_no_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    check_num_threads(None)
+    check_num_threads(4)
+    with pytest.raises(InvalidRequestError, match="--num-threads must be at most 4, the processors of this machine"):
+        check_num_threads(5)

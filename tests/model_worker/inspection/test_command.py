@@ -46,6 +46,7 @@ def test_a_file_is_written_whole(smollm2_dir: Path, tmp_path: Path, capsys: pyte
     ("flags", "word"),
     [
         (["--model-path", "no-such-model"], "registry list"),
+        (["--model-path", "no-such-model", "--num-threads", "500000"], "--num-threads"),
         (["--model-path", "{model}", "--section", "footprint", "--context", "9000"], "--context 9000"),
         (["--model-path", "{model}", "--section", "footprint", "--max-model-len", "100000"], "--max-model-len"),
         (["--model-path", "{model}", "--section", "footprint", "--output", "{model}/config.json/x"], "cannot write"),
