@@ -53,7 +53,7 @@ class CacheConfig:
             )
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise InvalidRequestError(
-                f"--num-blocks {self.num_blocks} and --kv-cache-gib {self.kv_cache_gib} both give the size of the KV cache; "
+                f"--num-blocks {self.num_blocks} and --kv-cache-gib {self.kv_cache_gib} both size the KV cache; "
                 "leave one of them out.",
                 param="num_blocks",
             )

@@ -90,7 +90,7 @@ def test_adapters_that_cannot_be_there_are_refused_before_anything_is_loaded(fla
     ("flags", "message"),
     [
         (["--num-threads", "500000"], "--num-threads must be at most"),
-        (["--num-blocks", "7", "--kv-cache-gib", "1"], "--num-blocks 7 and --kv-cache-gib 1.0 both give .* leave one"),
+        (["--num-blocks", "7", "--kv-cache-gib", "1"], "--num-blocks 7 and --kv-cache-gib 1.0 both size .* leave one"),
         (["--no-controller", "--advertise-url", "http://h:1"], "--advertise-url .* leave one of them out"),
     ],
 )
