@@ -121,11 +121,13 @@ def create_app(
     app.include_router(create_blob_router(store, config.publishing, config.workers.worker_token, catalog))
     app.include_router(create_release_router(state.releases))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operations"])
     async def health() -> JSONResponse:
         """Liveness: 200 as long as the controller answers, with or without workers."""
         return JSONResponse({"status": "ok", "workers": state.workers.num_ready})
 
+    @app.head("/metrics", include_in_schema=False)
     @app.get("/metrics", tags=["operations"])
     async def metrics() -> Response:
         """Prometheus' text format; the workers are asked for their counts now."""

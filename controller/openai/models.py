@@ -17,6 +17,7 @@ PATH = "/v1/models"
 def create_models_router(backend: Backend) -> APIRouter:
     router = APIRouter(tags=["OpenAI"])
 
+    @router.head(PATH, include_in_schema=False, response_model=None)
     @router.get(
         PATH,
         summary="List the models that are served now",
@@ -27,6 +28,7 @@ def create_models_router(backend: Backend) -> APIRouter:
         listed: ModelList = {"object": "list", "data": [_model(model) for model in backend.gateway.models()]}
         return json_response(listed)
 
+    @router.head(PATH + "/{model_id:path}", include_in_schema=False, response_model=None)
     @router.get(
         PATH + "/{model_id:path}",
         summary="Describe a model that is served now",

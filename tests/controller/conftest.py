@@ -44,6 +44,9 @@ class RunningController:
     async def get(self, path: str, **options: Any) -> aiohttp.ClientResponse:
         return await self._request("GET", path, options)
 
+    async def head(self, path: str, **options: Any) -> aiohttp.ClientResponse:
+        return await self._request("HEAD", path, options)
+
     async def post(self, path: str, **options: Any) -> aiohttp.ClientResponse:
         return await self._request("POST", path, options)
 

@@ -44,6 +44,17 @@ async def test_health_is_alive_without_workers(start_controller: StartController
     assert (response.status, await response.json()) == (200, {"status": "ok", "workers": 0})
 
 
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/m", "/openapi.json"])
+async def test_probes_may_ask_without_wanting_the_body(start_controller: StartController, path: str) -> None:
+    controller = await start_controller()
+    async with FakeWorker() as worker:
+        await worker.register(controller.url)
+        with_body = await controller.get(path)
+        response = await controller.head(path)
+    assert (response.status, response.content_type) == (200, with_body.content_type)
+    assert int(response.headers["content-length"]) > 0
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "error"),
     [

@@ -269,6 +269,7 @@ async def test_a_draining_worker_refuses_and_finishes(
     assert "retry-after" not in refused.headers  # nobody knows when there will be another worker
     assert ErrorEvent.model_validate_json(refused.content).code == "overloaded"
     assert (await client.get("/health")).status_code == 503
+    assert (await client.head("/health")).status_code == 503  # as load balancers ask
     assert WorkerStats.model_validate_json((await client.get("/internal/stats")).content).draining
     engine.gate.set()
     assert await service.drain.wait_idle(10)

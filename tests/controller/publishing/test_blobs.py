@@ -30,7 +30,7 @@ async def put(
 
 
 async def head(controller: RunningController, digest: str = DIGEST) -> tuple[int, str]:
-    response = await controller._request("HEAD", f"/admin/blobs/{digest}", {})
+    response = await controller.head(f"/admin/blobs/{digest}")
     return response.status, response.headers["upload-offset"]
 
 
