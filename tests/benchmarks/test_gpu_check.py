@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +78,18 @@ def test_every_part_is_there(modules: dict[str, ModuleType]) -> None:
         assert all((BENCHMARKS.parent / file).is_file() for file in files), name
 
 
+class SlowPart(subprocess.Popen[bytes]):
+    """A part's process; the time of one whose script is `slow` is over as soon as it has written what it found."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        script = Path(self.args[1])  # type: ignore[index]
+        if timeout is None or script.stem != "slow":
+            return super().wait(timeout)
+        while not script.with_suffix(".written").exists():
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
 def test_parts_run_and_what_they_find_is_written_down(
     modules: dict[str, ModuleType],
     monkeypatch: pytest.MonkeyPatch,
@@ -88,25 +102,27 @@ def test_parts_run_and_what_they_find_is_written_down(
         "import json, sys, time\n"
         "figure = {'name': 'decode', 'value': 0.9, 'unit': 'of the floor', 'target': 0.85, 'detail': 'fast'}\n"
         "open(sys.argv[sys.argv.index('--json') + 1], 'w').write(json.dumps([figure, {**figure, 'value': 0.2}]))\n"
-        "time.sleep(60 * ('slow' in sys.argv[0]))\n"
+        "open(sys.argv[0].replace('.py', '.written'), 'w').close()\n"
+        "time.sleep(600 * ('slow' in sys.argv[0]))\n"
         "print('went wrong')\n"
         "sys.exit('broken' in sys.argv[0])\n"
     )
     for name in ("broken", "slow"):
         (tmp_path / f"{name}.py").write_text(script.read_text())
+    monkeypatch.setattr(subprocess, "Popen", SlowPart)
     check = _with_parts(
         modules,
         monkeypatch,
-        slow=part(1, script=str(tmp_path / "slow.py")),
+        slow=part(20, script=str(tmp_path / "slow.py")),
         good=part(20, script=str(script)),
         bad=part(20, script=str(tmp_path / "broken.py")),
     )
     path = tmp_path / "result.json"
-    assert check.main(["--only", "slow,good,bad", "--budget", "82", "--json", str(path)]) == 1
+    assert check.main(["--only", "slow,good,bad", "--budget", "1200", "--json", str(path)]) == 1
     out = capsys.readouterr().out
     assert "went wrong" in out
     assert "decode" in out
-    assert "NOT COMPLETE: slow (stopped after 2 s), bad (ended with status 1)" in out
+    assert re.search(r"NOT COMPLETE: slow \(stopped after \d+ s\), bad \(ended with status 1\)", out)
     report = json.loads(path.read_text())
     assert report["machine"] == MACHINE
     assert report["command"] == "scripts/gpu-check --only slow,good,bad"
@@ -200,11 +216,11 @@ def test_peers_are_compared_with_what_was_measured_before(modules: dict[str, Mod
 
 def test_a_peer_that_takes_too_long_is_slower_than_that(modules: dict[str, ModuleType]) -> None:
     peers = modules["gpu_peers"]
-    rate, is_complete = peers.rate_within(lambda: 1000, 5.0)
+    rate, is_complete = peers.rate_within(lambda: 1000, 500.0)
     assert is_complete
-    assert rate > 200
+    assert rate > 2
     stop = threading.Event()
-    rate, is_complete = peers.rate_within(lambda: int(stop.wait(10)), 0.01)
+    rate, is_complete = peers.rate_within(lambda: int(stop.wait(600)), 0.01)
     stop.set()
     assert not is_complete
     figure = peers.figure_of("vllm", (1000.0, False), 3000.0)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from delta.peft.reader import read_peft_adapter
 from tests.fakes.peft_adapters import TinyBase
+from tests.fakes.script_in_loop import run_in_this_loop
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OWN = (
@@ -165,8 +166,7 @@ class Bench:
         self._arguments += ["--json", str(self._file), "--output-tokens", "12", "--requests-per-stream", "1"]
 
     async def run(self, url: str, *arguments: str) -> int:
-        status: int = await asyncio.to_thread(self._lora.main, ["--url", url, *self._arguments, *arguments], None)
-        return status
+        return await run_in_this_loop(self._lora.main, ["--url", url, *self._arguments, *arguments], None)
 
     @property
     def report(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -50,7 +51,9 @@ class Server:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[str]:
+async def serving(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
+    """The script's clock is that of the loop, in which a stall does not count."""
+    monkeypatch.setattr(time, "perf_counter", asyncio.get_running_loop().time)
     app = web.Application()
     app.router.add_post("/v1/completions", Server().answer)
     runner = web.AppRunner(app)
@@ -63,16 +66,18 @@ async def serving() -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def test_later_requests_are_compared_with_the_first(scenarios: ModuleType) -> None:
-    async with serving() as url, aiohttp.ClientSession() as session:
+async def test_later_requests_are_compared_with_the_first(
+    scenarios: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(monkeypatch) as url, aiohttp.ClientSession() as session:
         found = await scenarios.Scenarios(session, url, "m", 0).shared_prefix(PREFIX_WORDS, 4)
     assert found.num_requests == 4
     assert found.first_ttft_s >= 0.2
     assert found.later_share == found.later_ttft_s.p50 / found.first_ttft_s < 1
 
 
-async def test_gaps_are_told_apart_by_the_long_prompt(scenarios: ModuleType) -> None:
-    async with serving() as url, aiohttp.ClientSession() as session:
+async def test_gaps_are_told_apart_by_the_long_prompt(scenarios: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(monkeypatch) as url, aiohttp.ClientSession() as session:
         found = await scenarios.Scenarios(session, url, "m", 0).long_prompt(3, LONG_WORDS, 0.1 + 0.2)
     assert found.prompt_tokens == LONG_WORDS
     assert found.ttft_s >= 0.2

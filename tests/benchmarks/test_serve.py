@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests.fakes.script_in_loop import run_in_this_loop
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -85,7 +87,7 @@ async def running(server: FakeServer) -> AsyncIterator[str]:
 
 async def call(serve: ModuleType, server: FakeServer, *arguments: str, api_key: str | None = None) -> int:
     async with running(server) as url:
-        return await asyncio.to_thread(serve.main, ["--url", url, *arguments], api_key)
+        return await run_in_this_loop(serve.main, ["--url", url, *arguments], api_key)
 
 
 async def test_levels_are_measured_and_written(serve, tmp_path, capsys):
@@ -229,7 +231,7 @@ async def test_a_failed_request_is_counted_and_shown_and_fails_the_run(serve, ca
 async def test_a_server_that_does_not_answer_is_one_line(serve, capsys):
     async with running(FakeServer()) as url:
         pass  # and gone again
-    assert await asyncio.to_thread(serve.main, ["--url", url, "--model", "m"], None) == 1
+    assert await run_in_this_loop(serve.main, ["--url", url, "--model", "m"], None) == 1
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert "did not answer the warm-up request" in captured.err

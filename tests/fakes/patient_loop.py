@@ -1,8 +1,8 @@
 """An event loop whose clock stands still while the process is kept from running.
 
-Tests run the controller, workers and clients in one event loop, with timeouts of tenths of a second. On a machine with other
-work to do the whole process may stand for longer than that; then every timer would be due at once, and a timeout would
-strike before the answer that was sent in time. Here a stall counts as `MAX_STALL_S`, whatever it took.
+Tests run the controller, workers and clients in one event loop, with timeouts of tenths of a second. On a machine with
+other work to do the whole process may stand for longer than that; then every timer would be due at once, and a timeout
+would strike before the answer that was sent in time. Here a stall counts as `MAX_STALL_S`, whatever it took.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MAX_STALL_S = 0.01
 
 
 class PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that counts the time it waits as it was asked to wait, and any other stretch as MAX_STALL_S at most."""
+    """An event loop that counts the time it waits as it was asked to, and any other stretch as MAX_STALL_S at most."""
 
     def __init__(self) -> None:
         self._now_s = 0.0
@@ -44,4 +44,3 @@ class _PatientSelector(selectors.DefaultSelector):
         events = super().select(timeout)
         self._loop.count(waited_s=float("inf") if timeout is None else max(timeout, 0.0))
         return events
-

@@ -46,8 +46,9 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that is ended, if it does not stop by itself, would be that of the tests."""
+    """The process that is ended, if it does not stop by itself, would be that of the tests; and reasons come late."""
     monkeypatch.setattr(ranks, "_LAST_S", 600.0)
+    monkeypatch.setattr(ranks, "_REASON_S", 60.0)
 
 
 @pytest.fixture
