@@ -20,6 +20,7 @@ from registry.store import Store
 from tests.controller.conftest import RunningController, StartController
 from tests.fakes.fake_variants import FakeVariants, VariantRefused
 from tests.fakes.fake_worker import FakeWorker, Script
+from tests.fakes.until import until
 
 CHAT = {"model": "bot", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
@@ -235,17 +236,11 @@ async def test_a_shadow_is_asked_the_same_and_compared(publishing: Publishing) -
     assert (await publishing.call("PUT", "/bot/aliases/prod/shadow", {"version": 2}))[0] == 200
     assert await publishing.chat() == 200
     counts = publishing.controller.state.release_counts
-    for _ in range(200):
-        if counts.shadows:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: counts.shadows)
     assert counts.shadows == {("bot", 2, "agrees"): 1}
     assert publishing.asked() == {"bot@v1": 1, "bot@v2": 1}
     assert await publishing.chat(temperature=1) == 200
-    for _ in range(200):
-        if len(counts.shadows) == 2:
-            break
-        await asyncio.sleep(0.02)
+    await until(lambda: len(counts.shadows) == 2)
     assert counts.shadows["bot", 2, "sampled"] == 1
 
 

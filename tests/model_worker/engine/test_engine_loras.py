@@ -181,7 +181,7 @@ async def test_an_engine_in_which_all_wait_for_adapters_sleeps_and_wakes() -> No
     read = adapters.read
 
     def slow_read(path: Path) -> FakeTerms:
-        may_read.wait(10)
+        may_read.wait(60)
         return read(path)
 
     may_read.set()
