@@ -59,8 +59,9 @@ def create_app(
 ) -> FastAPI:
     """Build the controller; `app.state.controller` is its ControllerState.
 
-    A request passes, from the outside in: HttpGuardMiddleware (framing), AuthMiddleware (key), LimitsMiddleware (body
-    size, concurrency), then its route.
+    A request passes, from the outside in: where pages of other origins are allowed CorsMiddleware, which the server
+    puts around all this; HttpGuardMiddleware (framing), AuthMiddleware (key), LimitsMiddleware (body size,
+    concurrency), then its route.
 
     Args:
         catalog: stays open and belongs to the caller.

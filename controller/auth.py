@@ -50,6 +50,11 @@ def keys_required(config: AuthConfig, host: str) -> bool:
     return config.auth == "required" or (config.auth == "auto" and not is_loopback(host))
 
 
+def is_public(path: str) -> bool:
+    """Whether `path` is for clients, with a key or without; others are for operators and workers."""
+    return not (path in _ADMIN_PATHS or path == "/metrics" or path.startswith(("/admin/", "/internal/")))
+
+
 def principal_of(scope: Scope) -> Principal | None:
     """The caller of a request that AuthMiddleware let through; None when no key was asked for."""
     principal: Principal | None = scope.get("rootgraft.principal")
@@ -98,9 +103,9 @@ class Authenticator:
         """What a request for `path` needs."""
         if not self._required or path == "/health" or path.startswith("/internal/"):
             return "open"
-        if path == "/metrics":
-            return "open" if self._metrics_open else "admin"
-        return "admin" if path in _ADMIN_PATHS or path.startswith("/admin/") else "key"
+        if path == "/metrics" and self._metrics_open:
+            return "open"
+        return "key" if is_public(path) else "admin"
 
     async def authenticate(self, path: str, authorization: str | None) -> Principal | None:
         """The caller of `path` by its Authorization header; None where no key is needed.

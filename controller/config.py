@@ -15,6 +15,11 @@ class ServerConfig:
 
     host: str = flag("127.0.0.1", "address to listen on")
     port: int = flag(8000, "port to listen on; 0 lets the system choose one")
+    allowed_origins: str | None = flag(
+        None,
+        "origins (comma-separated, such as https://chat.example.org) whose web pages may call the API from browsers, "
+        "or * for all (default: none)",
+    )
     database: str | None = flag(None, "SQLAlchemy URL of the catalog (default: an SQLite file in the state directory)")
     log_level: str = flag("info", "log level", choices=("debug", "info", "warning", "error"))
     shutdown_timeout_s: float = flag(

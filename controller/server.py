@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from controller.app import create_app
 from controller.config import ControllerConfig, ServerConfig
+from controller.cors import CorsMiddleware, parse_origins
 from controller.http_guard import GuardedH11Protocol
 from controller.state import ControllerState
 from registry.catalog import Catalog
@@ -53,14 +54,21 @@ def bind(config: ServerConfig) -> socket.socket:
 
 
 class ControllerServer(uvicorn.Server):
-    """uvicorn that ends the open streams with an error event when the time to stop is up, instead of cutting them."""
+    """uvicorn that ends the open streams with an error event when the time to stop is up, instead of cutting them.
+
+    What `--allowed-origins` asks for is put around `app`, so that Starlette's own answers to bugs are within it.
+
+    Raises:
+        InvalidRequestError: one of those is no origin.
+    """
 
     def __init__(self, config: ControllerConfig, app: FastAPI) -> None:
         self._stop_after_s = config.server.shutdown_timeout_s
         self._state: ControllerState = app.state.controller
+        origins = parse_origins(config.server.allowed_origins)
         super().__init__(
             uvicorn.Config(
-                app,
+                CorsMiddleware(app, origins) if origins else app,
                 http=GuardedH11Protocol,
                 ws="none",
                 lifespan="on",
