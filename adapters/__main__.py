@@ -24,6 +24,7 @@ from adapters.template_library import load_named_template, template_entries, tem
 from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 from registry.families import families
+from registry.standard_output import printing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,14 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         verbs = {"list": _list, "show": _show, "render": _render, "convert": _convert}
-        verbs[args.verb](args)
-        sys.stdout.flush()
+        with printing():
+            verbs[args.verb](args)
     except RootgraftError as error:
         print(f"error: {' '.join(error.message.split())}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; the interpreter must not try to flush it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 

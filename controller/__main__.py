@@ -23,6 +23,7 @@ from registry.command_parser import CommandParser
 from registry.errors import RootgraftError
 from registry.flags import add_flags, config_from_args
 from registry.paths import default_database_url, default_state_dir
+from registry.standard_output import printing
 from registry.store import Store
 
 logger = logging.getLogger(__name__)
@@ -82,21 +83,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_from_args(args, ControllerConfig)
         catalog = Catalog.open(config.server.database or default_database_url(os.environ))
         try:
-            if args.command == "keys":
-                _manage_keys(args, catalog)
-            elif args.command == "variants":
-                _manage_variants(args, catalog)
-            elif args.command == "releases":
-                for line in manage_releases(args, catalog):
-                    print(line)
-            else:
+            if args.command is None:
                 _serve(config, catalog)
+            else:
+                with printing():
+                    _manage(args, catalog)
         finally:
             catalog.close()
     except RootgraftError as error:
         print(f"controller: {error.message}", file=sys.stderr)
         return 1
     return 0
+
+
+def _manage(args: argparse.Namespace, catalog: Catalog) -> None:
+    match args.command:
+        case "keys":
+            _manage_keys(args, catalog)
+        case "variants":
+            _manage_variants(args, catalog)
+        case "releases":
+            for line in manage_releases(args, catalog):
+                print(line)
 
 
 def _manage_keys(args: argparse.Namespace, catalog: Catalog) -> None:

@@ -22,20 +22,18 @@ from registry.fetch import fetch_model
 from registry.listing import format_listing, format_record
 from registry.paths import default_cache_dir, default_database_url
 from registry.progress import ByteProgress
+from registry.standard_output import printing
 
 
 def main(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run one verb; returns the exit status: 0, or 1 with one line on stderr. Wrong usage exits with 2."""
     args = _parser(environment).parse_args(arguments)
     try:
-        args.run(args)
-        sys.stdout.flush()
+        with printing():
+            args.run(args)
     except RootgraftError as error:
         print(f"registry {args.verb}: {error.message}", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough; the interpreter must not flush into the closed pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print(f"registry {args.verb}: interrupted", file=sys.stderr)
         return 130

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 Report = Callable[[str], None]
 """Called with each line of progress."""
 
 
-class ByteProgress:
-    """Call it with the bytes done and the bytes in all; it reports a line at each tenth of the way."""
+class TenthsProgress(ABC):
+    """Call it with what is done and what is to be done in all; it reports a line at each tenth of the way."""
 
     def __init__(self, stage: str, report: Report) -> None:
         self._stage = stage
@@ -20,19 +21,22 @@ class ByteProgress:
         tenths = 10 if total == 0 else done * 10 // total
         if tenths > self._tenths:
             self._tenths = tenths
-            self._report(f"{self._stage}: {tenths * 10} % of {total / 1e6:.1f} MB")
+            self._report(f"{self._stage}: {self.describe(done, total, 10 * tenths)}")
+
+    @abstractmethod
+    def describe(self, done: int, total: int, percent: int) -> str:
+        """How far it is; `percent` is in whole tenths."""
 
 
-class CountProgress:
-    """Call it with the number of things done and of all; it reports a line at each tenth of the way."""
+class ByteProgress(TenthsProgress):
+    """Of bytes."""
 
-    def __init__(self, stage: str, report: Report) -> None:
-        self._stage = stage
-        self._report = report
-        self._tenths = 0
+    def describe(self, done: int, total: int, percent: int) -> str:
+        return f"{percent} % of {total / 1e6:.1f} MB"
 
-    def __call__(self, done: int, total: int) -> None:
-        tenths = 10 if total == 0 else done * 10 // total
-        if tenths > self._tenths:
-            self._tenths = tenths
-            self._report(f"{self._stage}: {done} of {total}")
+
+class CountProgress(TenthsProgress):
+    """Of things that are counted."""
+
+    def describe(self, done: int, total: int, percent: int) -> str:
+        return f"{done} of {total}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from delta.artifact import open_delta
 from delta.delta_table import delta_summary, delta_table
+from registry.standard_output import printing
 
 
 def add_parser(verbs: Any) -> None:
@@ -21,4 +22,5 @@ def add_parser(verbs: Any) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     with open_delta(args.delta) as delta:
         config = delta.config
-    print(json.dumps(delta_summary(args.delta, config), indent=2) if args.json else delta_table(config))
+    with printing():
+        print(json.dumps(delta_summary(args.delta, config), indent=2) if args.json else delta_table(config))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from model_worker.model_source import find_model
 from registry.atomic_file import temporary_file, write_file
 from registry.flags import add_flags, config_from_args
 from registry.paths import default_cache_dir
+from registry.standard_output import printing
 
 _FORMATS: Mapping[str, Callable[[Inspection], str]] = {"table": format_text, "json": format_json, "html": format_html}
 
@@ -124,13 +124,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     if args.output is not None:
         write_file(args.output, text.encode())
         return 0
-    try:
+    with printing():
         sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; the interpreter must not try to flush it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return 0
 
 
