@@ -1,4 +1,4 @@
-"""The small files of a fine-tune that is kept as a delta: those of its base, and its own in their place."""
+"""The files of a fine-tune: which kind it is, and the small ones of a delta, its own in place of its base's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from registry.companion_files import companion_files
 
 
 def is_delta(directory: Path) -> bool:
+    """Rather than an adapter."""
     return (directory / CONFIG_FILE).is_file()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from delta.delta_config import CONFIG_FILE, delta_digest
+from delta.delta_config import delta_digest
 from delta.delta_terms import read_delta
+from delta.fine_tune_files import is_delta
 from delta.peft.adapter_files import adapter_digest, config_file, read_content, weights_file
 from delta.peft.base_model import BaseModel
 from delta.peft.reader import read_peft_adapter
@@ -26,8 +27,3 @@ def variant_digest(directory: Path) -> str:
     if is_delta(directory):
         return delta_digest(directory)
     return adapter_digest([read_content(config_file(directory)), read_content(weights_file(directory))])
-
-
-def is_delta(directory: Path) -> bool:
-    """Rather than an adapter."""
-    return (directory / CONFIG_FILE).is_file()

@@ -11,17 +11,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.chat_template import ChatTemplate
 from adapters.load_plan import LoadPlan
 from adapters.prompt_format import PromptFormat, read_prompt_format
 from adapters.tokenizer import Tokenizer
 from controller.protocol import AddVariantRequest, ProbePassed, VariantStatus
-from delta.variant_reader import is_delta
+from delta.fine_tune_files import is_delta
 from model_worker.adapter_root import AdapterRoot
 from model_worker.config import GivenVariant
 from model_worker.engine.lora import variant_status
 from model_worker.engine_loras import EngineLoras
 from model_worker.published_variants import PublishedVariants
+from model_worker.shared_prompt_format import shared_prompt_format
 from model_worker.signature_check import SignatureCheck
 from registry.errors import (
     CheckpointError,
@@ -228,25 +228,7 @@ class Variants:
             ModelNotFoundError: one is not there.
             InvalidRequestError: their chat templates or tokenizers differ.
         """
-        formats = {name: self._known(name).prompts for name in names}
-        templates: dict[tuple[str, ...], ChatTemplate] = {}  # by what decides the text
-        for prompts in formats.values():
-            if (template := prompts.chat_template) is not None:
-                templates[template.source, *template.special_tokens.values()] = template
-        if len(templates) > 1:
-            raise InvalidRequestError(
-                f"{', '.join(formats)} have different chat templates, so no prompt suits them all; start the worker "
-                "with --chat-template to choose one for all of them.",
-                param="loras",
-            )
-        tokenizers = [prompts.tokenizer for prompts in formats.values()]
-        if len(formats) > 1 and any(tokenizers):
-            raise InvalidRequestError(
-                f"One of {', '.join(formats)} has tokens of its own, so that no prompt suits them all; use it alone.",
-                param="loras",
-            )
-        stop = {token_id for prompts in formats.values() for token_id in prompts.stop_token_ids}
-        return PromptFormat(next(iter(templates.values()), None), tuple(sorted(stop)), next(iter(tokenizers), None))
+        return shared_prompt_format({name: self._known(name).prompts for name in names})
 
     # ------------------------------------------------------------------------------------------ internal
 
