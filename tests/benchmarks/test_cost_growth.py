@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from xml.etree import ElementTree
@@ -12,17 +10,12 @@ import pytest
 
 from model_worker.engine.ops.cpu.build import find_compiler
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as it is when it is run: its own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("cost_growth")
-    for name in ("cost_growth", "machine"):
-        sys.modules.pop(name, None)
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("cost_growth")
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -15,16 +13,10 @@ from torch import Tensor
 from delta.quality_record import Quality
 from tests.delta.tiny_llama import save_tiny_llama
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as it is when it is run: its own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("delta_quality")
-    for name in ("delta_quality", "machine"):
-        sys.modules.pop(name, None)
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("delta_quality")
 
 
 class DistanceMeter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,12 +29,8 @@ MACHINE: dict[str, Any] = {
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The scripts as they are when they are run: their own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield {name: importlib.import_module(name) for name in NAMES}
-    for name in NAMES:
-        sys.modules.pop(name, None)
+def modules(load_script: Callable[[str], ModuleType]) -> dict[str, ModuleType]:
+    return {name: load_script(name) for name in NAMES}
 
 
 def _with_parts(modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, **parts: Any) -> ModuleType:

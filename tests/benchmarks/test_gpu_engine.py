@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from tests.benchmarks.gpu_rehearsal import NAMES, rehearse
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.gpu_rehearsal import rehearse
 
 
 @pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+def modules(load_script: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """The scripts, for a model of two small layers, contexts of 64 tokens and a device that only seems to be there."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield rehearse(monkeypatch)
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    return rehearse(monkeypatch)
 
 
 def test_steps_prompts_and_throughput(

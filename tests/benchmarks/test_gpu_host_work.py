@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 
-def test_steps_are_counted_and_written_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
-    script = importlib.import_module("gpu_host_work")
+def test_steps_are_counted_and_written_down(
+    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = load_script("gpu_host_work")
     for name, value in {"CASES": ((3, 40),), "NUM_STEPS": 2, "REPEATS": 2}.items():
         monkeypatch.setattr(script, name, value)
     path = tmp_path / "result.json"
@@ -20,5 +21,3 @@ def test_steps_are_counted_and_written_down(monkeypatch: pytest.MonkeyPatch, tmp
     (result,) = json.loads(path.read_text())["results"]
     assert (result["rows"], result["context"]) == (3, 40)
     assert 0 < result["best_us"] <= result["median_us"]
-    for name in ("gpu_host_work", "gpu_checkpoint", "machine"):
-        sys.modules.pop(name, None)

@@ -1,10 +1,8 @@
 """`benchmarks/lora.py` and the adapters that it makes, against a server that only keeps their names and tiers."""
 
 import asyncio
-import importlib
 import json
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,20 +17,10 @@ from delta.peft.reader import read_peft_adapter
 from tests.fakes.peft_adapters import TinyBase
 from tests.fakes.script_in_loop import run_in_this_loop
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-OWN = (
-    "lora", "lora_activation", "random_adapters", "adapter_server", "residency", "serve", "turns", "openai_client",
-    "machine",
-)  # fmt: skip
-
 
 @pytest.fixture
-def lora(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as it is when it is run: its own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("lora")
-    for name in OWN:
-        sys.modules.pop(name, None)
+def lora(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("lora")
 
 
 @pytest.fixture

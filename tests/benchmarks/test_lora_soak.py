@@ -1,33 +1,16 @@
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = (
-    "lora_soak", "soak_traffic", "soak_checks", "soak_adapters", "random_adapters", "processes", "serve",
-    "openai_client", "machine",
-)  # fmt: skip
-
 
 @pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """They are imported as when they are run: their own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield
-    for name in MODULES:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def checks(scripts: None) -> ModuleType:
-    return importlib.import_module("soak_checks")
+def checks(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("soak_checks")
 
 
 def test_while_a_name_changes_both_of_its_states_are_possible(checks: ModuleType) -> None:
@@ -97,11 +80,13 @@ def test_the_same_text_with_other_log_probabilities_is_another_answer(checks: Mo
 
 
 @pytest.mark.e2e
-def test_a_short_soak(scripts: None, smollm2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_soak(
+    load_script: Callable[[str], ModuleType], smollm2_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report = tmp_path / "report.json"
     sizes = ["--num-adapters", "6", "--ranks", "1,4", "--combinations", "1", "--max-loras", "4", "--max-cpu-loras", "5"]
     arguments = ["--model-path", str(smollm2_dir), *sizes, "--num-requests", "30", "--clients", "6"]
-    status = importlib.import_module("lora_soak").main([*arguments, "--json", str(report)])
+    status = load_script("lora_soak").main([*arguments, "--json", str(report)])
     assert status == 0, capsys.readouterr()
     found = json.loads(report.read_text())
     assert found["num_violations"] == 0

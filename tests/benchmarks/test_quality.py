@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,16 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_worker.engine.ops.cpu.build import find_compiler
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as it is when it is run: its own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("quality")
-    for name in ("quality", "shifted_checkpoint", "machine"):
-        sys.modules.pop(name, None)
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("quality")
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler")

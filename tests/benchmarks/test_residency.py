@@ -1,25 +1,19 @@
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TRACES = st.lists(st.integers(0, 4), min_size=1, max_size=12)
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("residency")
-    sys.modules.pop("residency", None)
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("residency")
 
 
 def most_hits(trace: list[int], budget: int, resident: frozenset[int] = frozenset()) -> int:

@@ -1,29 +1,22 @@
 """`benchmarks/scenarios.py` against a server that is quick with beginnings that it knows, slow with long prompts."""
 
 import asyncio
-import importlib
 import json
-import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import ModuleType
 
 import aiohttp
 import pytest
 from aiohttp import web
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PREFIX_WORDS, LONG_WORDS = 20, 300
 
 
 @pytest.fixture
-def scenarios(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("scenarios")
-    for name in ("scenarios", "serve", "openai_client", "machine"):
-        sys.modules.pop(name, None)
+def scenarios(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("scenarios")
 
 
 class Server:

@@ -1,24 +1,16 @@
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as it is when it is run: its own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("scheduler")
-    for name in ("scheduler", "machine"):
-        sys.modules.pop(name, None)
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("scheduler")
 
 
 def test_every_load_runs_and_is_written_down(

@@ -1,10 +1,8 @@
 import asyncio
-import importlib
 import json
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,16 +11,10 @@ from aiohttp import web
 
 from tests.fakes.script_in_loop import run_in_this_loop
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def serve(monkeypatch) -> ModuleType:
-    """The script as it is when it is run: its own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("serve")
-    for name in ("serve", "openai_client", "machine"):
-        sys.modules.pop(name, None)
+def serve(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("serve")
 
 
 class FakeServer:

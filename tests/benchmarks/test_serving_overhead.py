@@ -1,21 +1,13 @@
-import importlib
 import json
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def serving_overhead(monkeypatch) -> ModuleType:
-    """The script as it is when it is run: its own directory is on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    yield importlib.import_module("serving_overhead")
-    for name in ("serving_overhead", "processes", "serve", "openai_client", "machine"):
-        sys.modules.pop(name, None)
+def serving_overhead(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("serving_overhead")
 
 
 @pytest.mark.e2e

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,11 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script as it is when it is run: its own directory is on the path."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("variant_routing")
-    sys.modules.pop("variant_routing", None)
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("variant_routing")
 
 
 def test_variant_routing_finds_more_variants_ready_and_spreads_the_hot_ones(script: ModuleType) -> None:

@@ -1,8 +1,6 @@
 """The example scripts as they are when they are run, a tiny model, and the controller of the controller's own tests."""
 
-import importlib
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +9,7 @@ import pytest
 
 from tests.controller.conftest import catalog, start_controller
 from tests.examples.tiny_model import tiny_model
+from tests.fakes.scripts import scripts_of
 
 __all__ = ["catalog", "start_controller"]
 
@@ -18,12 +17,10 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
-    """Import a script by its name, with its own directory on the path as Python puts it there."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module
-    for script in EXAMPLES.glob("*.py"):
-        sys.modules.pop(script.stem, None)
+def example() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script by its name."""
+    with scripts_of(EXAMPLES) as load:
+        yield load
 
 
 @pytest.fixture
