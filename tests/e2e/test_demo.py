@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.e2e.processes import MODEL, free_port, wait_until
+from tests.e2e.processes import MODEL, free_port
 
 pytestmark = pytest.mark.e2e
 DEMO = Path(__file__).parent.parent.parent / "scripts" / "demo"
@@ -49,7 +49,7 @@ def test_two_workers_arguments_passed_on_and_a_clean_end_on_ctrl_c() -> None:
         for line in demo.stdout:
             if "Ctrl-C" in line:
                 break
-        workers = requests.get(f"http://127.0.0.1:{port}/admin/workers", timeout=10).json()
+        workers = requests.get(f"http://127.0.0.1:{port}/admin/workers", timeout=60).json()
         assert len(workers["workers"]) == 2
         refused = requests.post(
             f"http://127.0.0.1:{port}/v1/completions", json={"model": MODEL, "prompt": "x", "n": 4}, timeout=60
@@ -90,4 +90,4 @@ def test_a_worker_that_cannot_start_is_named() -> None:
     assert done.returncode == 1
     assert "worker-0 ended" in done.stderr
     assert "--no-such-flag" in done.stderr
-    wait_until(lambda: "Stopped." in done.stdout, 1, "the controller stopped")
+    assert "Stopped." in done.stdout

@@ -62,7 +62,7 @@ def test_a_replica_killed_under_sixteen_streams(cluster: Cluster) -> None:
         later = list(pool.map(lambda _: client.completions.create(model=MODEL, prompt="Hello", max_tokens=4), range(4)))
     assert all(reply.choices[0].finish_reason in ("length", "stop") for reply in later)
     for reader in streaming:
-        reader.join(120)
+        reader.join(300)
     broken = [reader for reader in streaming if reader.error is not None]
     whole = [reader for reader in streaming if reader.error is None]
     assert broken, "the killed worker had streams"
@@ -70,19 +70,19 @@ def test_a_replica_killed_under_sixteen_streams(cluster: Cluster) -> None:
     for reader in broken:
         assert isinstance(reader.error, openai.APIError)
         assert reader.ended_at is not None
-        assert reader.ended_at - killed_at < 5
+        assert reader.ended_at - killed_at < 30
     assert {reader.finish_reason for reader in whole} == {"length"}
-    wait_until(lambda: cluster.num_workers() == 1, 30, "the dead worker forgotten")
+    wait_until(lambda: cluster.num_workers() == 1, 60, "the dead worker forgotten")
 
 
 def test_a_killed_controller_comes_back_with_its_workers_and_its_catalog(cluster: Cluster) -> None:
     controller = cluster.start_controller()
     cluster.start_worker()
-    before = requests.get(f"{cluster.url}/v1/models", timeout=5).json()
+    before = requests.get(f"{cluster.url}/v1/models", timeout=60).json()
     controller.kill()
     cluster.start_controller()
-    cluster.wait_for_workers(1, timeout_s=15)
-    after = requests.get(f"{cluster.url}/v1/models", timeout=5).json()
+    cluster.wait_for_workers(1)
+    after = requests.get(f"{cluster.url}/v1/models", timeout=60).json()
     assert [model["id"] for model in after["data"]] == [model["id"] for model in before["data"]]
     reply = make_client(cluster).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
     assert reply.choices[0].finish_reason == "length"
@@ -95,15 +95,15 @@ def test_a_draining_worker_finishes_what_runs_and_takes_nothing_new(cluster: Clu
     reader.start()
     wait_until(lambda: reader.first_at, 60, "the stream")
     statuses: list[int] = []
-    stopper = threading.Thread(target=lambda: statuses.append(worker.stop(60)))
+    stopper = threading.Thread(target=lambda: statuses.append(worker.stop(300)))
     stopper.start()
-    wait_until(lambda: cluster.num_workers() == 0, 10, "the worker off the list")
+    wait_until(lambda: cluster.num_workers() == 0, 60, "the worker off the list")
     with pytest.raises(openai.APIStatusError) as refused:
         make_client(cluster).completions.create(model=MODEL, prompt="Hello", max_tokens=4)
     assert refused.value.status_code == 503
     assert "retry-after" in refused.value.response.headers
-    reader.join(60)
-    stopper.join(60)
+    reader.join(300)
+    stopper.join(300)
     assert reader.error is None
     assert reader.finish_reason == "length"
     assert statuses == [0]

@@ -201,21 +201,21 @@ def pinned_and_active(cluster: Cluster, name: str) -> bool:
 
 def test_killed_processes_come_back_with_their_adapters_and_pins(serving: Cluster, reference: Reference) -> None:
     assert requests.post(f"{serving.url}/admin/variants/red/pin", timeout=30).status_code == 200
-    wait_until(lambda: pinned_and_active(serving, "red"), 10, "red pinned")
+    wait_until(lambda: pinned_and_active(serving, "red"), 60, "red pinned")
 
     def check_all_there() -> None:
-        wait_until(lambda: served(serving).keys() >= RANKS.keys(), 30, "the adapters")
-        wait_until(lambda: pinned_and_active(serving, "red"), 10, "red pinned again")
+        wait_until(lambda: served(serving).keys() >= RANKS.keys(), 60, "the adapters")
+        wait_until(lambda: pinned_and_active(serving, "red"), 60, "red pinned again")
         check_answers(serving, reference)
 
     serving.workers.pop().kill()
-    wait_until(lambda: serving.num_workers() == 0, 30, "the worker gone")
+    wait_until(lambda: serving.num_workers() == 0, 60, "the worker gone")
     start_worker(serving, reference)
     check_all_there()
     assert serving.controller is not None
     serving.controller.kill()
     serving.start_controller()
-    serving.wait_for_workers(1, timeout_s=15)
+    serving.wait_for_workers(1)
     check_all_there()
 
 

@@ -156,6 +156,6 @@ def test_operators_see_and_move_releases(serving: Cluster) -> None:
     assert releases("list").startswith("bot  4 versions  bot@prod -> bot@v3")
     assert "bot@v4  lora  failed" in releases("show", "bot")
     assert releases("alias", "bot", "v1") == "bot@prod -> bot@v1\n"
-    wait_until(lambda: points_to(serving) == 1, 10, "the alias moved")
+    wait_until(lambda: points_to(serving) == 1, 60, "the alias moved")
     assert releases("rollback", "bot") == "bot@prod -> bot@v3\n"
     assert "rollback  bot@v1 -> bot@v3" in releases("history", "bot")

@@ -29,13 +29,13 @@ def test_three_ranks_answer_as_one_and_end_together(
     errors: list[Any] = []
     asking = threading.Thread(target=lambda: errors.append(_ask(cluster, "Count to a thousand.", max_tokens=2000)))
     asking.start()
-    wait_until(lambda: cluster.metric("rootgraft_worker_requests_running") > 0, 30, "a request that runs")
+    wait_until(lambda: cluster.metric("rootgraft_worker_requests_running") > 0, 60, "a request that runs")
     ranks[0].kill()
     asking.join(60)
     assert "error" in errors[0]
     assert worker.popen.wait(60) == 1
     assert "Rank 1 of this model was killed by signal 9" in worker.text()
-    assert not any(rank.is_running() for rank in ranks)
+    wait_until(lambda: not any(rank.is_running() for rank in ranks), 60, "the end of all ranks")
 
 
 def _ask(cluster: Cluster, question: str, *, max_tokens: int) -> Any:
