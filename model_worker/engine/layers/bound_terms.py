@@ -8,6 +8,7 @@ from enum import Flag, auto
 from torch import Tensor
 
 from delta.variant_terms import EmbeddingTerms, SparseMatrix
+from model_worker.engine.layers.variants import ExpertsTerms
 from model_worker.engine.ops.low_rank import Factors
 from model_worker.engine.ops.sign_matmul import SignMatrix
 
@@ -23,6 +24,7 @@ class TermKind(Flag):
     DENSE = auto()
     SPARSE = auto()
     EMBEDDING = auto()
+    EXPERTS = auto()
 
 
 NO_TERMS = TermKind(0)
@@ -82,16 +84,20 @@ class BoundTerms:
     Attributes:
         linears: by the key of the fused layer.
         norms: by the key of the norm; weights like its own.
+        experts: by the key of the experts.
         embedding: `a` is [V, r]; the given rows are those of `given_rows`. None: the embedding is the base's.
     """
 
     linears: dict[str, FusedTerms] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
+    experts: dict[str, ExpertsTerms] = field(default_factory=dict)
     embedding: EmbeddingTerms | None = None
 
     @property
     def kinds(self) -> TermKind:
         found = TermKind.NORMS if self.norms else NO_TERMS
+        if self.experts:
+            found |= TermKind.EXPERTS
         if self.embedding is not None:
             found |= TermKind.EMBEDDING
         for terms in self.linears.values():

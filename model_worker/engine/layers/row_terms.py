@@ -3,6 +3,7 @@
     linear      y = e ∘ ((d ∘ x) Wᵀ + b) + f + Σ u ∘ ((v ∘ x) Sᵀ) + (x Aᵀ) Bᵀ + x Zᵀ,   f = b - e ∘ b + c
     norm        another weight
     embedding   replaced rows, low-rank terms, planes of signs
+    experts     for each of a mixture what a linear layer may have; never in graphs, see `VariantExperts`
 
 Terms are those of `delta.variant_terms`, for a fused layer put together when they are bound; so the base's product is
 the same whether rows have variants or not. On GPUs terms are found by their addresses, which lie in tables of the
@@ -26,6 +27,7 @@ from model_worker.engine.layers.bound_terms import MATRICES, BoundTerms, FusedTe
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.merged_rows import MergedRows
 from model_worker.engine.layers.sparse import sparse_product
+from model_worker.engine.layers.variants import ExpertsTerms
 from model_worker.engine.ops.embedding_terms.functional import EmbeddingTable, embed_rows
 from model_worker.engine.ops.low_rank import Factors, LowRankFactors, SegmentPlan, add_low_rank
 from model_worker.engine.ops.matrix_terms.functional import add_matrices
@@ -121,6 +123,16 @@ class RowTerms:
         for (start, end), terms in zip(self.plan.bounds, self._bound, strict=True):
             if terms.embedding is not None:
                 x[start:end] = _embedded(input_ids[start:end], weight, terms.embedding)
+
+    def experts(self, key: str) -> list[tuple[slice, ExpertsTerms]]:
+        """See `MixtureTerms.experts`."""
+        if TermKind.EXPERTS not in self.kinds:
+            return []
+        return [
+            (slice(start, end), terms.experts[key])
+            for (start, end), terms in zip(self.plan.bounds, self._bound, strict=True)
+            if key in terms.experts
+        ]
 
     def product(self, layer: FusedLinear, x: Tensor) -> Tensor:
         """See `LinearTerms.product`."""

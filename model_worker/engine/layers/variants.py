@@ -231,10 +231,10 @@ class VariantExperts:
     def _linear(self, name: str, expert: int, x: Tensor, bound: BoundLinear | None) -> Tensor:
         weight: Tensor = getattr(self._module, name)[expert]
         bias: Tensor | None = getattr(self._module, f"{name}_bias")[expert] if self._module.has_bias else None
-        return _linear_with_terms(x, weight.T if self._module.is_transposed else weight, bias, bound)
+        return linear_with_terms(x, weight.T if self._module.is_transposed else weight, bias, bound)
 
 
-def _linear_with_terms(x: Tensor, weight: Tensor, bias: Tensor | None, bound: BoundLinear | None) -> Tensor:
+def linear_with_terms(x: Tensor, weight: Tensor, bias: Tensor | None, bound: BoundLinear | None) -> Tensor:
     """x [n, K], weight [N, K], bias [N] -> [n, N]"""
     if bound is None:
         return F.linear(x, weight, bias)

@@ -29,6 +29,7 @@ from model_worker.engine.models.decoder_fusions import decoder_fusions
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
 from model_worker.engine.models.decoder_spec import DecoderSpec, read_spec
 from model_worker.engine.models.gpu_layer import DecoderLayer, make_input_norm
+from model_worker.engine.models.gpu_mixture import DecoderExperts, DecoderMixture
 from model_worker.engine.models.gpu_variants import GpuVariant, GpuVariants, GraphTerms
 from model_worker.engine.models.gpu_weights import GpuWeights, WeightPlace
 from model_worker.engine.parallel.divided_decoder import DividedDecoder
@@ -79,8 +80,8 @@ class GpuDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.spec: DecoderSpec = read_spec(config, max_model_len)
-        if any(layer.mixture is not None for layer in self.spec.layers):
-            raise UnsupportedModelError("The native decoder for GPUs does not know mixtures of experts.")
+        if quantization is not None and any(layer.mixture is not None for layer in self.spec.layers):
+            raise UnsupportedModelError("The native decoder for GPUs does not quantize mixtures of experts.")
         if quantization == "fp8":
             _check_float8(device)
         self._group = OneRank() if group is None else group
@@ -174,6 +175,9 @@ class GpuDecoder(nn.Module):
 
     def base_weight(self, module: str) -> Tensor:
         """See `VariantHost.base_weight`."""
+        experts, _, last = module.rpartition(".")
+        if last.isdecimal() and experts in self._parameters_by_name:
+            return self._variants.on_host(lambda: self._weights.get(experts)[int(last)])
         name = f"{module}.weight"
         if name == HEAD:
             return self._variants.on_host(lambda: self.lm_head.method.weight(self.lm_head))
@@ -225,14 +229,16 @@ class GpuDecoder(nn.Module):
 
     def share_of(self, name: str, num_axes: int, *, half: int | None = None) -> Stretches | None:
         """See DividedModel."""
-        return None if self._divided is None else self._divided.share_of(name)
+        return None if self._divided is None else self._divided.share_of(name, num_axes, half=half)
 
     def fill(
         self, name: str, tensor: Tensor | GroupedWeight, *, index: int | None = None, half: int | None = None
     ) -> None:
         """See CausalModel."""
-        assert index is None, "there are no experts"
-        self._weights.put(name, tensor if self._divided is None else self._divided.own(name, tensor))
+        if index is not None:
+            self._weights.put_expert(name, index, half, tensor)
+        else:
+            self._weights.put(name, tensor if self._divided is None else self._divided.own(name, tensor))
 
     def holds(self, name: str, tensor: Tensor | GroupedWeight) -> bool:
         """See CausalModel."""
@@ -244,6 +250,11 @@ class GpuDecoder(nn.Module):
             self._weights.tie_head(self.embed_tokens)
         if self._device.type == "cuda":
             self._variants.warm_up()
+            mixtures = {layer.mixture: place for place, layer in enumerate(self.spec.layers)}
+            for place in mixtures.values():  # one of each shape
+                mlp = self._decoder_layers[place].mlp
+                if isinstance(mlp, DecoderMixture):
+                    mlp.warm_up()
 
     # ------------------------------------------------------------------------------------------ internal
 
@@ -267,7 +278,7 @@ class GpuDecoder(nn.Module):
         """Where each tensor of the checkpoint goes."""
         by_key: dict[str, nn.Module] = {"embedding": self.embed_tokens}
         for module in self.modules():
-            if isinstance(module, FusedLinear | RMSNorm):
+            if isinstance(module, FusedLinear | RMSNorm | DecoderExperts):
                 by_key[module.key] = module
         places: dict[str, WeightPlace] = {}
         for fusion in decoder_fusions(self.spec):
@@ -277,6 +288,10 @@ class GpuDecoder(nn.Module):
                 (name,), size = fusion.names, self.spec.head_dim
                 norm = by_key[f"{path}.qk_norm"]
                 places[name] = WeightPlace(norm, "weight", 0, heads[0] * size, size, heads[1], fusion.offset)
+                continue
+            if fusion.num_experts is not None:
+                (name,) = fusion.names
+                places[name] = WeightPlace(by_key[path], name.rpartition(".")[2], 0, 0, fusion.num_experts)
                 continue
             attribute = "bias" if last == "bias" else "weight"
             module = by_key[path if last == "bias" else fusion.key]

@@ -2,6 +2,7 @@
 
     residual, update ──► norm ──► qkv ──► (norms of q, k) ──► rotary + KV write ──► attention ──► output ──► update
     residual, update ──► norm ──► gate and up ──► activation ──► down ──► update
+                                     or a mixture of experts, `gpu_mixture.py`
 
 The residual is changed in place. What a part of a layer gives, its `update`, is added to it by the next norm, in one
 pass; where the family has norms of outputs, by these. Modules are named like those of transformers that do the same,
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from model_worker.engine.layers.attention import ForwardContext, KVShape
-from model_worker.engine.layers.fused_linear import FusedLinear, LinearTerms
+from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import InputNorm, NormTerms, OutputNorm, RMSNorm
 from model_worker.engine.layers.rotary_attention import RotaryAttention
 from model_worker.engine.models.decoder_spec import DecoderSpec, LayerSpec
+from model_worker.engine.models.gpu_mixture import DecoderMixture, MixtureTerms
 from model_worker.engine.ops.gated_activation.functional import gated_activation
 from model_worker.engine.ops.linear import Activation
 from model_worker.engine.ops.rotary.functional import RotaryCosSin
@@ -28,15 +30,15 @@ from model_worker.engine.parallel.group import RankGroup
 from model_worker.engine.parallel.row_norms import row_scales
 
 
-class StepTerms(LinearTerms, NormTerms, Protocol):
+class StepTerms(MixtureTerms, NormTerms, Protocol):
     """What the variants of a step's rows change in a decoder's layers."""
 
 
 class DecoderLayer(nn.Module):
-    """A layer with one MLP.
+    """A layer with one MLP, or a mixture of such.
 
     Args:
-        spec: of this rank: its heads, its share of the MLP.
+        spec: of this rank: its heads, its share of each MLP.
         index: of the layer.
         context: of the decoder's attention.
         group: of the ranks, whose updates are added up.
@@ -56,7 +58,12 @@ class DecoderLayer(nn.Module):
             _make_output_norm(spec, f"{path}.{name}", dtype) for name in spec.output_norms or ()
         )
         self.self_attn = DecoderAttention(spec, spec.layers[index], path, context, group, dtype)
-        self.mlp = DecoderMLP(spec, path, group, dtype)
+        mixture = spec.layers[index].mixture
+        self.mlp: DecoderMLP | DecoderMixture = (
+            DecoderMLP(spec, path, group, dtype)
+            if mixture is None
+            else DecoderMixture(spec, mixture, path, group, dtype)
+        )
 
     def forward(
         self, residual: Tensor, update: Tensor | None, table: RotaryCosSin | None, terms: StepTerms | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import overload
 
 import torch
@@ -15,6 +16,8 @@ from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.rms_norm import RMSNorm
 from model_worker.engine.layers.token_embedding import TokenEmbedding
+from model_worker.engine.layers.variants import BoundLinear, ExpertsTerms
+from model_worker.engine.models.gpu_mixture import DecoderExperts
 from model_worker.engine.models.gpu_weights import WeightPlace
 from model_worker.engine.ops.low_rank import Factors
 from model_worker.engine.ops.sign_matmul import SignMatrix
@@ -65,8 +68,6 @@ class TermBinder:
         Raises:
             UnsupportedModelError: there is no place for one of them.
         """
-        if terms.experts:
-            raise UnsupportedModelError(f"The native decoder for GPUs has no experts; {_OTHERWISE}")
         parts: dict[FusedLinear, dict[int, LinearTerms]] = {}
         for module, linear in terms.linears.items():
             place = self._place(f"{module}.weight")
@@ -78,6 +79,8 @@ class TermBinder:
         bound = BoundTerms()
         for layer, of_parts in parts.items():
             bound.linears[layer.key] = self._fused(layer, of_parts)
+        for name, of_experts in terms.experts.items():
+            self._bind_experts(name, of_experts, bound)
         self._bind_norms(terms.vectors, bound)
         for module, embedding in terms.embeddings.items():
             place = self._place(f"{module}.weight")
@@ -134,6 +137,36 @@ class TermBinder:
             self._take(matrix.columns, torch.int32),
             self._take(matrix.values, self._dtype),
         )
+
+    def _bind_experts(self, name: str, terms: Mapping[int, LinearTerms], bound: BoundTerms) -> None:
+        """Of one parameter [E, N, K]."""
+        place = self._place(name)
+        if not isinstance(place.module, DecoderExperts):
+            raise _refusal(name)
+        num_inputs = place.parameter.shape[-1]
+        of_each = {expert: self._expert(of_expert, num_inputs) for expert, of_expert in terms.items()}
+        others = bound.experts.get(place.module.key, ExpertsTerms({}, {}))
+        is_down = place.attribute == "down_proj"
+        bound.experts[place.module.key] = others._replace(down=of_each) if is_down else others._replace(up=of_each)
+
+    def _expert(self, terms: LinearTerms, num_inputs: int) -> BoundLinear:
+        """Not for tables: `VariantExperts` passes all that is needed to each product."""
+        signs = tuple(
+            SignMatrix(plane, num_inputs, dtype=self._dtype, device=self._device, move=self._moved)
+            for plane in terms.signs
+        )
+        moved = replace(
+            terms,
+            a=self._take(terms.a, self._dtype),
+            b=self._take(terms.b, self._dtype),
+            dense=self._take(terms.dense, self._dtype),
+            sparse=self._sparse(terms.sparse),
+            bias=self._take(terms.bias, torch.float32),
+            input_scale=self._take(terms.input_scale, torch.float32),
+            output_scale=self._take(terms.output_scale, torch.float32),
+            signs=(),
+        )
+        return BoundLinear(moved, signs)
 
     def _bind_norms(self, vectors: Mapping[str, Tensor], bound: BoundTerms) -> None:
         """A norm of several of the checkpoint's gets those that the variant has in place of its own."""

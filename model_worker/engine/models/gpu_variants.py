@@ -44,9 +44,12 @@ _STATIC_COLUMNS = 4  # of a graph's tables, for each row: three of a tile, and a
 _GRAPHS = (
     (TermKind.LOW_RANK, 64),
     (TermKind.LOW_RANK | TermKind.SIGNS | TermKind.NORMS | TermKind.EMBEDDING, 64),
-    (~NO_TERMS, 256),
+    (~TermKind.EXPERTS, 256),
 )
-"""Kinds and highest rank of the graphs of a bucket: for adapters, for compressed fine-tunes, for everything."""
+"""Kinds and highest rank of the graphs of a bucket: for adapters, for compressed fine-tunes, for everything.
+
+What changes the experts of a mixture is in none of them: steps with such rows are launched kernel by kernel.
+"""
 
 
 class GpuVariant:

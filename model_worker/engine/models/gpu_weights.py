@@ -4,6 +4,7 @@
     q_proj, k_proj, v_proj .weight            rows of layers.i.self_attn.qkv_proj.weight, one part after another
     q_norm, k_norm .weight, a head each       repeated for the heads of layers.i.self_attn.qk_norms.0.weight
     embed_tokens.weight                       embed_tokens.weight; a tied head has the same tensor, unless quantized
+    experts.gate_up_proj, experts.down_proj   the same of layers.i.mlp, [E, N, K]; never quantized or kept in blocks
 
 Memory for a tensor is taken when its first part comes. A matrix that is to be quantized is quantized on the device as
 soon as it is complete; blocks of a GGUF file stay as they are, where all parts of a matrix have them. Beside the model
@@ -35,7 +36,7 @@ class WeightPlace:
     Attributes:
         module, attribute: the parameter; as long as nothing of it is there, it is on meta.
         part: which part of the module it is.
-        first, num_rows: the rows of the parameter, before they are repeated.
+        first, num_rows: the rows of the parameter, before they are repeated; of experts, all of these.
         repeats: the tensor comes so many times, one after another.
         offset: added to it.
     """
@@ -113,6 +114,14 @@ class GpuWeights:
         if layer is not None and self._num_missing[key] == 0:
             self._complete(layer)
 
+    def put_expert(self, name: str, index: int, half: int | None, tensor: Tensor | GroupedWeight) -> None:
+        """Take one expert's matrix, or its gate (half 0) or up projection (half 1)."""
+        place = self._places[name]
+        self._take_memory(place)
+        matrix = place.parameter[index]
+        dense = tensor if isinstance(tensor, Tensor) else tensor.dequantize()
+        (matrix if half is None else matrix.chunk(2)[half]).copy_(dense, non_blocking=True)
+
     def tie_head(self, embedding: nn.Embedding) -> None:
         """Make the head of the embedding, whose weights are there."""
         self._head.weight = nn.Parameter(embedding.weight, requires_grad=False)
@@ -129,12 +138,15 @@ class GpuWeights:
         return self._places[name].rows
 
     def _copy(self, place: WeightPlace, tensor: Tensor) -> None:
-        if place.parameter.device.type == "meta":
-            memory = torch.empty_like(place.parameter, device=self._device)
-            setattr(place.module, place.attribute, nn.Parameter(memory, requires_grad=False))
+        self._take_memory(place)
         assert len(tensor) == place.num_rows
         rows = place.parameter[place.first : place.first + place.num_rows * place.repeats]
         rows.copy_(place.converted(tensor), non_blocking=True)
+
+    def _take_memory(self, place: WeightPlace) -> None:
+        if place.parameter.device.type == "meta":
+            memory = torch.empty_like(place.parameter, device=self._device)
+            setattr(place.module, place.attribute, nn.Parameter(memory, requires_grad=False))
 
     def _complete(self, layer: FusedLinear) -> None:
         """All parts of a matrix are there."""

@@ -11,7 +11,7 @@ from compression.grouped_weight import GroupedWeight
 from model_worker.engine.layers.fused_linear import FusedLinear
 from model_worker.engine.layers.token_embedding import TokenEmbedding
 from model_worker.engine.models.decoder_parameters import EMBEDDING, HEAD, parameter_shapes
-from model_worker.engine.models.decoder_spec import DecoderSpec
+from model_worker.engine.models.decoder_spec import DecoderSpec, LayerSpec
 from model_worker.engine.parallel.group import RankGroup
 from model_worker.engine.parallel.sharding import (
     Division,
@@ -29,12 +29,12 @@ class DividedDecoder:
     """The share of one rank.
 
     Args:
-        spec: of the whole model, without mixtures.
+        spec: of the whole model.
         group: of all ranks.
         in_groups: weights will be quantized in groups of their inputs.
 
     Attributes:
-        spec: of this rank: its heads and its share of the MLP; the vocabulary is whole.
+        spec: of this rank: its heads and its share of each MLP; the vocabulary is whole.
         num_tokens: rows that it has of the embedding and of the head.
         divisions: by module, or by parameter where it is that of a norm.
 
@@ -56,6 +56,7 @@ class DividedDecoder:
             num_heads=spec.num_heads // group.size,
             num_kv_heads=max(1, spec.num_kv_heads // group.size),
             intermediate_size=spec.intermediate_size // group.size,
+            layers=tuple(_divided_layer(layer, group.size) for layer in spec.layers),
         )
 
     def add_hooks(self, embedding: TokenEmbedding, head: FusedLinear) -> None:
@@ -63,13 +64,16 @@ class DividedDecoder:
         add_up_rows(embedding, self._tokens, self._group)
         gather_logits(head, self._tokens, self._group)
 
-    def share_of(self, name: str) -> Stretches | None:
-        """What this rank has of a tensor of the checkpoint; None: all of it."""
+    def share_of(self, name: str, num_axes: int, *, half: int | None) -> Stretches | None:
+        """See `DividedModel.share_of`."""
         module, _, kind = name.rpartition(".")
         division = self.divisions.get(module, self.divisions.get(name))
         if division is None or (kind == "bias" and division.by_inputs):
             return None
-        return division.stretches(self._share, 1 if division.by_inputs else 0)
+        if half is not None:
+            division = division.part(half)
+        axis = num_axes - 1 if division.by_inputs else max(0, num_axes - 2)  # of [N, K], [E, N, K] or [N]
+        return division.stretches(self._share, axis)
 
     def own(self, name: str, tensor: Tensor | GroupedWeight) -> Tensor | GroupedWeight:
         """This rank's share, as it computes with it: what all add up is only once what is added to it."""
@@ -82,10 +86,12 @@ class DividedDecoder:
 
 def _divisions(spec: DecoderSpec, tokens: Division) -> dict[str, Division]:
     found = {EMBEDDING.removesuffix(".weight"): tokens, HEAD.removesuffix(".weight"): tokens}
-    for name in parameter_shapes(spec):
+    for name, shape in parameter_shapes(spec).items():
         module = name.removesuffix(".weight")
         kind = module.rpartition(".")[2]
-        if (division := _division(spec, kind)) is not None:
+        if len(shape) == 3:
+            found[name] = _division_of_experts(kind, shape)
+        elif (division := _division(spec, kind)) is not None:
             found[module] = division
         elif spec.qk_norm == "row" and kind in ("q_norm", "k_norm"):
             found[name] = outputs(_heads(spec) if kind == "q_norm" else _kv_heads(spec))
@@ -107,6 +113,19 @@ def _division(spec: DecoderSpec, kind: str) -> Division | None:
         "down_proj": inputs(neurons),
     }
     return known.get(kind)
+
+
+def _division_of_experts(kind: str, shape: tuple[int, ...]) -> Division:
+    """Of a parameter [E, 2 I, H] or [E, H, I]: each rank has some neurons of every expert."""
+    size = shape[2] if kind == "down_proj" else shape[1] // 2
+    neurons = Part(size, size, "neurons")
+    return inputs(neurons) if kind == "down_proj" else outputs(neurons, neurons)
+
+
+def _divided_layer(layer: LayerSpec, num_ranks: int) -> LayerSpec:
+    if (mixture := layer.mixture) is None:
+        return layer
+    return replace(layer, mixture=replace(mixture, intermediate_size=mixture.intermediate_size // num_ranks))
 
 
 def _heads(spec: DecoderSpec) -> Part:

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from delta.variant_terms import LinearTerms, VariantTerms
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
+from model_worker.engine.layers.variants import linear_with_terms
 from model_worker.engine.lora.variant import Variant
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.gpu_decoder import GpuDecoder
+from model_worker.engine.models.gpu_variants import GpuVariant
 from tests.fakes.fake_cuda import FakeCuda
 from tests.fakes.launch_recorder import LaunchRecorder
 from tests.fakes.random_steps import RandomSteps, every_step
+from tests.fakes.random_terms import random_plane
 from tests.fakes.random_variants import EMBEDDING, HEAD, random_variant
 from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
 
@@ -86,13 +89,17 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "without graphs": ("llama", {"dtype": "float32", "enforce_eager": True}),
     "layer groups": ("gemma2", {}),
     "norms of rows, int4": ("olmo2", {"quantization": "int4"}),
+    "experts": ("mixtral", {}),
     "norms of heads, 8 bits": ("qwen3", {"quantization": "fp8", "kv_cache_dtype": "float8_e4m3fn"}),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_step_compiles_or_waits(tmp_path: Path, form: str) -> None:
-    """Whatever the requests want, and whichever variants are bound; logprobs of prompts are read from the device."""
+    """Whatever the requests want, and whichever variants are bound; logprobs of prompts are read from the device.
+
+    So are the choices of rows whose variants change experts: such variants are not among these.
+    """
     family, options = FORMS[form]
     with started(tmp_path, family, **options) as (runner, cuda, recorder, weights):
         compiled = set(recorder.found)
@@ -106,7 +113,7 @@ def test_no_step_compiles_or_waits(tmp_path: Path, form: str) -> None:
             vocab_size=runner.vocab_size,
         )
         for turn in range(2):  # variants come and go
-            terms = [random_variant(weights, seed=10 * turn + number) for number in range(2)]
+            terms = [replace(random_variant(weights, seed=10 * turn + number), experts={}) for number in range(2)]
             terms += [low_rank_variant(weights, rank=8 + 92 * turn), with_more_tokens(terms[0])]
             variants = [None, *(bound(runner, number, each) for number, each in enumerate(terms))]
             num_reads = cuda.num_reads
@@ -118,3 +125,20 @@ def test_no_step_compiles_or_waits(tmp_path: Path, form: str) -> None:
         assert runner._config.enforce_eager or cuda.num_replays > 10
     new = [str(key) for key in recorder.found if key not in compiled]
     assert not new, "\n" + "\n".join(new)
+
+
+def test_products_of_single_experts_are_compiled(tmp_path: Path) -> None:
+    """What rows launch whose variants change experts, by the choices that are read from the device."""
+    with started(tmp_path, "mixtral") as (runner, _, recorder, weights):
+        compiled = set(recorder.found)
+        name = "model.layers.1.mlp.experts.down_proj"
+        num_outputs, num_inputs = weights[name].shape[1:]
+        for num_planes in (1, 2):
+            planes = tuple(random_plane(num_outputs, num_inputs, scale=0.1) for _ in range(num_planes))
+            variant = bound(runner, num_planes, VariantTerms("", experts={name: {2: LinearTerms(signs=planes)}})).bound
+            assert isinstance(variant, GpuVariant)
+            terms = variant.terms.experts["layers.1.experts"].down[2]
+            for num_rows in (1, 5, 16, 17, 64, 128, 160):
+                x = torch.zeros(num_rows, num_inputs, dtype=torch.bfloat16, device="cuda")
+                linear_with_terms(x, runner.model.layers[1].mlp.experts.down_proj[2], None, terms)
+    assert set(recorder.found) == compiled

@@ -27,11 +27,10 @@ from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, buil
 NUM_NEW_TOKENS = 24
 PROMPT_LENGTHS = (5, 17, 70, 33, 48)
 NATIVE = [name for name, model in TINY_MODELS.items() if model.model_type in NATIVE_MODEL_TYPES]
-MIXTURES = ("mixtral", "qwen3_moe")
 ALL = [
     *((name, "transformers") for name in TINY_MODELS),
     *((name, "native") for name in NATIVE),
-    *((name, "gpu") for name in NATIVE if name not in MIXTURES),
+    *((name, "gpu") for name in NATIVE),
 ]
 NUM_SHARED = 40  # tokens that the last two prompts have in common with the longest
 

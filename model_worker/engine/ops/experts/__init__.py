@@ -9,7 +9,8 @@
     CombineExperts    out[t] += alpha * sum over i of weights[t, i] * y[places[t, i]]
 
 Every expert multiplies its own rows at once, so that a weight is read once however many tokens chose it, and the
-weights of experts that nobody chose are not read. Source: Shazeer et al., arXiv 1701.06538; Mixtral, arXiv 2401.04088.
+weights of experts that nobody chose are not read. The operations here are those of CPUs; `functional.py` has the same
+for GPUs. Source: Shazeer et al., arXiv 1701.06538; Mixtral, arXiv 2401.04088.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model_worker.engine.ops.cpu.program import Step, address, row_stride
+from model_worker.engine.ops.experts.reference import group_reference, select_reference
 from model_worker.engine.ops.linear import Activation, Linear, LinearArgs, PackedWeight, QuantizedRows
 from model_worker.engine.ops.lora.reference import VariantRows
 
@@ -102,10 +104,8 @@ class SelectExperts:
         )
 
     def reference(self, step: Step) -> None:
-        chosen = self.logits[: step.num_rows].softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
-        weights, experts = (tensor[:, : self.plan.num_chosen] for tensor in chosen)
-        self.plan.experts[: step.num_rows] = experts.int()
-        self.plan.weights[: step.num_rows] = weights / weights.sum(dim=-1, keepdim=True) if self.normalize else weights
+        chosen = select_reference(self.logits[: step.num_rows], self.plan.num_chosen, normalize=self.normalize)
+        self.plan.experts[: step.num_rows], self.plan.weights[: step.num_rows] = chosen
 
     def bytes_moved(self, step: Step) -> int:
         return step.num_rows * (4 * self.plan.num_experts + 8 * self.plan.num_chosen)
@@ -146,13 +146,8 @@ class GroupByExpert:
 
     def reference(self, step: Step) -> None:
         plan = self.plan
-        chosen = plan.experts[: step.num_rows].flatten()
-        order = chosen.argsort(stable=True)
-        plan.tokens[: len(order)] = (order // plan.num_chosen).int()
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
-        plan.places[: step.num_rows] = places.view(-1, plan.num_chosen).int()
-        plan.starts[0] = 0
-        plan.starts[1:] = torch.bincount(chosen, minlength=plan.num_experts).cumsum(0)
+        starts, tokens, places = group_reference(plan.experts[: step.num_rows], plan.num_experts)
+        plan.starts[:], plan.tokens[: len(tokens)], plan.places[: step.num_rows] = starts, tokens, places
 
     def bytes_moved(self, step: Step) -> int:
         return step.num_rows * self.plan.num_chosen * 12

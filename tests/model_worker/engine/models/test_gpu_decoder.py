@@ -34,7 +34,11 @@ def _model(family: str) -> tuple[PreTrainedModel, Weights]:
 
 
 def _decoder(
-    model: PreTrainedModel, weights: Mapping[str, Tensor | GroupedWeight], quantization: str | None = None
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor | GroupedWeight],
+    quantization: str | None = None,
+    *,
+    is_filled: bool = True,
 ) -> GpuDecoder:
     decoder = GpuDecoder(
         model.config.to_dict(),
@@ -43,9 +47,10 @@ def _decoder(
         quantization=quantization,
         max_model_len=MAX_MODEL_LEN,
     )
-    for name, _ in decoder.weights():
-        decoder.fill(name, weights[name])
-    decoder.finish()
+    if is_filled:
+        for name, _ in decoder.weights():
+            decoder.fill(name, weights[name])
+        decoder.finish()
     return decoder
 
 
@@ -126,10 +131,43 @@ def test_a_tied_weight_is_held_once() -> None:
     assert not decoder.holds(EMBEDDING, weights[EMBEDDING] + 1)
 
 
-def test_mixtures_are_refused() -> None:
-    config = build_tiny_model("mixtral").config.to_dict()
-    with pytest.raises(UnsupportedModelError, match="mixtures"):
-        GpuDecoder(config, dtype=torch.float32, device=CPU, quantization=None, max_model_len=MAX_MODEL_LEN)
+def test_mixtures_are_not_quantized() -> None:
+    model, weights = _model("mixtral")
+    with pytest.raises(UnsupportedModelError, match="does not quantize mixtures"):
+        _decoder(model, weights, "int8")
+
+
+def test_experts_come_all_together_or_one_by_one() -> None:
+    model, weights = _model("mixtral")
+    expected, found = _decoder(model, weights), _decoder(model, {}, is_filled=False)
+    for name, weight in weights.items():
+        if weight.ndim != 3:
+            found.fill(name, weight)
+            continue
+        for index, matrix in enumerate(weight):
+            if name.endswith("down_proj"):
+                found.fill(name, matrix, index=index)
+                continue
+            for half in (1, 0):
+                found.fill(name, matrix.chunk(2)[half], index=index, half=half)
+    found.finish()
+    assert torch.equal(_logits(found), _logits(expected))
+
+
+def test_blocks_of_experts_are_what_they_stand_for() -> None:
+    model, weights = _model("mixtral")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    blocks = [quantize_int8(matrix) for matrix in weights[name]]
+    found = _decoder(model, {}, is_filled=False)
+    for other, weight in weights.items():
+        if other != name:
+            found.fill(other, weight)
+    for index, matrix in enumerate(blocks):
+        found.fill(name, matrix, index=index)
+    found.finish()
+    rounded = weights | {name: torch.stack([matrix.dequantize() for matrix in blocks])}
+    assert torch.equal(_logits(found), _logits(_decoder(model, rounded)))
+    assert torch.equal(found.base_weight(f"{name}.2"), blocks[2].dequantize())
 
 
 @pytest.mark.parametrize(("capability", "names"), [((8, 6), ("float32",)), ((8, 9), ("float32", "float8_e4m3fn"))])
@@ -157,3 +195,16 @@ def test_a_trace_has_nine_operations_a_layer(family: str) -> None:
     assert wanted < set(of_layer)
     assert of_layer.count(OpKind.NORM) == (4 if family == "gemma2" else 2)
     assert {row.kind for row in rows if row.layer is None} >= {OpKind.EMBEDDING, OpKind.ROTARY, OpKind.HEAD}
+
+
+def test_a_trace_of_a_mixture_has_its_experts() -> None:
+    """Of their weights, those of the experts that were chosen count as read."""
+    model, weights = _model("mixtral")
+    decoder = _decoder(model, weights)
+    sequences = Sequences(decoder, [None])
+    with decoder.trace() as rows:
+        sequences.step([[3]])
+    (experts,) = [row for row in rows if row.layer == 0 and row.kind is OpKind.EXPERTS]
+    of_layer = sum(weight.nbytes for name, weight in weights.items() if "layers.0.mlp.experts" in name)
+    assert experts.weight_bytes == of_layer // 2  # two of four
+    assert [row.kind for row in rows if row.layer == 0].count(OpKind.ROUTER) == 1

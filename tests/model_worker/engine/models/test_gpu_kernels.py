@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ from model_worker.engine.layers import (
     row_terms,
 )
 from model_worker.engine.lora.bound_variant import VariantSegment, VariantSegments
-from model_worker.engine.models import gpu_layer
+from model_worker.engine.models import gpu_layer, gpu_mixture
 from model_worker.engine.models.gpu_decoder import GpuDecoder
+from model_worker.engine.ops.experts.functional import ExpertGroups
 from model_worker.engine.ops.linear import Activation
 from model_worker.engine.ops.low_rank import SegmentPlan
 from model_worker.engine.ops.rotary.functional import RotaryCosSin
@@ -41,9 +43,9 @@ def _on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers launch kernels for tensors of the CPU, too."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
     pytest.importorskip("triton")
-    norms, activation, rotary, attention = (
+    norms, activation, rotary, attention, experts = (
         importlib.import_module(f"{OPS}.{name}.triton")
-        for name in ("rms_norm", "gated_activation", "rotary", "paged_attention")
+        for name in ("rms_norm", "gated_activation", "rotary", "paged_attention", "experts")
     )
 
     def rms_norm(x: Tensor, weight: Tensor, epsilon: float, **options: Any) -> Tensor:
@@ -68,10 +70,29 @@ def _on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rms_norm_layers, "rms_norm", rms_norm)
     monkeypatch.setattr(rms_norm_layers, "add_rms_norm", norms.add_rms_norm)
     monkeypatch.setattr(rms_norm_layers, "rms_norm_add", norms.rms_norm_add)
-    monkeypatch.setattr(gpu_layer, "gated_activation", gated_activation)
+    for module in (gpu_layer, gpu_mixture):
+        monkeypatch.setattr(module, "gated_activation", gated_activation)
+    _use_kernels_of_experts(monkeypatch, experts)
     monkeypatch.setattr(attention_layers, "rotary_table", rotary_table)
     monkeypatch.setattr(attention_layers, "rotate_and_write", rotate_and_write)
     monkeypatch.setattr(attention_layers, "paged_attention", attention.paged_attention)
+
+
+def _use_kernels_of_experts(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
+    def group_by_expert(choices: Tensor, num_experts: int) -> ExpertGroups:
+        return ExpertGroups(*kernels.group_by_expert(choices, num_experts))
+
+    def expert_linear(x: Tensor, weight: Tensor, groups: ExpertGroups, *, gathers: bool = False) -> Tensor:
+        found: Tensor = kernels.expert_linear(x, weight, groups.starts, groups.tokens, gathers=gathers)
+        return found
+
+    def combine_experts(y: Tensor, groups: ExpertGroups, weights: Tensor) -> Tensor:
+        found: Tensor = kernels.combine_experts(y, groups.places, weights)
+        return found
+
+    monkeypatch.setattr(gpu_mixture, "select_experts", kernels.select_experts)
+    for function in (group_by_expert, expert_linear, combine_experts):
+        monkeypatch.setattr(gpu_mixture, function.__name__, function)
 
 
 def _decoder(family: str, *, has_tables: bool) -> tuple[GpuDecoder, dict[str, Tensor]]:
@@ -98,7 +119,7 @@ def _tokens(lengths: Sequence[int]) -> list[list[int]]:
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # NumPy's, in the interpreter
 @pytest.mark.usefixtures("_on_kernels")
-@pytest.mark.parametrize("family", ["llama-tied", "gemma2", "olmo2"])
+@pytest.mark.parametrize("family", ["llama-tied", "gemma2", "olmo2", "qwen3_moe"])
 def test_a_mixed_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base rows and two variants: a prompt beside single tokens, then single tokens."""
     found_by, weights = _decoder(family, has_tables=True)

@@ -21,7 +21,11 @@ from tests.fakes.decoder_steps import MAX_MODEL_LEN, Sequences
 from tests.fakes.random_variants import EMBEDDING, HEAD, Weights, linear_terms, merged_weights, random_variant
 from tests.fakes.tiny_models import build_tiny_model
 
-FAMILIES = ("llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3")
+MIXTURES = ("mixtral", "qwen3_moe")
+FAMILIES = (
+    *("llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3"),
+    *MIXTURES,
+)
 KINDS = ("low rank", "scaled", "dense", "signs", "ternary and more", "sparse", "input")
 CPU = torch.device("cpu")
 
@@ -136,6 +140,8 @@ def test_base_weights(family: str) -> None:
             assert torch.equal(base.base_bias(name.removesuffix(".bias")), weight)
         elif weight.ndim == 2:
             assert torch.equal(base.base_weight(module), weight)
+        elif weight.ndim == 3:
+            assert torch.equal(base.base_weight(f"{name}.1"), weight[1])
         else:
             with pytest.raises(KeyError):
                 base.base_weight(module)
@@ -152,6 +158,7 @@ def test_base_weights(family: str) -> None:
         VariantTerms("", {EMBEDDING: LinearTerms(bias=torch.ones(32))}),
         VariantTerms("", vectors={"model.layers.0.self_attn.q_proj.weight": torch.ones(32)}),
         VariantTerms("", experts={"model.layers.0.mlp.experts.down_proj": {}}),
+        VariantTerms("", experts={"model.layers.0.mlp.down_proj.weight": {}}),
         VariantTerms("", embeddings={HEAD: EmbeddingTerms()}),
     ],
 )
@@ -169,6 +176,24 @@ def test_a_number_is_free_again_when_nobody_holds_the_variant() -> None:
     assert base.bind(terms).number != number
     del first
     assert base.bind(terms).number == number
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_term_in_experts(kind: str) -> None:
+    """In some of them; such variants are served without graphs."""
+    model, weights = _model("mixtral")
+    torch.manual_seed(0)
+    experts = {
+        name: {expert: linear_terms(weight[expert], kind) for expert in (0, 2, 3)}
+        for name, weight in weights.items()
+        if weight.ndim == 3
+    }
+    terms = VariantTerms("sha256:0", experts=experts)
+    _check(model, weights, [VariantTerms("sha256:1"), terms, None])
+    with_tables = _decoder(model, weights, has_tables=True)
+    variant = with_tables.bind(terms)
+    for graph in with_tables.graph_terms(4):
+        assert not graph.serves((VariantSegment(0, 2, variant),))
 
 
 def test_too_many_variants(monkeypatch: pytest.MonkeyPatch) -> None:

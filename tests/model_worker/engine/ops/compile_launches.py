@@ -78,12 +78,49 @@ _GEMMA2_9B: Mapping[str, Any] = {
     "final_logit_softcapping": 30.0,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }
+_MIXTRAL_8X7B: Mapping[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "rms_norm_eps": 1e-5,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+_QWEN3_30B_A3B: Mapping[str, Any] = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "rms_norm_eps": 1e-6,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
 FORMS: dict[str, tuple[Mapping[str, Any], str | None, str]] = {  # config, quantization, type of keys and values
     "llama": (_LLAMA_8B, None, "auto"),
     "llama-int4": (_LLAMA_8B, "int4", "auto"),
     "llama-int8": (_LLAMA_8B, "int8", "auto"),
     "llama-fp8": (_LLAMA_8B, "fp8", "float8_e4m3fn"),
     "gemma2": (_GEMMA2_9B, None, "auto"),
+    "mixtral": (_MIXTRAL_8X7B, None, "auto"),
+    "qwen3-moe": (_QWEN3_30B_A3B, None, "auto"),
 }
 
 

@@ -57,7 +57,7 @@ CASES = [
     ("phi3", "native", ("linear",)),
     ("gemma2", "native", ("linear", "dora")),
     *((name, "transformers", ("linear",)) for name in ("gpt2", "gpt_neox", "phi3", "qwen3")),
-    ("mixtral", "transformers", ("attention", "experts")),
+    *(("mixtral", impl, ("attention", "experts")) for impl in ("transformers", "native")),
 ]
 
 

@@ -22,14 +22,11 @@ from tests.fakes.divided_models import divided_runner
 from tests.fakes.rank_launcher import fork_rank
 from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
 
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
-NATIVE = [
-    name for name, model in TINY_MODELS.items() if model.model_type in NATIVE_MODEL_TYPES and name not in MIXTURES
-]
+NATIVE = [name for name, model in TINY_MODELS.items() if model.model_type in NATIVE_MODEL_TYPES]
 BOTH = [*((name, "transformers") for name in TINY_MODELS), *((name, "native") for name in NATIVE)]
 THOROUGH = [
     *((name, "transformers") for name in ("llama", "mixtral", "gpt_neox", "gemma2")),
-    *((name, "native") for name in ("llama", "qwen3")),
+    *((name, "native") for name in ("llama", "qwen3", "mixtral")),
 ]
 NUM_SHARED = 40  # tokens that later prompts have in common with the longest
 
