@@ -17,18 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from arguments import new_file, positive_int
+from precisions import PRECISIONS, precision_names
+from report import describe_run, now, write_report
 
 from adapters import plan_load
-from model_worker.config import positive_int
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
@@ -40,8 +39,6 @@ from registry.paths import default_cache_dir
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
-PRECISIONS = {"bfloat16": ("bfloat16", "none"), "int8": ("auto", "int8"), "int4": ("auto", "int4")}
-"""Name -> --dtype and --quantization."""
 
 _GIB = 2**30
 _CHUNK = 512  # tokens of the largest step
@@ -165,29 +162,25 @@ def main(arguments: Sequence[str]) -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model-path", type=Path, help="checkpoint directory or GGUF file to measure")
     source.add_argument("--read", type=Path, metavar="FILE", help="JSON file of an earlier measurement")
-    parser.add_argument("--precision", type=_precisions, default=["bfloat16", "int8"], metavar="NAME,...")
+    parser.add_argument("--precision", type=precision_names, default=["bfloat16", "int8"], metavar="NAME,...")
     parser.add_argument("--rows", type=_numbers, default=ROWS, metavar="INT,...", help="numbers of streams")
     parser.add_argument("--context", type=_numbers, default=CONTEXTS, metavar="INT,...", help="tokens of each stream")
     parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="(default: %(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=3, help="(default: %(default)s)")
     parser.add_argument("--num-threads", type=positive_int, help="(default: one per core)")
-    parser.add_argument("--json", type=Path, help="file for settings, machine and results")
-    parser.add_argument("--svg", type=Path, help="file for the plot")
+    parser.add_argument("--json", type=new_file, help="file for settings, machine and results")
+    parser.add_argument("--svg", type=new_file, help="file for the plot")
     options = parser.parse_args(arguments)
-    for name in ("json", "svg"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            parser.error(f"there is no directory {path.parent} for --{name}")
     report = json.loads(options.read.read_text()) if options.read is not None else _measure_all(options, arguments)
     if options.json is not None:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     if options.svg is not None:
         options.svg.write_text(draw([Point(**point) for point in report["points"]]))
     return 0
 
 
 def _measure_all(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, Any]:
-    started_at = datetime.now(UTC)
+    started_at = now()
     kernels = build_kernels(default_cache_dir(os.environ))
     config = EngineConfig(
         cache=CacheConfig(kv_cache_gib=options.kv_cache_gib),
@@ -202,9 +195,7 @@ def _measure_all(options: argparse.Namespace, arguments: Sequence[str]) -> dict[
         measured, left_out = measure(options.model_path, precision, shapes, kernels, config, rounds=options.rounds)
         points += measured
     return {
-        "started_at": started_at.isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/cost_growth.py", *arguments]),
-        "machine": describe_machine(),
+        **describe_run("cost_growth.py", arguments, started_at),
         "model": options.model_path.resolve().name,
         "kernels": kernels.level.name,
         "kv_cache_gib": options.kv_cache_gib,
@@ -216,13 +207,6 @@ def _measure_all(options: argparse.Namespace, arguments: Sequence[str]) -> dict[
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({positive_int(number) for number in text.split(",")}))
-
-
-def _precisions(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in PRECISIONS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(PRECISIONS)}")
-    return names
 
 
 if __name__ == "__main__":

@@ -18,17 +18,15 @@ Source: BitDelta, arXiv 2402.10193.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from arguments import new_file
+from report import describe_run, now, write_report
 from torch import Tensor
 
 from delta.apply import given_back
@@ -108,9 +106,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--base", required=True, type=Path, metavar="DIR", help="safetensors directory")
     parser.add_argument("--targets", required=True, metavar="DIR,DIR,...", help="full fine-tunes of it")
-    parser.add_argument("--json", type=Path, help="file for machine and results")
+    parser.add_argument("--json", type=new_file, help="file for machine and results")
     options = parser.parse_args(arguments)
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    started_at = now()
     targets = [Path(part) for part in options.targets.split(",")]
     found = {}
     for target in targets:
@@ -120,12 +118,10 @@ def main(arguments: Sequence[str]) -> int:
     if options.json is not None:
         names = ["--base", options.base.name, "--targets", ",".join(target.name for target in targets)]
         report = {
-            "started_at": started_at,
-            "command": shlex.join(["python", "benchmarks/delta_quality.py", *names]),
-            "machine": describe_machine(),
+            **describe_run("delta_quality.py", names, started_at),
             "found": found,
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     return 0
 
 

@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import json
 import os
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -31,15 +30,15 @@ import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
-from machine import describe_machine
+from arguments import new_file
 from openai_client import RequestFailed
 from processes import LOG_NAME, free_ports, ready, started
+from report import describe_run, now, write_report
 from serve import LevelResult, Load, run_level
 from turns import Comparison, Side, compare
 
@@ -268,11 +267,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output-tokens", type=int, default=128, help="(default: %(default)s)")
     parser.add_argument("--requests-per-stream", type=int, default=2, help="in each round (default: %(default)s)")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of a request (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for settings, machine and results")
-    options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"there is no directory {options.json.parent} for --json")
-    return options
+    parser.add_argument("--json", type=new_file, help="file for settings, machine and results")
+    return parser.parse_args(arguments)
 
 
 def _paths(text: str) -> list[Path]:
@@ -288,7 +284,7 @@ def _cases(text: str) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    started_at = now()
     with tempfile.TemporaryDirectory(prefix="deltas-") as name:
         try:
             found = asyncio.run(run(options, Path(name)))
@@ -300,13 +296,11 @@ def main(arguments: Sequence[str]) -> int:
     print(table(found))
     if options.json is not None:
         report = {
-            "started_at": started_at,
-            "command": shlex.join(["python", "benchmarks/deltas.py", *arguments]),
-            "machine": describe_machine(),
+            **describe_run("deltas.py", arguments, started_at),
             "setting": {key: _shown(value) for key, value in vars(options).items() if key != "json"},
             **found,
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     return 0
 
 

@@ -27,23 +27,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import shlex
 import sys
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 from adapter_server import AdapterServer
+from arguments import new_file, positive_int
 from lora_activation import MOVED, ActivationBench
-from machine import describe_machine
 from openai_client import RequestFailed
 from random_adapters import DTYPES, AdapterSet, linear_shapes, make_adapters
+from report import describe_run, now, write_report
 from residency import Optimum, count_hits, zipf_trace
 from serve import LevelResult, Load, run_level
 from turns import Comparison, Side, compare
@@ -279,30 +277,24 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cases", type=_cases, default=CASES[:4], help=f"of {','.join(CASES)} (default: the first 4)")
     parser.add_argument("--make-only", action="store_true", help="make the adapters of the cases and stop")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of them (default: %(default)s)")
-    parser.add_argument("--rounds", type=_count, default=3, help="of each comparison (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=_count, default=64, help="(default: %(default)s)")
-    parser.add_argument("--output-tokens", type=_count, default=128, help="(default: %(default)s)")
-    parser.add_argument("--requests-per-stream", type=_count, default=2, help="in each round (default: %(default)s)")
-    parser.add_argument("--num-registered", type=_count, default=1000, help="adapters of zipf (default: %(default)s)")
-    parser.add_argument("--registered-rank", type=_count, default=8, help="of them (default: %(default)s)")
-    parser.add_argument("--host-places", type=_count, default=100, help="--max-cpu-loras (default: %(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="of each comparison (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=positive_int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--output-tokens", type=positive_int, default=128, help="(default: %(default)s)")
+    parser.add_argument(
+        "--requests-per-stream", type=positive_int, default=2, help="in each round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-registered", type=positive_int, default=1000, help="adapters of zipf (default: %(default)s)"
+    )
+    parser.add_argument("--registered-rank", type=positive_int, default=8, help="of them (default: %(default)s)")
+    parser.add_argument("--host-places", type=positive_int, default=100, help="--max-cpu-loras (default: %(default)s)")
     parser.add_argument("--resident-url", help="of a second server, whose --max-cpu-loras holds all of them")
-    parser.add_argument("--activations", type=_count, default=10, help="from each tier (default: %(default)s)")
+    parser.add_argument("--activations", type=positive_int, default=10, help="from each tier (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of adapters, prompts and traces (default: %(default)s)")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of a request (default: %(default)s)")
     parser.add_argument("--label", default="", help="kept in the JSON: which server, which settings")
-    parser.add_argument("--json", type=Path, help="file for settings, machine and results")
-    options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"there is no directory {options.json.parent} for --json")
-    return options
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+    parser.add_argument("--json", type=new_file, help="file for settings, machine and results")
+    return parser.parse_args(arguments)
 
 
 def _cases(text: str) -> tuple[str, ...]:
@@ -357,7 +349,7 @@ def main(arguments: Sequence[str], api_key: str | None) -> int:
             make_adapters(adapters, shapes, options.adapter_root, dtype=DTYPES[options.dtype], seed=options.seed)
         if options.make_only:
             return 0
-        started_at = datetime.now(UTC).isoformat(timespec="seconds")
+        started_at = now()
         print("| case | what | figure |\n|---|---|---|", flush=True)
         results = asyncio.run(run(options, setting, api_key))
     except (ValueError, OSError) as error:
@@ -366,16 +358,14 @@ def main(arguments: Sequence[str], api_key: str | None) -> int:
     if options.json is not None:
         report = {
             "label": options.label,
-            "started_at": started_at,
-            "command": shlex.join(["python", "benchmarks/lora.py", *arguments]),
-            "machine": describe_machine(),
+            **describe_run("lora.py", arguments, started_at),
             "setting": {
                 key: str(value) if isinstance(value, Path) else value for key, value in asdict(setting).items()
             },
             "adapter_dtype": options.dtype,
             "cases": results,
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     failures = [f"{case}: {line}" for case, found in results.items() for line in failures_of(found)]
     for line in failures:
         print(f"lora.py: {line}", file=sys.stderr)

@@ -24,21 +24,20 @@ import asyncio
 import json
 import random
 import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
 from itertools import count, product
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import psutil
-from machine import describe_machine
+from arguments import new_file
 from openai_client import RequestFailed
 from processes import LOG_NAME, free_ports, ready, started
 from random_adapters import ranks
+from report import describe_run, now, write_report
 from serve import percentiles
 from soak_adapters import VERSIONS, make_bad_adapters, make_good_adapters
 from soak_checks import Content, Request, same_tokens
@@ -299,13 +298,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         help="by how much the worker's memory may have grown in the end (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for machine and results")
+    parser.add_argument("--json", type=new_file, help="file for machine and results")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    started_at = now()
     with tempfile.TemporaryDirectory(prefix="lora-soak-") as name:
         try:
             found = asyncio.run(run(options, Path(name)))
@@ -313,16 +312,10 @@ def main(arguments: Sequence[str]) -> int:
             log = (Path(name) / LOG_NAME).read_text(errors="replace")
             print(f"lora_soak.py: {error}\n{log[-4000:]}", file=sys.stderr)
             return 1
-    report = {
-        "started_at": started_at,
-        "command": shlex.join(["python", "benchmarks/lora_soak.py", *arguments]),
-        "machine": describe_machine(),
-        **found,
-    }
-    text = json.dumps(report, indent=2)
-    print(text)
+    report = {**describe_run("lora_soak.py", arguments, started_at), **found}
+    print(json.dumps(report, indent=2))
     if options.json is not None:
-        options.json.write_text(text + "\n")
+        write_report(report, options.json)
     return 1 if found["violations"] else 0
 
 

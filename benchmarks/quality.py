@@ -23,22 +23,21 @@ import argparse
 import json
 import math
 import os
-import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from machine import describe_machine
+from arguments import new_file, positive_int
+from precisions import PRECISIONS, precision_names
+from report import describe_run, now, write_report
 from shifted_checkpoint import write_shifted
 
 from adapters import plan_load
 from adapters.quantization import WeightPrecision
 from adapters.tokenizer import load_tokenizer
-from model_worker.config import positive_int
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.models.decoder_spec import NATIVE_MODEL_TYPES
@@ -48,15 +47,6 @@ from model_worker.engine.ops.paged_attention import AttentionMetadata
 from registry.paths import default_cache_dir
 
 TEXT = Path(__file__).parent / "data" / "varied.txt"
-PRECISIONS: Mapping[str, tuple[str, str]] = {
-    "float32": ("float32", "none"),
-    "bfloat16": ("bfloat16", "none"),
-    "float16": ("float16", "none"),
-    "int8": ("auto", "int8"),
-    "int4": ("auto", "int4"),
-    "stored": ("auto", "auto"),
-}
-"""Precision -> --dtype and --quantization."""
 
 _CHUNK = 256  # tokens of a step
 _BLOCK_SIZE = 16
@@ -167,7 +157,7 @@ def main(arguments: Sequence[str]) -> int:
         prog="quality.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model-path", type=Path, required=True, help="checkpoint directory or GGUF file")
-    parser.add_argument("--precision", default="float32,bfloat16,int8,int4", metavar="NAME,...", type=_precisions)
+    parser.add_argument("--precision", default="float32,bfloat16,int8,int4", metavar="NAME,...", type=precision_names)
     parser.add_argument("--reference", choices=tuple(PRECISIONS), default="float32", help="(default: %(default)s)")
     parser.add_argument("--reference-path", type=Path, help="its checkpoint (default: that of --model-path)")
     parser.add_argument("--shift-channels", type=int, metavar="N", help="measure a checkpoint shifted by N channels")
@@ -176,10 +166,8 @@ def main(arguments: Sequence[str]) -> int:
         "--window", type=positive_int, default=1024, help="tokens of one sequence (default: %(default)s)"
     )
     parser.add_argument("--num-threads", type=positive_int, default=1, help="(default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for settings, machine and results")
+    parser.add_argument("--json", type=new_file, help="file for settings, machine and results")
     options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"there is no directory {options.json.parent} for --json")
     kernels = build_kernels(default_cache_dir(os.environ))
     reference = Measured(
         options.reference_path or options.model_path, options.reference, kernels, options.window, options.num_threads
@@ -197,24 +185,15 @@ def main(arguments: Sequence[str]) -> int:
             print(json.dumps(asdict(results[-1])), flush=True)
     if options.json is not None:
         report = {
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "benchmarks/quality.py", *arguments]),
-            "machine": describe_machine(),
+            **describe_run("quality.py", arguments, now()),
             "kernels": kernels.level.name,
             "quantized_activations": kernels.level.has_integer_dot,
             "text": options.text.name,
             "num_tokens": len(token_ids),
             "results": [asdict(result) for result in results],
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     return 0
-
-
-def _precisions(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in PRECISIONS]:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(PRECISIONS)}")
-    return names
 
 
 if __name__ == "__main__":

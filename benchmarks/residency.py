@@ -19,14 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shlex
 import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Protocol
+
+from arguments import new_file
+from report import describe_run, now, write_report
 
 from model_worker.engine.lora.residency import RequestRate, Resident, choose_victims, value_of_keeping
 
@@ -196,10 +197,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--drift-every", type=int, default=500, help="requests between changes of the ranking")
     parser.add_argument("--drift-places", type=int, default=5, help="pairs that change places then")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for settings and results")
+    parser.add_argument("--json", type=new_file, help="file for settings and results")
     options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"there is no directory {options.json.parent} for --json")
+    started_at = now()
     size = (options.num_variants, options.num_requests)
     traces = {
         "stationary": zipf_trace(*size, 1.0, seed=options.seed),
@@ -214,11 +214,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.json is not None:
         settings = {name: value for name, value in vars(options).items() if name != "json"}
         report = {
-            "command": shlex.join(["python", "benchmarks/residency.py", *arguments]),
+            **describe_run("residency.py", arguments, started_at),
             "settings": settings,
             "traces": [asdict(result) for result in results],
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     return 0
 
 

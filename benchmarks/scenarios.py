@@ -16,19 +16,17 @@ import argparse
 import asyncio
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import aiohttp
-from machine import describe_machine
+from arguments import new_file
 from openai_client import Answer, RequestFailed, stream_answer
+from report import describe_run, now, write_report
 from serve import Load, Percentiles, percentiles
 
 
@@ -135,7 +133,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--settle", type=float, default=4.0, help="seconds that the streams run alone (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the words (default: 0)")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one request (default: 600)")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=new_file, help="write the result here")
     parsed = parser.parse_args(arguments)
     if min(parsed.prefix_words, parsed.streams, parsed.long_words) < 1 or parsed.num_requests < 2:
         parser.error("numbers must be positive, and --num-requests at least 2")
@@ -144,6 +142,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> int:
     parsed = parse_arguments(arguments)
+    started_at = now()
     try:
         results = asyncio.run(run(parsed, os.environ.get("OPENAI_API_KEY")))
     except RequestFailed as error:
@@ -151,14 +150,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     print(json.dumps(results, indent=2))
     if parsed.json is not None:
-        document = {
-            "benchmark": "scenarios",
-            "command": shlex.join(["python", "benchmarks/scenarios.py", *arguments]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(),
-            **results,
-        }
-        parsed.json.write_text(json.dumps(document, indent=2) + "\n")
+        write_report({**describe_run("scenarios.py", arguments, started_at), **results}, parsed.json)
     return 0
 
 

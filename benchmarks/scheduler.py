@@ -20,17 +20,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence as SequenceOf
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import cycle
-from pathlib import Path
 
-from machine import describe_machine
+from arguments import new_file
+from report import describe_run, now, write_report
 
 from model_worker.engine.block_manager import BlockManager
 from model_worker.engine.config import SchedulerConfig, SpeculationConfig
@@ -143,10 +141,8 @@ def main(arguments: SequenceOf[str]) -> int:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--num-steps", type=int, default=200, help="measured steps of a run")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each load, of which the best is reported")
-    parser.add_argument("--json", type=Path, help="file for settings, machine and results")
+    parser.add_argument("--json", type=new_file, help="file for settings, machine and results")
     options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"there is no directory {options.json.parent} for --json")
     size = Size(options.num_seqs, options.num_tokens, options.block_size, options.num_steps)
     results = []
     for load in ("decode", "boundary", "churn", "drafts"):
@@ -155,13 +151,11 @@ def main(arguments: SequenceOf[str]) -> int:
         results.append(result)
     if options.json is not None:
         report = {
-            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", "benchmarks/scheduler.py", *arguments]),
-            "machine": describe_machine(),
+            **describe_run("scheduler.py", arguments, now()),
             "size": asdict(size),
             "loads": [asdict(result) for result in results],
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     return 0
 
 

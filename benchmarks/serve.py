@@ -16,22 +16,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
-import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import aiohttp
-from machine import describe_machine
+from arguments import new_file, positive_int
 from openai_client import Answer, Endpoint, RequestFailed, stream_answer
+from report import describe_run, now, write_report
 
 _WORDS = (
     "time year people way day man thing woman life child world school state family student group country problem hand "
@@ -256,9 +253,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
     parser.add_argument("--streams", type=_counts, default=(1, 8, 32), help="requests at once, for each level: 1,8,32")
-    parser.add_argument("--num-requests", type=_count, help="of each level; default: twice its streams, at least 4")
-    parser.add_argument("--prompt-tokens", type=_count, default=128, help="words of a prompt, about a token each")
-    parser.add_argument("--output-tokens", type=_count, default=128, help="max_tokens of a request")
+    parser.add_argument(
+        "--num-requests", type=positive_int, help="of each level; default: twice its streams, at least 4"
+    )
+    parser.add_argument("--prompt-tokens", type=positive_int, default=128, help="words of a prompt, about a token each")
+    parser.add_argument("--output-tokens", type=positive_int, default=128, help="max_tokens of a request")
     parser.add_argument("--greedy", action="store_true", help="send temperature 0")
     parser.add_argument("--ignore-eos", action="store_true", help="send ignore_eos, which not every server knows")
     parser.add_argument(
@@ -269,25 +268,16 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--timeout-s", type=float, default=600.0, help="after which a request counts as failed")
     parser.add_argument("--label", default="", help="kept in the JSON: which server, which settings")
-    parser.add_argument("--json", type=Path, help="file for settings, machine and results")
+    parser.add_argument("--json", type=new_file, help="file for settings, machine and results")
     return parser.parse_args(arguments)
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
+    return tuple(positive_int(part) for part in text.split(","))
 
 
 def main(arguments: Sequence[str], api_key: str | None) -> int:
     options = parse_arguments(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        return _fail(f"there is no directory {options.json.parent} for --json")
     load = Load(
         url=options.url.rstrip("/").removesuffix("/v1"),
         models=tuple(options.model),
@@ -299,32 +289,26 @@ def main(arguments: Sequence[str], api_key: str | None) -> int:
         seed=options.seed,
     )
     levels = [(streams, options.num_requests or max(4, 2 * streams)) for streams in options.streams]
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
-    machine = describe_machine()
+    description = describe_run("serve.py", arguments, now())
+    machine = description["machine"]
     print(f"{options.label or load.url}: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB\n")
     try:
         results = asyncio.run(run(load, levels, options.timeout_s, api_key))
     except RequestFailed as error:
-        return _fail(f"{load.url} did not answer the warm-up request: {error}")
+        print(f"serve.py: {load.url} did not answer the warm-up request: {error}", file=sys.stderr)
+        return 1
     if options.json is not None:
         report = {
             "label": options.label,
-            "started_at": started_at,
-            "command": shlex.join(["python", "benchmarks/serve.py", *arguments]),
-            "machine": machine,
+            **description,
             "load": asdict(load),
             "levels": [asdict(result) for result in results],
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     failures = [(result.streams, message, count) for result in results for message, count in result.failures.items()]
     for streams, message, count in failures:
         print(f"serve.py: at {streams} streams {count} failed: {message}", file=sys.stderr)
     return 1 if failures else 0
-
-
-def _fail(message: str) -> int:
-    print(f"serve.py: {message}", file=sys.stderr)
-    return 1
 
 
 if __name__ == "__main__":

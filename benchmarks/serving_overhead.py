@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
 import psutil
-from machine import describe_machine
+from arguments import new_file
 from openai_client import Answer, Endpoint, RequestFailed, stream_answer
 from processes import LOG_NAME, free_ports, ready, started
+from report import describe_run, now, write_report
 from serve import percentiles
 
 MODEL = "constant"
@@ -203,13 +201,13 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="chat")
     parser.add_argument("--output-tokens", type=int, default=1000, help="of each request")
-    parser.add_argument("--json", type=Path, help="file for machine and results")
+    parser.add_argument("--json", type=new_file, help="file for machine and results")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    started_at = now()
     with tempfile.TemporaryDirectory(prefix="serving-overhead-") as name:
         try:
             results = asyncio.run(run(options, Path(name)))
@@ -219,12 +217,10 @@ def main(arguments: Sequence[str]) -> int:
             return 1
     if options.json is not None:
         report = {
-            "started_at": started_at,
-            "command": shlex.join(["python", "benchmarks/serving_overhead.py", *arguments]),
-            "machine": describe_machine(),
+            **describe_run("serving_overhead.py", arguments, started_at),
             "levels": [asdict(result) for result in results],
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     return 0
 
 

@@ -15,16 +15,13 @@ that differ between the two are counted: there are none with kernels that comput
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 
-from machine import describe_machine
+from arguments import new_file
+from report import describe_run, now, write_report
 
 from model_worker.engine.config import EngineConfig, SpeculationConfig
 from model_worker.engine.llm import LLM
@@ -111,8 +108,9 @@ def main() -> None:
     parser.add_argument("--streams", default="1,8", help="numbers of sequences at once, separated by commas")
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=new_file, help="write the result here")
     args = parser.parse_args()
+    started_at = now()
     engines = {
         name: LLM(args.model_path, EngineConfig(speculation=SpeculationConfig(speculation=name)), max_model_len=2048)
         for name in ("off", "ngram")
@@ -124,13 +122,8 @@ def main() -> None:
             print(result)
             results.append(result)
     if args.json is not None:
-        document = {
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": describe_machine(),
-            "results": [asdict(result) for result in results],
-        }
-        args.json.write_text(json.dumps(document, indent=2) + "\n")
+        found = {"results": [asdict(result) for result in results]}
+        write_report({**describe_run("speculation.py", sys.argv[1:], started_at), **found}, args.json)
 
 
 if __name__ == "__main__":

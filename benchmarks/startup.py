@@ -14,7 +14,6 @@ import argparse
 import http.client
 import json
 import os
-import shlex
 import socket
 import statistics
 import subprocess
@@ -23,11 +22,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-from machine import describe_machine
+from arguments import new_file
+from report import describe_run, now, write_report
 
 _NAME = "measured"
 _PROMPT = "The capital of France is"
@@ -169,17 +168,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--repeats", type=int, default=3, help="measured starts of each case")
     parser.add_argument("--warm-up", action=argparse.BooleanOptionalAction, default=True, help="one start before them")
     parser.add_argument("--timeout-s", type=float, default=300.0, help="after which a start counts as failed")
-    parser.add_argument("--json", type=Path, help="file for settings, machine and results")
+    parser.add_argument("--json", type=new_file, help="file for settings, machine and results")
     options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.parent.is_dir():
-        parser.error(f"there is no directory {options.json.parent} for --json")
     chosen = cases(options.model_path, options.gguf_path)
     if options.cases is not None:
         names = options.cases.split(",")
         if unknown := sorted(set(names) - {case.name for case in chosen}):
             parser.error(f"--cases: {', '.join(unknown)} are none of {', '.join(case.name for case in chosen)}")
         chosen = [case for case in chosen if case.name in names]
-    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    started_at = now()
     results = []
     try:
         for case in chosen:
@@ -199,12 +196,10 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     if options.json is not None:
         report = {
-            "started_at": started_at,
-            "command": shlex.join(["python", "benchmarks/startup.py", *arguments]),
-            "machine": describe_machine(),
+            **describe_run("startup.py", arguments, started_at),
             "cases": results,
         }
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.json)
     return 0
 
 

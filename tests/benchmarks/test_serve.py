@@ -231,7 +231,9 @@ async def test_a_server_that_does_not_answer_is_one_line(serve, capsys):
 
 def test_a_missing_directory_is_found_before_the_run(serve, capsys, tmp_path):
     path = tmp_path / "missing" / "results.json"
-    assert serve.main(["--url", "http://127.0.0.1:1", "--model", "m", "--json", str(path)], None) == 1
+    with pytest.raises(SystemExit) as stopped:
+        serve.main(["--url", "http://127.0.0.1:1", "--model", "m", "--json", str(path)], None)
+    assert stopped.value.code == 2
     assert str(path.parent) in capsys.readouterr().err
 
 

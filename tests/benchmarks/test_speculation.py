@@ -26,4 +26,4 @@ def test_both_engines_are_measured_and_written_down(
     for result in report["results"]:
         assert result["num_streams"] == 1
         assert result["off_tokens_per_s"] > 0 < result["ngram_tokens_per_s"]
-    assert report["command"].startswith("python speculation.py --model-path")
+    assert report["command"].startswith("python benchmarks/speculation.py --model-path")
