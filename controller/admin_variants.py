@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
@@ -12,17 +11,15 @@ from pydantic import BaseModel, Field
 from controller.auth import actor_of
 from controller.openai.body import RequestModel, openapi_body, read_request
 from controller.openai.schemas import ModelName
-from controller.protocol import VariantStatus
+from controller.protocol import VariantKind, VariantStatus
 from controller.state import ControllerState
 from controller.variants.directory import OnWorker, unknown_variant
-from registry.published_files import VariantKind
 
 
 class AddVariant(RequestModel):
     name: ModelName
     parent: ModelName | None = Field(default=None, description="The base model; needed where several are served.")
     path: str = Field(min_length=1, max_length=4096, description="Below the workers' adapter root.")
-    kind: Literal["lora"] = "lora"
     pinned: bool = False
     replace: bool = Field(default=False, description="A variant of that name may be there; it is replaced.")
 
@@ -30,7 +27,6 @@ class AddVariant(RequestModel):
 class WantedVariant(BaseModel):
     """What the catalog says."""
 
-    kind: VariantKind
     path: str
     digest: str | None
     pinned: bool
@@ -53,6 +49,7 @@ class VariantOnWorker(BaseModel):
 
 class VariantInfo(BaseModel):
     name: str
+    kind: VariantKind | None  # null: no worker has read it yet
     parent: str | None
     wanted: WantedVariant | None  # null: workers have it from their command lines
     workers: list[VariantOnWorker]
@@ -69,6 +66,7 @@ def create_router(state: ControllerState) -> APIRouter:
         record = state.directory.wanted.get(name)
         return VariantInfo(
             name=name,
+            kind=state.directory.kind_of(name),
             parent=state.directory.parent_of(name),
             wanted=None if record is None else WantedVariant.model_validate(record, from_attributes=True),
             workers=[on_worker_info(on) for on in on_workers],

@@ -57,6 +57,7 @@ class ServedModel(Message):
     digest: str | None = None  # sha256:..., identity of the weights, where it is known
 
 
+VariantKind = Literal["lora", "delta"]
 VariantState = Literal["registered", "on_disk", "in_host_memory", "active", "draining", "failed"]
 
 
@@ -78,11 +79,12 @@ class VariantStatus(Message):
 
     name: str  # public name
     parent: str  # public name of the base model
+    kind: VariantKind | None = None  # None: nobody has looked yet
     digest: str | None = None  # sha256:..., identity of its files; None: not read yet
     path: str  # as the worker was given it
     state: VariantState
     pinned: bool = False
-    from_command_line: bool = False  # given to this worker by --lora, so not the controller's to remove
+    from_command_line: bool = False  # given to this worker by --lora or --delta, so not the controller's to remove
     rank: int = 0  # largest one
     host_bytes: int = 0
     active_bytes: int = 0

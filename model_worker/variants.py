@@ -14,7 +14,7 @@ from pathlib import Path
 from adapters.load_plan import LoadPlan
 from adapters.prompt_format import PromptFormat, read_prompt_format
 from adapters.tokenizer import Tokenizer
-from controller.protocol import AddVariantRequest, ProbePassed, VariantStatus
+from controller.protocol import AddVariantRequest, ProbePassed, VariantKind, VariantStatus
 from delta.fine_tune_files import is_delta
 from model_worker.adapter_root import AdapterRoot
 from model_worker.config import GivenVariant
@@ -52,6 +52,14 @@ class _Adapter:
     path: str  # that the engine reads
     prompts: PromptFormat
     from_command_line: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Where a variant was read from, as the outside sees it."""
+
+    given_path: str
+    kind: VariantKind
 
 
 class Variants:
@@ -92,7 +100,7 @@ class Variants:
         self._probing: str | None = None  # a name: it is read, but nobody may count on it yet
         self._proven: dict[str, ProbePassed | None] = {}  # by digest; None: there was nothing to ask
         self._adapters: dict[str, _Adapter] = {}
-        self._given_paths: dict[str, str] = {}  # by the path that the engine reads; `statuses` forgets old ones
+        self._sources: dict[str, _Source] = {}  # by the path that the engine reads; `statuses` forgets old ones
         self._adding: str | None = None  # such a path: of the addition under way, or of the last one
         self._messages: dict[variant_status.VariantStatus, VariantStatus] = {}  # those of the last report
         self._listing: asyncio.Task[list[VariantStatus]] | None = None  # begun by a report, and not over yet
@@ -129,8 +137,8 @@ class Variants:
             mib = max(status.host_bytes, status.active_bytes) / 2**20
             state = "pinned" if status.pinned else status.state.replace("_", " ")
             seconds = time.perf_counter() - start_s
-            kind = _kind(adapter.path).capitalize()
-            report(f"{kind} {status.name}: rank {status.rank}, {mib:.1f} MiB, {seconds:.2f} s, {state}.")
+            noun = _noun(status).capitalize()
+            report(f"{noun} {status.name}: rank {status.rank}, {mib:.1f} MiB, {seconds:.2f} s, {state}.")
 
     async def add(self, request: AddVariantRequest) -> VariantStatus:
         """Read an adapter below the root, or a published version, and serve it. One that is refused is forgotten.
@@ -149,7 +157,7 @@ class Variants:
         with self._finding(request):
             path = await asyncio.to_thread(self._find, request)
             status = await self._add(request.name, path, request.path, pinned=request.pinned, from_command_line=False)
-        logger.info("%s %s: rank %d, read from %r", _kind(path), status.name, status.rank, request.path)
+        logger.info("%s %s: rank %d, read from %r", _noun(status), status.name, status.rank, request.path)
         return status
 
     async def remove(self, name: str) -> VariantStatus:
@@ -187,8 +195,8 @@ class Variants:
             return []
         statuses = [status for status in await self._engine.list() if not status.name.endswith(_TRIAL)]
         in_use = {status.path for status in statuses} | {adapter.path for adapter in self._adapters.values()}
-        self._given_paths = {
-            path: given for path, given in self._given_paths.items() if path in in_use or path == self._adding
+        self._sources = {
+            path: source for path, source in self._sources.items() if path in in_use or path == self._adding
         }
         self._release(in_use)
         messages = {status: self._messages.get(status) for status in statuses}
@@ -237,14 +245,15 @@ class Variants:
     ) -> VariantStatus:
         async with self._changing:
             self._adding = str(path)
-            self._given_paths[self._adding] = given_path
+            source = _Source(given_path, "delta" if is_delta(path) else "lora")
+            self._sources[self._adding] = source
             if self._check_signature is not None:
                 await asyncio.to_thread(self._check_signature, path)
             prompts = await asyncio.to_thread(
                 read_prompt_format, path, self._plan, self._tokenizer, with_template=self._with_templates
             )
             try:
-                if name in self._adapters and is_delta(path):
+                if name in self._adapters and source.kind == "delta":
                     await self._try_out(name, path)
                 added = self._engine.add(
                     name, path, parent=self._parent, pinned=pinned, from_command_line=from_command_line
@@ -343,8 +352,10 @@ class Variants:
 
     def _to_message(self, status: variant_status.VariantStatus) -> VariantStatus:
         message = VariantStatus.model_validate(status, from_attributes=True)
+        source = self._sources[status.path]
         update: dict[str, object] = {
-            "path": self._given_paths[status.path],
+            "kind": source.kind,
+            "path": source.given_path,
             "probe": self._proven.get(status.digest or ""),
         }
         if status.name == self._probing and status.state != "draining":
@@ -383,6 +394,6 @@ class Variants:
             raise InvalidRequestError(f"{name} is the base model's own name; choose another.", param="name")
 
 
-def _kind(directory: Path) -> str:
+def _noun(status: VariantStatus) -> str:
     """As people call it."""
-    return "delta" if is_delta(directory) else "adapter"
+    return "delta" if status.kind == "delta" else "adapter"

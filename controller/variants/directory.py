@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from controller.protocol import VariantStatus
+from controller.protocol import VariantKind, VariantStatus
 from controller.routing import TIERS
 from controller.variants.failures import Failures
 from controller.workers import Worker, WorkerTable
 from registry.catalog import VariantRecord
 from registry.errors import ModelNotFoundError, RootgraftError, UpstreamError
+from registry.published_files import PublishedFiles
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,13 @@ class VariantDirectory:
         if (record := self.wanted.get(name)) is not None:
             return record.parent
         return next((status.parent for _, status in self._reported(name)), None)
+
+    def kind_of(self, name: str) -> VariantKind | None:
+        """What its files are: by their names where those are known, else as workers say; None: none has read them."""
+        record = self.wanted.get(name)
+        if record is not None and record.files is not None:
+            return PublishedFiles(record.files).kind
+        return next((status.kind for _, status in self._reported(name) if status.kind is not None), None)
 
     def names(self) -> set[str]:
         """All variants that are wanted or that workers have."""

@@ -187,7 +187,7 @@ class VariantOperations:
             status = worker.variants.get(name)
             if status is not None and status.from_command_line:
                 raise InvalidRequestError(
-                    f"worker {worker.worker_id} was started with --lora {name}=…; give this one another name",
+                    f"worker {worker.worker_id} was started with --lora or --delta {name}=…; choose another name",
                     param="name",
                 )
 
@@ -197,7 +197,8 @@ class VariantOperations:
         if self._directory.parent_of(name) is None:
             raise unknown_variant(name)
         raise InvalidRequestError(
-            f"workers were started with --lora {name}=…; what their command lines say is changed there", param="name"
+            f"workers were started with --lora or --delta {name}=…; what their command lines say is changed there",
+            param="name",
         )
 
     def _find(self, name: str) -> VariantRecord | None:

@@ -48,7 +48,6 @@ class VariantRecord:
     Attributes:
         name: public name, without alias or digest; unique among variants and models. That of a release's version is
             name@vN.
-        kind: "lora": a LoRA adapter in PEFT's format; "delta": docs/formats/delta.md.
         parent: name of the base model; it need not be in the catalog, for not every worker knows its model's digest.
         path: the fine-tune's directory as workers are told it: below their adapter root, or absolute. Of a version, the
             digest of its files, see registry.published_files.
@@ -58,7 +57,6 @@ class VariantRecord:
     """
 
     name: str
-    kind: VariantKind
     parent: str
     path: str
     digest: str | None
@@ -75,7 +73,8 @@ class VersionRecord:
     Attributes:
         release: public name of the release, unique among models, variants and releases.
         number: counted from 1.
-        kind, parent: as of VariantRecord.
+        kind: "lora": a LoRA adapter in PEFT's format; "delta": docs/formats/delta.md.
+        parent: as of VariantRecord.
         digest: "sha256:…", of the artifact, see registry.published_files.
         files: their digests by name.
         quality: what its maker measured, as it was told.

@@ -155,7 +155,7 @@ class ReleaseOperations(VariantOperations):
         now = self._clock()
         connection.execute(
             insert(_VARIANTS).values(
-                name=version.name, kind=version.kind, parent=version.parent, digest=None, pinned=False,
+                name=version.name, parent=version.parent, digest=None, pinned=False,
                 path=PublishedFiles(version.files).manifest_digest, files=dict(version.files),
                 created_at=now, updated_at=now,
             )

@@ -72,7 +72,6 @@ variants = Table(
     "variants",
     metadata,
     Column("name", String(MAX_NAME_LENGTH), primary_key=True),
-    Column("kind", String(16), nullable=False),
     Column("parent", String(MAX_NAME_LENGTH), nullable=False),
     Column("path", Text, nullable=False),
     Column("digest", String(71)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select, update
 
@@ -25,7 +25,6 @@ class VariantOperations(CatalogTransactions):
         actor: str,
         pinned: bool = False,
         replace: bool = False,
-        kind: Literal["lora"] = "lora",
     ) -> VariantRecord:
         """Want a variant on all workers of `parent`. Its digest is unknown until a worker has read it.
 
@@ -39,7 +38,7 @@ class VariantOperations(CatalogTransactions):
         name, parent = ModelName(name).name, ModelName(parent).name
         if not path or "\0" in path:
             raise InvalidRequestError("the path of a variant must not be empty or hold a NUL", param="path")
-        values: dict[str, Any] = {"kind": kind, "parent": parent, "path": path, "digest": None, "pinned": pinned}
+        values: dict[str, Any] = {"parent": parent, "path": path, "digest": None, "pinned": pinned}
         with self._write() as connection:
             self._refuse_taken(connection, name, by={"model": schema.models, "release": schema.releases})
             now = self._clock()
@@ -63,8 +62,9 @@ class VariantOperations(CatalogTransactions):
         Raises:
             ModelNotFoundError: it was removed meanwhile.
         """
-        values = {"kind": record.kind, "parent": record.parent, "path": record.path, "digest": record.digest,
-                  "pinned": record.pinned}  # fmt: skip
+        values = {
+            "parent": record.parent, "path": record.path, "digest": record.digest, "pinned": record.pinned
+        }  # fmt: skip
         with self._write() as connection:
             before = self._require_variant(connection, record.name)
             statement = update(_TABLE).where(_TABLE.c.name == record.name)

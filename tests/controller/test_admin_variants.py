@@ -84,6 +84,16 @@ async def test_vllms_routes(fleet: Fleet, catalog: Catalog) -> None:
     assert (await fleet.post(UNLOAD, {"lora_name": "sql"}))[0] == 404
 
 
+async def test_a_variant_is_of_the_kind_that_its_files_are(fleet: Fleet) -> None:
+    for worker in (fleet.first, fleet.second):
+        worker.variants.deltas = {"sql-2"}
+    for name, path in (("adapter", "sql"), ("tuned", "sql-2")):
+        assert (await fleet.post(LOAD, {"lora_name": name, "lora_path": path}))[0] == 200
+    shown = (await (await fleet.controller.get("/admin/variants")).json())["variants"]
+    assert {variant["name"]: variant["kind"] for variant in shown} == {"adapter": "lora", "tuned": "delta"}
+    assert shown[1]["workers"][0]["status"]["kind"] == "delta"
+
+
 async def test_the_same_path_with_other_files_is_read_again(fleet: Fleet, catalog: Catalog) -> None:
     assert (await fleet.post(LOAD, {"lora_name": "sql", "lora_path": "sql"}))[0] == 200
     for worker in (fleet.first, fleet.second):
@@ -130,13 +140,13 @@ async def test_replicas_that_read_other_files(fleet: Fleet) -> None:
 async def test_names_that_are_taken(fleet: Fleet, catalog: Catalog) -> None:
     fleet.first.variants.from_command_line("own", "chat")
     await fleet.first.heartbeat(fleet.controller.url)
-    for name, reason in (("m", "m is the name of a model"), ("own", "--lora own="), ("a@b", "invalid model name")):
+    for name, reason in (("m", "m is the name of a model"), ("own", "--delta own="), ("a@b", "invalid model name")):
         assert reason in await fleet.message("/admin/variants", {"name": name, "path": "sql"})
         assert reason in await fleet.message(LOAD, {"lora_name": name, "lora_path": "sql"})
     assert catalog.list_variants() == []
     for path in ("/admin/variants/own/pin", "/admin/variants/own/unpin"):
-        assert "--lora own=" in await fleet.message(path)
-    assert "--lora own=" in await fleet.message(UNLOAD, {"lora_name": "own"})
+        assert "--lora or --delta own=" in await fleet.message(path)
+    assert "--lora or --delta own=" in await fleet.message(UNLOAD, {"lora_name": "own"})
     assert (await fleet.post("/admin/variants/own/evict"))[0] == 200
     status, answer = await fleet.post("/admin/variants/none/evict")
     assert (status, answer["error"]["code"]) == (404, "model_not_found")

@@ -27,6 +27,7 @@ class VariantRefused(Exception):
 class FakeVariants:
     """Attributes:
     files: what the adapter root holds, path → digest; other paths are refused.
+    deltas: those of these paths that hold no adapter.
     statuses: the variants as they are now, by name.
     calls: what was asked, as "add sql", in order.
     refuse: by "verb name": raised instead.
@@ -34,6 +35,7 @@ class FakeVariants:
     """
 
     files: dict[str, str] = field(default_factory=dict)
+    deltas: set[str] = field(default_factory=set)
     statuses: dict[str, VariantStatus] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     refuse: dict[str, VariantRefused] = field(default_factory=dict)
@@ -58,8 +60,8 @@ class FakeVariants:
         has = self.statuses.get(request.name)
         if has is None or has.digest != files:
             self.statuses[request.name] = VariantStatus(
-                name=request.name, parent=request.parent, path=request.path, digest=files, state="in_host_memory",
-                rank=8, loads_total=1, load_s_total=0.5,
+                name=request.name, parent=request.parent, kind="delta" if request.path in self.deltas else "lora",
+                path=request.path, digest=files, state="in_host_memory", rank=8, loads_total=1, load_s_total=0.5,
             )  # fmt: skip
         return self._pinned(request.name, request.pinned)
 

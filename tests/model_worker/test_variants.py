@@ -88,13 +88,22 @@ async def test_an_adapter_is_added_changed_and_removed(variants: Variants) -> No
     assert await states(variants) == {}
 
 
+async def test_a_status_says_whether_it_is_a_delta(
+    variants: Variants, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants_module, "is_delta", lambda directory: directory.name == "poet")
+    await variants.add(addition("pirate"))
+    await variants.load([GivenVariant("--delta", "poet", root / "poet", pinned=False)], print)
+    assert {status.name: status.kind for status in await variants.statuses()} == {"pirate": "lora", "poet": "delta"}
+
+
 async def test_paths_of_adapters_that_are_gone_are_forgotten(variants: Variants, root: Path) -> None:
     for name in ("pirate", "poet", "plain"):
         await variants.add(addition(name))
     for name in ("pirate", "poet"):
         await variants.remove(name)
     assert await states(variants) == {"plain": "in_host_memory"}
-    assert variants._given_paths == {str(root / "plain"): "plain"}
+    assert {path: source.given_path for path, source in variants._sources.items()} == {str(root / "plain"): "plain"}
 
 
 @pytest.mark.parametrize("change", ["remove", "pin", "unpin", "activate", "evict"])

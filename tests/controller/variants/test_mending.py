@@ -14,7 +14,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def wants(name: str = "sql", *, path: str = "p", digest: str | None = "A", pinned: bool = False) -> VariantRecord:
-    return VariantRecord(name, "lora", "m", path, digest, pinned, NOW, NOW)
+    return VariantRecord(name, "m", path, digest, pinned, NOW, NOW)
 
 
 def has(name: str = "sql", **values: Any) -> VariantStatus:

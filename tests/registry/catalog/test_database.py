@@ -46,6 +46,22 @@ def test_down_to_nothing_and_up_again(url: str) -> None:
     engine.dispose()
 
 
+def test_an_older_catalog_keeps_its_variants(url: str) -> None:
+    engine = open_engine(url)
+    with write_transaction(engine) as connection:
+        migrate(connection, "base")
+        migrate(connection, "0003")
+        now = "2026-11-01 00:00:00"
+        connection.execute(
+            text("INSERT INTO variants VALUES ('sql', 'lora', 'm', 'adapters/sql', NULL, true, :now, :now, NULL)"),
+            {"now": now},
+        )
+    engine.dispose()
+    with Catalog.open(url) as catalog:
+        (record,) = catalog.list_variants()
+    assert (record.name, record.parent, record.path, record.pinned) == ("sql", "m", "adapters/sql", True)
+
+
 def test_durability_settings(url: str) -> None:
     engine = open_engine(url)
     with engine.connect() as connection:

@@ -48,7 +48,7 @@ def test_every_change_is_another_revision_and_reading_is_none(catalog: Catalog) 
 
 def test_a_life_of_a_variant(catalog: Catalog) -> None:
     added = add_variant(catalog, pinned=True)
-    assert (added.kind, added.parent, added.path, added.digest, added.pinned) == ("lora", "smol", "sql", None, True)
+    assert (added.parent, added.path, added.digest, added.pinned) == ("smol", "sql", None, True)
     assert added.created_at == added.updated_at
     assert catalog.get_variant("org/sql") == added
     known = catalog.set_variant_digest(added, D1, actor="worker:w")
