@@ -57,13 +57,13 @@ def create_parser() -> CommandParser:
 
 
 def _add_variant_actions(commands: _Subparsers) -> list[argparse.ArgumentParser]:
-    about = "Manage the variants (LoRA adapters) that all workers of their base model should have."
-    variants = commands.add_parser("variants", help="manage variants: LoRA adapters", description=about)
+    about = "Manage the variants (LoRA adapters and deltas) that all workers of their base model should have."
+    variants = commands.add_parser("variants", help="manage variants: LoRA adapters and deltas", description=about)
     actions = variants.add_subparsers(dest="action", metavar="ACTION", required=True)
     add = actions.add_parser("add", help="want a variant; running controllers and workers follow within seconds")
     add.add_argument("name", help="public name, as clients give it in `model`")
     add.add_argument("--parent", required=True, help="name of its base model")
-    add.add_argument("--path", required=True, help="the adapter's directory, below the workers' --adapter-root")
+    add.add_argument("--path", required=True, help="its directory, below the workers' --adapter-root")
     add.add_argument("--pin", action="store_true", help="keep it ready to be used at once")
     add.add_argument("--replace", action="store_true", help="a variant of that name may be there; it is replaced")
     listing = actions.add_parser("list", help="print name, base model, pin, digest and path of each variant")
