@@ -4,7 +4,8 @@
 
 Pieces go through the slots in a ring, so that while some are copied to the device others are read from the files, those
 of the same tensor and of the next ones. Of a part of a tensor, such as some columns, only that part is read. Beside the
-slots, host memory holds nothing but blocks of a GGUF file; the device holds each tensor once more until it is in its place.
+slots, host memory holds nothing but blocks of a GGUF file; the device holds each tensor once more until it is in its
+place.
 
 Reading is copying from the mapped file: as fast as `pread` into the slot, and for columns faster (benchmarks/LOG.md).
 """
@@ -35,8 +36,8 @@ def stage_weights(
     num_slots: int = _NUM_SLOTS,
     slot_bytes: int = _SLOT_BYTES,
 ) -> Iterator[tuple[str, Weight]]:
-    """The same weights on the device, in the same order and dtypes. Blocks of a GGUF file stay in host memory: who takes
-    them puts the parts of a matrix together there, and then sends it without staging.
+    """The same weights on the device, in the same order and dtypes. Blocks of a GGUF file stay in host memory:
+    who takes them puts the parts of a matrix together there, and then sends it without staging.
 
     Args:
         weights: may be mapped from files.
