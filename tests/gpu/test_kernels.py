@@ -14,6 +14,12 @@ from compression.grouped_weight import GroupedWeight
 from compression.int4 import quantize_int4
 from compression.int8 import quantize_int8
 from delta.merge_terms import signs_to_dense
+from model_worker.engine.ops.experts.functional import (
+    combine_experts,
+    expert_linear,
+    group_by_expert,
+    select_experts,
+)
 from model_worker.engine.ops.gated_activation.functional import gated_activation
 from model_worker.engine.ops.linear import Activation
 from model_worker.engine.ops.low_rank import Factors, LowRankFactors, SegmentPlan, add_low_rank, table_rows
@@ -269,6 +275,40 @@ def test_planes_merged_with_the_base(num_rows_each: int, num_planes: int, dtype:
     merged_linear(x.to(GPU), out, weight.to(GPU), None, signs, plan, num_planes=num_planes)
     assert (out[-1] == 7.0).all()
     _close(out[:-1], expected.to(dtype), dtype, 3.0)
+
+
+# ---------------------------------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 7, 64, 300, 1500])
+@pytest.mark.parametrize(("num_experts", "num_chosen"), [(8, 2), (128, 8)])
+def test_mixtures_of_experts(num_experts: int, num_chosen: int, num_rows: int, dtype: torch.dtype) -> None:
+    """Each function after what the reference makes of the ones before it."""
+    hidden, inner = 512, 320
+    logits = torch.randn(num_rows, num_experts).to(dtype)
+    choices, weights = select_experts(logits, num_chosen, normalize=True)
+    found_choices, found_weights = select_experts(logits.to(GPU), num_chosen, normalize=True)
+    torch.testing.assert_close(found_weights.cpu(), weights, rtol=1e-5, atol=1e-6)
+    shares = logits.float().softmax(dim=1)  # of which some may be as good as equal
+    torch.testing.assert_close(
+        shares.gather(1, found_choices.cpu().long()), shares.gather(1, choices.long()), rtol=1e-5, atol=1e-7
+    )
+    groups = group_by_expert(choices, num_experts)
+    there = group_by_expert(choices.to(GPU), num_experts)
+    assert torch.equal(there.starts.cpu(), groups.starts)
+    assert torch.equal(there.tokens.cpu(), groups.tokens)
+    assert torch.equal(there.places.cpu(), groups.places)
+    x = torch.randn(num_rows, hidden).to(dtype)
+    matrix = (torch.randn(num_experts, inner, hidden) * hidden**-0.5).to(dtype)
+    y = expert_linear(x, matrix, groups, gathers=True)
+    found = expert_linear(x.to(GPU), matrix.to(GPU), there, gathers=True)
+    _close(found, y, dtype, 4.0)
+    back = matrix.transpose(1, 2).contiguous()
+    out = expert_linear(y, back, groups)
+    _close(expert_linear(y.to(GPU), back.to(GPU), there), out, dtype, 4.0)
+    expected = combine_experts(out, groups, weights)
+    _close(combine_experts(out.to(GPU), there, weights.to(GPU)), expected, dtype, 4.0)
 
 
 # ---------------------------------------------------------------------------------------------- quantized weights
