@@ -55,7 +55,6 @@ def create_app(
     *,
     catalog: Catalog,
     clock: Callable[[], float] = time.monotonic,
-    rng: random.Random | None = None,
 ) -> FastAPI:
     """Build the controller; `app.state.controller` is its ControllerState.
 
@@ -66,7 +65,6 @@ def create_app(
     Args:
         catalog: stays open and belongs to the caller.
         clock: monotonic seconds, for heartbeats and measurements.
-        rng: for the draws of the routing policy.
 
     Raises:
         InvalidRequestError: `config` has a malformed network.
@@ -74,7 +72,7 @@ def create_app(
     trusted = TrustedNetworks.parse(config.workers.trusted_workers)
     client = WorkerClient(config.workers, trusted)
     store = None if config.publishing.store is None else Store(Path(config.publishing.store))
-    state = _create_state(config, catalog, store, client, clock, rng or random.Random())
+    state = _create_state(config, catalog, store, client, clock)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -146,7 +144,6 @@ def _create_state(
     store: Store | None,
     client: WorkerClient,
     clock: Callable[[], float],
-    rng: random.Random,
 ) -> ControllerState:
     interval_s = config.workers.heartbeat_interval_s
     workers = WorkerTable(clock=clock, expiry_s=interval_s * config.workers.missed_heartbeats)
@@ -162,7 +159,7 @@ def _create_state(
     gateway = Gateway(
         workers,
         client,
-        create_policy(config.workers.routing, rng),
+        create_policy(config.workers.routing, random.Random()),
         ServedNames(workers, directory, name_resolver(catalog, clock=clock)),
         directory,
         reconciler.bring,

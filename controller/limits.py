@@ -35,10 +35,6 @@ class ConcurrencyLimits:
         self._of_key: dict[str, Places] = {}  # of keys with a request in progress
         self._mean_s: float | None = None  # that a request lasts
 
-    @property
-    def num_in_progress(self) -> int:
-        return self._all.num_taken
-
     @contextmanager
     def acquire(self, key_id: str | None) -> Iterator[None]:
         """Count one request as long as the context lasts; `key_id` is None for callers without a key.

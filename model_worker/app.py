@@ -157,10 +157,10 @@ def _reply(message: BaseModel) -> Response:
     return Response(message.model_dump_json(), media_type="application/json")
 
 
-def _error(error: RootgraftError, *, status: int | None = None) -> Response:
+def _error(error: RootgraftError) -> Response:
     headers = {} if error.retry_after_s is None else {"retry-after": str(math.ceil(error.retry_after_s))}
     body = error_event(error).model_dump_json()
-    return Response(body, status or error.status, headers=headers, media_type="application/json")
+    return Response(body, error.status, headers=headers, media_type="application/json")
 
 
 async def _on_rootgraft_error(request: Request, error: Exception) -> Response:

@@ -56,13 +56,8 @@ class AliasOperations(ModelOperations):
             f"{subject} has pointed to nothing before {before.target} that still exists; see its history", param="alias"
         )
 
-    def set_canary(
-        self, name: str, alias: str, canary: Canary | None, *, actor: str, reason: str | None = None
-    ) -> Alias:
+    def set_canary(self, name: str, alias: str, canary: Canary | None, *, actor: str) -> Alias:
         """Send a share of an alias's requests to another version; None: to none.
-
-        Args:
-            reason: why, for the journal.
 
         Raises:
             ModelNotFoundError: there is no such alias or version.
@@ -79,7 +74,7 @@ class AliasOperations(ModelOperations):
                 return before
             values = {"canary_version": canary and canary.version, "canary_weight": canary and canary.weight}
             detail = {"from": _canary_text(before.canary), "to": _canary_text(canary)}
-            return self._change(connection, subject, values, "aliases.canary", detail, reason, actor)
+            return self._change(connection, subject, values, "aliases.canary", detail, actor)
 
     def abort_canary(self, name: str, alias: str, version: int, *, actor: str, reason: str) -> Alias:
         """Set the weight of the canary `version` to 0, unless the alias has another canary by now.
@@ -92,9 +87,8 @@ class AliasOperations(ModelOperations):
             before = self._require_alias(connection, subject)
             if before.canary is None or before.canary.version != version or before.canary.weight == 0.0:
                 return before
-            detail = {"from": _canary_text(before.canary), "to": _canary_text(Canary(version, 0.0))}
-            values = {"canary_weight": 0.0}
-            return self._change(connection, subject, values, "aliases.canary_abort", detail, reason, actor)
+            detail = {"from": _canary_text(before.canary), "to": _canary_text(Canary(version, 0.0)), "reason": reason}
+            return self._change(connection, subject, {"canary_weight": 0.0}, "aliases.canary_abort", detail, actor)
 
     def set_shadow(self, name: str, alias: str, version: int | None, *, actor: str) -> Alias:
         """Let another version be asked what the alias's target is asked; None: none.
@@ -111,7 +105,7 @@ class AliasOperations(ModelOperations):
             if version == before.shadow:
                 return before
             detail = {"from": _version_text(before.shadow), "to": _version_text(version)}
-            return self._change(connection, subject, {"shadow_version": version}, "aliases.shadow", detail, None, actor)
+            return self._change(connection, subject, {"shadow_version": version}, "aliases.shadow", detail, actor)
 
     def remove_alias(self, name: str, alias: str, *, actor: str) -> None:
         """Raises ModelNotFoundError when there is no such alias."""
@@ -187,12 +181,9 @@ class AliasOperations(ModelOperations):
         values: dict[str, Any],
         action: str,
         detail: dict[str, Any],
-        reason: str | None,
         actor: str,
     ) -> Alias:
         connection.execute(update(_TABLE).where(*_is_alias(subject)).values(updated_at=self._clock(), **values))
-        if reason is not None:
-            detail = {**detail, "reason": reason}
         self._audit(connection, actor, action, str(subject), detail)
         return self._require_alias(connection, subject)
 

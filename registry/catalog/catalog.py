@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping
 from typing import Any, get_args
 
 from sqlalchemy import Row, insert, select, update
@@ -88,11 +87,6 @@ class Catalog(AliasOperations):
             return _key_record(connection.execute(select(table).where(table.c.id == key_id)).one())
 
     # Audit
-
-    def append_audit(self, actor: str, action: str, subject: str, detail: Mapping[str, Any]) -> None:
-        """Record something that changed outside the catalog; the catalog's own changes record themselves."""
-        with self._write() as connection:
-            self._audit(connection, actor, action, subject, detail)
 
     def audit_entries(self, *, subject: str | None = None, limit: int = 100) -> list[AuditEntry]:
         """The newest entries first, of one subject or of all."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from registry.catalog import schema
 from registry.catalog.records import ModelRecord
@@ -64,19 +64,6 @@ class ModelOperations(ReleaseOperations):
         with self._read() as connection:
             rows = connection.execute(select(schema.models).order_by(schema.models.c.name))
             return [ModelRecord(**row._mapping) for row in rows]
-
-    def remove_model(self, name: str, *, actor: str) -> None:
-        """Forget the model; its files stay.
-
-        Raises:
-            ModelNotFoundError: there is none of that name.
-            InvalidRequestError: an alias still points to it.
-        """
-        with self._write() as connection:
-            record = self._require_model(connection, name)
-            self._refuse_while_aliased(connection, name)
-            connection.execute(delete(schema.models).where(schema.models.c.name == name))
-            self._audit(connection, actor, "models.remove", name, {"digest": record.digest, "path": record.path})
 
     def _model(self, connection: Connection, name: str) -> ModelRecord | None:
         row = connection.execute(select(schema.models).where(schema.models.c.name == name)).one_or_none()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 
 import pytest
 from fastapi import FastAPI, Request
@@ -34,11 +35,12 @@ def test_limits_hold_and_counts_are_exact(steps: list[tuple[bool, str | None]]) 
                 held.append((key, slot))
         elif held:
             held.pop(0)[1].__exit__(None, None, None)
-        assert limits.num_in_progress == len(held)
     for _, slot in held:
         slot.__exit__(None, None, None)
-    assert limits.num_in_progress == 0
     assert not limits._of_key
+    with ExitStack() as stack:
+        for _ in range(4):
+            stack.enter_context(limits.acquire(None))
 
 
 def test_the_retry_time_is_measured() -> None:
@@ -107,9 +109,11 @@ async def test_requests_at_once_are_limited_in_total(start_controller: StartCont
         assert (await worker.heartbeat(controller.url)).status == 200
         for task in open_requests:
             task.cancel()
-        await until(lambda: controller.state.limits.num_in_progress == 0)
         worker.script = Script()
-        assert (await controller.post("/v1/completions", json=COMPLETION)).status == 200
+        status = 429
+        while status == 429:  # until the controller has seen that the clients are gone
+            status = (await controller.post("/v1/completions", json=COMPLETION)).status
+        assert status == 200
 
 
 async def test_requests_at_once_are_limited_for_each_key(start_controller: StartController, catalog: Catalog) -> None:

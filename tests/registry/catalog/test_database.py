@@ -138,7 +138,7 @@ from registry.catalog import Catalog
 print("ready", flush=True)
 sys.stdin.readline()
 with Catalog.open(sys.argv[1]) as catalog:
-    catalog.append_audit(sys.argv[2], "opened", "catalog", {})
+    catalog.create_api_key("key", role="user", actor=sys.argv[2])
 """
 
 
