@@ -14,6 +14,7 @@ from aiohttp import web
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from delta.peft.reader import read_peft_adapter
+from tests.fakes.app_server import serving
 from tests.fakes.peft_adapters import TinyBase
 from tests.fakes.script_in_loop import run_in_this_loop
 
@@ -134,14 +135,8 @@ async def running(server: FakeAdapterServer) -> AsyncIterator[str]:
     app.router.add_get("/admin/variants", server.list)
     app.router.add_get("/admin/variants/{name}", server.show)
     app.router.add_post("/admin/variants/{name}/{verb}", server.move)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with serving(app) as url:
+        yield url
 
 
 class Bench:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests.fakes.app_server import serving
 from tests.fakes.script_in_loop import run_in_this_loop
 
 
@@ -67,14 +68,8 @@ async def running(server: FakeServer) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_post("/v1/completions", server.answer)
     app.router.add_post("/v1/chat/completions", server.answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
+    async with serving(app) as url:
+        yield url
 
 
 async def call(serve: ModuleType, server: FakeServer, *arguments: str, api_key: str | None = None) -> int:

@@ -49,7 +49,7 @@ async def url(server: FakeOpenAIServer) -> AsyncIterator[str]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
-    expect.set_options(timeout=15_000)  # other tests may keep all cores busy
+    expect.set_options(timeout=60_000)  # other tests may keep all cores busy
     async with async_playwright() as playwright:
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
@@ -60,7 +60,7 @@ async def browser() -> AsyncIterator[Browser]:
 @pytest_asyncio.fixture(loop_scope="module")
 async def page(browser: Browser, url: str) -> AsyncIterator[Page]:
     page = await browser.new_page(viewport={"width": 1280, "height": 860})
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)
     await page.goto(url)
     await expect(page.locator("#serving")).to_contain_text("2 models")
     yield page
