@@ -29,12 +29,11 @@ from model_worker.engine.lora.bound_variant import VariantSegment, VariantSegmen
 from model_worker.engine.models.gpu_terms import TermBinder
 from model_worker.engine.models.gpu_weights import WeightPlace
 from model_worker.engine.models.variant_tables import VariantTables
-from model_worker.engine.ops.low_rank import SegmentPlan, tile_table, to_device
+from model_worker.engine.ops.low_rank import SegmentPlan, kernel_rank, tile_table, to_device
 from model_worker.engine.ops.sign_matmul import MANY_MERGED_ROWS
 from registry.errors import InsufficientMemoryError
 
 _MAX_VARIANTS = 256  # that are bound at once
-_RANK_STEP = 64  # steps of ranks up to this have the same kernels, those of graphs
 _MANY_ROWS = 65  # of a segment whose tiles are those of prompts, whole and not
 _WARM_UP_STEPS = {1: (1, _MANY_ROWS, MIN_MERGED_ROWS, MANY_MERGED_ROWS), 2: (MIN_MERGED_ROWS,)}
 """Rows of one variant by its planes of signs: for each kernel, and each size of its tiles."""
@@ -200,7 +199,7 @@ class GpuVariants:
         kinds = _kinds(variants)
         max_rank = max(1, *(variant.max_rank for variant in variants))
         if self._tables is not None:
-            max_rank = -(-max_rank // _RANK_STEP) * _RANK_STEP
+            max_rank = kernel_rank(max_rank)
         plan = SegmentPlan(num_rows, bounds, max_rank)
         tables, merged = None, None
         if self._tables is not None:

@@ -27,9 +27,18 @@ from torch import Tensor
 
 from model_worker.engine.ops.low_rank.factors import Factors, LowRankFactors, table_rows
 from model_worker.engine.ops.low_rank.reference import expand_reference, shrink_reference
-from model_worker.engine.ops.low_rank.segment_plan import SegmentPlan, tile_table, to_device
+from model_worker.engine.ops.low_rank.segment_plan import SegmentPlan, kernel_rank, tile_table, to_device
 
-__all__ = ["Factors", "LowRankFactors", "SegmentPlan", "add_low_rank", "table_rows", "tile_table", "to_device"]
+__all__ = [
+    "Factors",
+    "LowRankFactors",
+    "SegmentPlan",
+    "add_low_rank",
+    "kernel_rank",
+    "table_rows",
+    "tile_table",
+    "to_device",
+]
 
 
 def add_low_rank(x: Tensor, out: Tensor, factors: LowRankFactors, plan: SegmentPlan) -> None:

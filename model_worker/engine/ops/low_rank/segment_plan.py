@@ -10,6 +10,7 @@ from torch import Tensor
 
 _FEW_ROWS = 16  # the least that tensor cores multiply: decoding
 _MANY_ROWS = 64
+_RANK_STEP = 64  # steps of ranks up to this have the same kernels, those of graphs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,8 +37,9 @@ class SegmentPlan:
         cls, bounds: Sequence[tuple[int, int]], *, num_rows: int, max_rank: int, device: torch.device
     ) -> SegmentPlan:
         """The plan for a device."""
-        plan = cls(num_rows, tuple(bounds), max(1, max_rank))
-        return plan if device.type == "cpu" else plan.tiled(device)
+        if device.type == "cpu":
+            return cls(num_rows, tuple(bounds), max(1, max_rank))
+        return cls(num_rows, tuple(bounds), kernel_rank(max_rank)).tiled(device)
 
     def tiled(
         self,
@@ -63,6 +65,11 @@ class SegmentPlan:
     def of_segments(self, bounds: Sequence[tuple[int, int]]) -> SegmentPlan:
         """Of some of the segments, without tiles."""
         return replace(self, bounds=tuple(bounds), tiles=None)
+
+
+def kernel_rank(max_rank: int) -> int:
+    """What kernels are told of the ranks of a step, so that another rank is no other kernel."""
+    return max(1, -(-max_rank // _RANK_STEP)) * _RANK_STEP
 
 
 def tile_table(

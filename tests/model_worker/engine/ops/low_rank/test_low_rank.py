@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -26,11 +25,8 @@ Bounds = list[tuple[int, int]]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
-        pytest.importorskip("triton")
-        yield importlib.import_module("model_worker.engine.ops.low_rank.triton")
+def kernels(interpreted: Callable[[str], ModuleType]) -> ModuleType:
+    return interpreted("low_rank")
 
 
 def _popularity(kind: str, num_rows: int, source: random.Random) -> Bounds:
@@ -140,6 +136,14 @@ def test_plans_of_a_captured_graph_have_one_shape(kernels: ModuleType) -> None:
     torch.manual_seed(5)
     _check(kernels, [(0, 1), (1, 3)], 4, num_tiles=9)
     _check(kernels, [], 4, num_tiles=9)
+
+
+def test_another_rank_is_no_other_kernel() -> None:
+    """On GPUs, up to the next step of ranks; references take what there is."""
+    for max_rank, known in ((0, 64), (1, 64), (8, 64), (64, 64), (65, 128)):
+        plan = SegmentPlan.of([(0, 3)], num_rows=3, max_rank=max_rank, device=torch.device("meta"))
+        assert plan.max_rank == known
+    assert SegmentPlan.of([(0, 3)], num_rows=3, max_rank=8, device=CPU).max_rank == 8
 
 
 def test_a_row_does_not_depend_on_its_neighbours(kernels: ModuleType) -> None:
