@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -21,11 +20,8 @@ _RTOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
-        pytest.importorskip("triton")
-        yield importlib.import_module("model_worker.engine.ops.embedding_terms.triton")
+def kernels(interpreted: Callable[[str], ModuleType]) -> ModuleType:
+    return interpreted("embedding_terms")
 
 
 @pytest.mark.parametrize("dtype", _RTOL)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 
@@ -22,11 +21,8 @@ WIDTHS = (40, 7)
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
-        pytest.importorskip("triton")
-        yield importlib.import_module("model_worker.engine.ops.matrix_terms.triton")
+def kernels(interpreted: Callable[[str], ModuleType]) -> ModuleType:
+    return interpreted("matrix_terms")
 
 
 @pytest.mark.parametrize("dtype", _RTOL)

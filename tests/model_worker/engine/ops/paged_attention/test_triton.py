@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -23,11 +22,8 @@ MIXED = [(0, 20), (77, 1), (30, 5), (130, 40)]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
-        pytest.importorskip("triton")
-        yield importlib.import_module("model_worker.engine.ops.paged_attention.triton")
+def kernels(interpreted: Callable[[str], ModuleType]) -> ModuleType:
+    return interpreted("paged_attention")
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -26,11 +25,8 @@ _FIXED_RTOL = {**_RTOL, torch.float32: 1e-4}  # one row of integers of 16 bits
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
-        pytest.importorskip("triton")
-        yield importlib.import_module("model_worker.engine.ops.quantized_matmul.triton")
+def kernels(interpreted: Callable[[str], ModuleType]) -> ModuleType:
+    return interpreted("quantized_matmul")
 
 
 def _packed(num_outputs: int, num_inputs: int, bits: int) -> PackedGroups:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -23,11 +22,8 @@ _RTOL = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
-        pytest.importorskip("triton")
-        yield importlib.import_module("model_worker.engine.ops.rms_norm.triton")
+def kernels(interpreted: Callable[[str], ModuleType]) -> ModuleType:
+    return interpreted("rms_norm")
 
 
 def _close(found: Tensor, expected: Tensor) -> None:

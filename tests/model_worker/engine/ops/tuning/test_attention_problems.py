@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -17,11 +16,8 @@ DEFAULTS = tile_shapes(4, 128, torch.bfloat16, has_227_kib=True)
 
 
 @pytest.fixture(scope="module")
-def _kernels() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # read where kernels are defined, and where they are called
-        pytest.importorskip("triton")
-        yield importlib.import_module("model_worker.engine.ops.paged_attention.triton")
+def _kernels(interpreted: Callable[[str], ModuleType]) -> ModuleType:
+    return interpreted("paged_attention")
 
 
 def test_what_was_measured_goes_before_the_defaults() -> None:
