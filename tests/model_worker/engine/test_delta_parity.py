@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +22,7 @@ from tests.delta.models import make
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.model_runners import make_runner
 from tests.fakes.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, build_tiny_model, make_tiny_plan
+from tests.fakes.variants_of_engines import add_variant, run_to_end, write_fine_tune
 
 NUM_NEW_TOKENS = 10
 POLICIES = {
@@ -64,37 +64,21 @@ def _check(name: str, impl: str, kernels: KernelLibrary, path: Path) -> None:
     engine = LLMEngine(config, runner, ByteTokenizer(), stop_token_ids=(), max_model_len=MAX_MODEL_LEN, loras=loras)
     models: dict[str, nn.Module] = {"base": AutoModelForCausalLM.from_pretrained(base).eval()}
     for seed, (variant, policy) in enumerate(POLICIES.items()):
-        target = _fine_tune(base, path / f"target-{variant}", seed, share=0.1 if policy.codec != "dense" else 1)
+        target = write_fine_tune(base, path / f"target-{variant}", seed, share=0.1 if policy.codec != "dense" else 1)
         make(base, target, path / variant, policy)
         apply_delta(base, path / variant, path / f"applied-{variant}")
         models[variant] = AutoModelForCausalLM.from_pretrained(path / f"applied-{variant}").eval()
-        _add(engine, variant, path / variant)
+        add_variant(engine, variant, path / variant)
     source = random.Random(name)
     prompts = {variant: [source.randrange(VOCAB_SIZE) for _ in range(source.randint(5, 30))] for variant in models}
     for variant, prompt in prompts.items():
         sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, prompt_logprobs=0)
         engine.add_request(variant, prompt, sampling, loras=[] if variant == "base" else [LoraWeight(variant)])
-    tokens: dict[str, list[int]] = {}
-    logprobs: dict[str, torch.Tensor] = {}
-    while engine.has_unfinished_requests:
-        for output in engine.step():
-            assert output.error is None, output.error
-            if output.prompt_logprobs is not None:
-                found = [entry.logprob for entry in output.prompt_logprobs if entry is not None]
-                logprobs[output.request_id] = torch.tensor(found)
-            for delta in output.deltas:
-                tokens.setdefault(output.request_id, []).extend(delta.token_ids)
+    tokens, logprobs = run_to_end(engine)
     for variant, model in models.items():
         expected_tokens, expected_logprobs = _expected(model, prompts[variant])
         torch.testing.assert_close(logprobs[variant], expected_logprobs, rtol=1e-3, atol=1e-3)
         assert tokens[variant] == expected_tokens, variant
-
-
-def _add(engine: LLMEngine, name: str, path: Path) -> None:
-    reply = engine.loras.add(name, path)
-    while not reply.done():
-        engine.advance_loras()
-    reply.result(0)
 
 
 def _expected(model: nn.Module, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
@@ -105,17 +89,3 @@ def _expected(model: nn.Module, prompt: list[int]) -> tuple[list[int], torch.Ten
         for _ in range(NUM_NEW_TOKENS):
             tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
     return tokens[len(prompt) :], logprobs[:-1].gather(1, torch.tensor(prompt)[1:, None]).squeeze(1)
-
-
-def _fine_tune(base: Path, target: Path, seed: int, share: float) -> Path:
-    """The base with some of the numbers of its matrices changed, and all norms."""
-    weights = load_file(base / "model.safetensors")
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in weights.items():
-        noise = torch.randn(weight.shape, generator=generator) * weight.std()
-        chosen = torch.rand(weight.shape, generator=generator) < share
-        weights[name] = weight + (noise * chosen if weight.ndim > 1 else noise * 0.1)
-    target.mkdir()
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    (target / "config.json").write_bytes((base / "config.json").read_bytes())
-    return target

@@ -27,6 +27,7 @@ from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.model_runners import make_runner
 from tests.fakes.peft_adapters import make_adapter
 from tests.fakes.tiny_models import MAX_MODEL_LEN, VOCAB_SIZE, build_tiny_model, make_tiny_plan, with_more_tokens
+from tests.fakes.variants_of_engines import add_variant
 
 NUM_NEW_TOKENS = 12
 VARIANTS = {
@@ -55,13 +56,6 @@ def _engine(path: Path, impl: str, kernels: KernelLibrary) -> LLMEngine:
     return LLMEngine(config, runner, ByteTokenizer(), stop_token_ids=(), max_model_len=MAX_MODEL_LEN, loras=loras)
 
 
-def _add(engine: LLMEngine, name: str, path: Path) -> None:
-    reply = engine.loras.add(name, path)
-    while not reply.done():
-        engine.advance_loras()
-    reply.result(0)
-
-
 def _fine_tune(model: PreTrainedModel, num_tokens: int, seed: int, path: Path) -> Path:
     tuned = with_more_tokens(model, num_tokens, seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -84,9 +78,9 @@ def _prepare(name: str, path: Path, kernels: KernelLibrary, impl: str) -> tuple[
         make(path / "base", target, path / variant, policy)
         apply_delta(path / "base", path / variant, path / f"applied-{variant}")
         applied[variant] = path / f"applied-{variant}"
-        _add(engine, variant, path / variant)
+        add_variant(engine, variant, path / variant)
     make_adapter(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), path / "lora")
-    _add(engine, "lora", path / "lora")
+    add_variant(engine, "lora", path / "lora")
     return engine, applied
 
 

@@ -26,6 +26,7 @@ from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.model_runners import make_runner
 from tests.fakes.peft_adapters import TinyBase, make_adapter, merged_model
 from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
+from tests.fakes.variants_of_engines import add_variant, run_to_end
 
 NUM_NEW_TOKENS = 12
 ALL_LINEAR = "all-linear"
@@ -99,29 +100,6 @@ def _engine(path: Path, impl: str, kernels: KernelLibrary, *, budget: int) -> LL
     )
 
 
-def _add(engine: LLMEngine, name: str, path: Path) -> None:
-    reply = engine.loras.add(name, path)
-    while not reply.done():
-        engine.advance_loras()
-    reply.result(0)
-
-
-def _run(engine: LLMEngine) -> tuple[dict[str, list[int]], dict[str, torch.Tensor]]:
-    """Tokens and logprobs of the prompt, by request."""
-    tokens: dict[str, list[int]] = {}
-    logprobs: dict[str, torch.Tensor] = {}
-    while engine.has_unfinished_requests:
-        for output in engine.step():
-            assert output.error is None, output.error
-            if output.prompt_logprobs is not None:
-                found = [entry.logprob for entry in output.prompt_logprobs if entry is not None]
-                logprobs[output.request_id] = torch.tensor(found)
-            for delta in output.deltas:
-                tokens.setdefault(output.request_id, []).extend(delta.token_ids)
-    engine.check_integrity()
-    return tokens, logprobs
-
-
 @pytest.mark.parametrize("budget", [512, 16])
 @pytest.mark.parametrize(("name", "impl"), CASES)
 def test_base_and_adapters_in_one_batch_equal_peft(
@@ -151,13 +129,13 @@ def _check(
     references: dict[str, nn.Module] = {"base": model}
     for number, (adapter, config) in enumerate(configs.items()):
         references[adapter] = make_adapter(model, config, path / adapter, seed=number)
-        _add(engine, adapter, path / adapter)
+        add_variant(engine, adapter, path / adapter)
     for adapter in references:
         loras = [] if adapter == "base" else [LoraWeight(adapter)]
         for kind, prompt_logprobs in (("known", 0), ("plain", None)):
             sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, prompt_logprobs=prompt_logprobs)
             engine.add_request(f"{adapter} {kind}", shared, sampling, loras=loras)
-    tokens, logprobs = _run(engine)
+    tokens, logprobs = run_to_end(engine)
     for adapter, reference in references.items():
         expected = _greedy(reference, shared)
         assert tokens[f"{adapter} known"] == tokens[f"{adapter} plain"] == expected, adapter
@@ -175,12 +153,12 @@ def test_combinations_equal_the_sum_of_the_updates(
     weights = [LoraWeight("attention", 0.5), LoraWeight("everywhere", -1.5)]
     for number, (adapter, _) in enumerate(weights):
         make_adapter(model, CONFIGS[adapter], tmp_path / adapter, seed=number)
-        _add(engine, adapter, tmp_path / adapter)
+        add_variant(engine, adapter, tmp_path / adapter)
     prompt = list(range(15))
     sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, prompt_logprobs=0)
     engine.add_request("both", prompt, sampling, loras=weights)
     engine.add_request("base", prompt, sampling)
-    tokens, logprobs = _run(engine)
+    tokens, logprobs = run_to_end(engine)
     expected = _combined(model, tmp_path, weights)
     assert tokens["both"] == _greedy(expected, prompt)
     assert tokens["base"] == _greedy(model, prompt)

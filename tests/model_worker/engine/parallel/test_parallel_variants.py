@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from delta.codecs.policy import CodecPolicy
@@ -23,6 +22,7 @@ from tests.delta.models import make
 from tests.fakes.divided_models import engine_of
 from tests.fakes.peft_adapters import make_adapter
 from tests.fakes.tiny_models import VOCAB_SIZE, build_tiny_model, make_tiny_plan, with_more_tokens
+from tests.fakes.variants_of_engines import add_variant, run_to_end, write_fine_tune
 
 ALL_LINEAR = "all-linear"
 ADAPTERS: Mapping[str, Any] = {
@@ -75,18 +75,11 @@ def _config(impl: str, size: int) -> EngineConfig:
     )
 
 
-def _add(engine: LLMEngine, name: str, path: Path) -> None:
-    reply = engine.loras.add(name, path)
-    while not reply.done():
-        engine.advance_loras()
-    reply.result(0)
-
-
 def _answers(engine: LLMEngine, variants: Mapping[str, Path]) -> dict[str, list[int]]:
     """Greedy tokens of the base, of each variant, and of the first two that can be added up, computed together."""
     loras: dict[str, list[LoraWeight]] = {"base": []}
     for name, path in variants.items():
-        _add(engine, name, path)
+        add_variant(engine, name, path)
         loras[name] = [LoraWeight(name)]
     if {"attention", "linear"} <= variants.keys():
         loras["both"] = [LoraWeight("attention", 0.7), LoraWeight("linear", 0.4)]
@@ -96,13 +89,7 @@ def _answers(engine: LLMEngine, variants: Mapping[str, Path]) -> dict[str, list[
         engine.add_request(
             name, prompt, SamplingParams(temperature=0.0, max_tokens=10, prompt_logprobs=0), loras=loras[name]
         )
-    tokens: dict[str, list[int]] = {}
-    while engine.has_unfinished_requests:
-        for output in engine.step():
-            assert output.error is None, output.error
-            for delta in output.deltas:
-                tokens.setdefault(output.request_id, []).extend(delta.token_ids)
-    engine.check_integrity()
+    tokens, _ = run_to_end(engine)
     return tokens
 
 
@@ -137,7 +124,9 @@ def test_deltas(name: str, impl: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     build_tiny_model(name).save_pretrained(base)
     for seed, (delta, policy) in enumerate(DELTAS.items()):
-        target = _fine_tune(base, tmp_path / f"target-{delta}", seed, share=1.0 if policy.codec == "dense" else 0.1)
+        target = write_fine_tune(
+            base, tmp_path / f"target-{delta}", seed, share=1.0 if policy.codec == "dense" else 0.1
+        )
         make(base, target, tmp_path / delta, policy)
     _check(base, impl, {delta: tmp_path / delta for delta in DELTAS})
 
@@ -153,7 +142,7 @@ def test_tokens_that_the_base_does_not_have(impl: str, tmp_path: Path) -> None:
         with engine_of(
             make_tiny_plan(tmp_path / "base"), _config("transformers" if size == 1 else impl, size)
         ) as engine:
-            _add(engine, "delta", tmp_path / "delta")
+            add_variant(engine, "delta", tmp_path / "delta")
             prompt = [VOCAB_SIZE + 4, 3, VOCAB_SIZE, 77]
             sampling = SamplingParams(temperature=0.0, max_tokens=10, logit_bias={VOCAB_SIZE + 2: 3.0})
             engine.add_request("0", prompt, sampling, loras=[LoraWeight("delta")])
@@ -171,27 +160,13 @@ def test_ranks_forget_variants_that_are_gone(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     make_adapter(model, ADAPTERS["linear"], tmp_path / "linear")
     with engine_of(make_tiny_plan(tmp_path / "base"), _config("transformers", 2)) as engine:
-        _add(engine, "linear", tmp_path / "linear")
+        add_variant(engine, "linear", tmp_path / "linear")
         one = engine.loras.statuses()[0].host_bytes
         assert engine.loras.remove("linear").done()
         gc.collect()
         for again in range(3):  # the numbers of those that are gone are with the next request
-            _add(engine, f"again-{again}", tmp_path / "linear")
+            add_variant(engine, f"again-{again}", tmp_path / "linear")
         assert [status.host_bytes for status in engine.loras.statuses()] == [one] * 3
-
-
-def _fine_tune(base: Path, target: Path, seed: int, share: float) -> Path:
-    """The base with some of the numbers of its matrices changed, and all norms."""
-    weights = load_file(base / "model.safetensors")
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in weights.items():
-        noise = torch.randn(weight.shape, generator=generator) * weight.std()
-        chosen = torch.rand(weight.shape, generator=generator) < share
-        weights[name] = weight + (noise * chosen if weight.ndim > 1 else noise * 0.1)
-    target.mkdir()
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    (target / "config.json").write_bytes((base / "config.json").read_bytes())
-    return target
 
 
 def _with_noise(model: PreTrainedModel, path: Path) -> None:
