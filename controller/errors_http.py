@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_RETRY_AFTER_S = 1.0
 
+_PUBLIC_PATHS = "/v1/chat/completions, /v1/completions, /v1/models, /tokenize and /detokenize"
+_MAX_SHOWN_CHARS = 80  # of an unknown path
+
 
 class RouteNotFoundError(ClientError):
     status = 404
@@ -106,7 +109,10 @@ def install_error_handlers(app: FastAPI) -> None:
 
 def _of_http_exception(request: Request, error: HTTPException) -> RootgraftError:
     if error.status_code == 404:
-        return RouteNotFoundError(f"there is no {request.url.path} here; the API is below /v1")
+        return RouteNotFoundError(
+            f"there is no {request.url.path[:_MAX_SHOWN_CHARS]} here; clients use {_PUBLIC_PATHS}, and the base URL "
+            "that OpenAI's clients are given ends in /v1"
+        )
     if error.status_code == 405:
         return MethodNotAllowedError(f"{request.method} is not allowed on {request.url.path}")
     if error.status_code < 500:

@@ -100,13 +100,18 @@ def _message(details: ErrorDetails, param: str) -> str:
             return f"{param} is not supported by this server; leave it out."
         case "too_short":
             return f"{param} must not be empty."
+        case "model_type" | "dict_type":
+            return f"{param} should be an object, got {_shown(details['input'])}."
         case "not_supported":
             return details["msg"]
     rule = details["msg"].removeprefix("Input should ")
-    shown = repr(details["input"])
-    if len(shown) > MAX_SHOWN_CHARS:
-        shown = shown[:MAX_SHOWN_CHARS] + "…"
+    shown = _shown(details["input"])
     return f"{param} should {rule}, got {shown}." if rule != details["msg"] else f"{param}: {rule}, got {shown}."
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN_CHARS else f"{shown[:MAX_SHOWN_CHARS]}…"
 
 
 def _param(location: tuple[int | str, ...]) -> str:

@@ -71,8 +71,19 @@ class ChatMessageParam(RequestModel):
     annotations: Annotated[list[None], Field(max_length=0)] | None = None
 
 
+def _free_text(kind: Any) -> Any:
+    if kind in ("json_object", "json_schema"):
+        raise PydanticCustomError(
+            "not_supported",
+            "response_format of type {kind} is not supported: this server does not constrain answers; leave it out, "
+            "ask for JSON in the messages, and check the answer.",
+            {"kind": kind},
+        )
+    return kind
+
+
 class TextResponseFormat(RequestModel):
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_free_text)]
 
 
 class ChatCompletionRequest(GenerationRequest):

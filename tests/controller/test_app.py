@@ -90,6 +90,18 @@ async def test_every_error_has_the_openai_shape(
         assert response.headers["retry-after"] == "3"
 
 
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/chat/completions", "/api/chat", "/"])
+async def test_who_asks_for_what_is_not_there_learns_what_is(start_controller: StartController, path: str) -> None:
+    controller = await start_controller()
+    message = (await (await controller.post(path, json={})).json())["error"]["message"]
+    assert message.startswith(f"there is no {path} here; ")
+    served = (await (await controller.get("/openapi.json")).json())["paths"]
+    named = {word.rstrip(",") for word in message.partition(";")[2].split() if word.startswith("/")} - {"/v1"}
+    assert named == {path for path in served if path.startswith(("/v1/", "/tokenize", "/detokenize"))} - {
+        "/v1/models/{model_id}", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    }  # fmt: skip
+
+
 async def test_a_request_reaches_the_worker_and_counts_in_the_metrics(start_controller: StartController) -> None:
     controller = await start_controller()
     async with FakeWorker() as worker:

@@ -265,6 +265,13 @@ async def test_astral_characters_and_escapes_pass(api: Api, gateway: FakeGateway
     [
         ({"logit_bias": {"Paris": 1}}, "the keys of logit_bias are token ids, as \"42\", not 'Paris'."),
         ({"messages": []}, "messages must not be empty."),
+        ({"messages": ["Hi"]}, "messages[0] should be an object, got 'Hi'."),
+        ({"response_format": "json"}, "response_format should be an object, got 'json'."),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format of type json_schema is not supported: this server does not constrain answers; leave it "
+            "out, ask for JSON in the messages, and check the answer.",
+        ),
     ],
 )
 async def test_messages_say_what_to_do(api: Api, fields: dict[str, Any], message: str) -> None:
