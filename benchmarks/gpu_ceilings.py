@@ -11,6 +11,7 @@ from gpu_checkpoint import DEVICE
 
 _COPIED_BYTES = 4 << 30
 _MATRIX = 8192
+_WARM_UP, _REPEATS = 3, 15  # runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,12 @@ def _matmul_s() -> float:
     return median_s(lambda: torch.matmul(a, b, out=out))
 
 
-def median_s(run: Callable[[], object], *, repeats: int = 15, warm_up: int = 3) -> float:
+def median_s(run: Callable[[], object]) -> float:
     """Seconds that the GPU works on what `run` launches: the median of several runs, by events."""
-    for _ in range(warm_up):
+    for _ in range(_WARM_UP):
         run()
     times_s = []
-    for _ in range(repeats):
+    for _ in range(_REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         run()

@@ -22,13 +22,14 @@ _MAX_PROBE_CASES = 8
 _NUM_PROBED_TOKENS = 5
 _MIN_TOLERANCE = 0.1
 _ROUNDING_ALLOWANCE = 4
+_DTYPE = torch.float32  # below it the rounding is of the size of what is to be measured
 
 
 class QualityMeter:
     """Compares models with one fine-tune over the same prompts.
 
-    The models are computed with transformers in `dtype`, one after the other, and the fine-tune only once. Memory: one
-    model in `dtype` and, while `measure` builds it, its weights as they were given; and 4 bytes for each prompted token
+    The models are computed with transformers in float32, one after the other, and the fine-tune only once. Memory: one
+    model in float32 and, while `measure` builds it, its weights as they were given; and 4 bytes for each prompted token
     and token of the vocabulary, 250 MB for the default prompts and a vocabulary of 49 thousand; and for `inputs`, at
     1,024 tokens at most, 2 bytes for each number that a layer is given.
 
@@ -39,7 +40,6 @@ class QualityMeter:
         base, target: directories of the base and the fine-tune.
         prompts: what models are compared over, with answers where there are some, and followed by the fine-tune's own.
         calibration: for `inputs`; apart from `prompts`, or those would say too much good about what is made with them.
-        dtype: below float32 the rounding is of the size of what is to be measured.
 
     Raises:
         CheckpointError: a model or tokenizer that cannot be read, no prompts of at least two tokens, or a fine-tune
@@ -54,17 +54,15 @@ class QualityMeter:
         prompts: QualityPrompts,
         *,
         calibration: Sequence[QualityPrompts] = (),
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._target = target
-        self._dtype = dtype
         self._prompts_name = prompts.name
         with _model_errors(target):
             tokenizer = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
         self._prompts = list(tokenize_prompts(prompts, tokenizer))
         if not self._prompts:
             raise CheckpointError("none of the prompts has two tokens or more; there is nothing to compare")
-        model = _load_model(target, dtype)
+        model = _load_model(target)
         texts = [prompt.whole for each in calibration for prompt in tokenize_prompts(each, tokenizer)]
         self.inputs: InputSamples = sample_inputs(model, texts)
         self._expected = self._logprobs(model)  # of each prompt [num_tokens, vocabulary]
@@ -86,7 +84,7 @@ class QualityMeter:
         Args:
             check: called before the probe is computed; what it raises passes through.
         """
-        model = _with_weights(self._empty, weights, self._target, self._dtype)
+        model = _with_weights(self._empty, weights, self._target)
         divergences, agreements = [], []
         for expected, logprobs in zip(self._expected, self._logprobs(model), strict=True):
             divergences.append(_divergences(expected, logprobs))
@@ -109,7 +107,7 @@ class QualityMeter:
 
     def _compare_with_base(self, base: Path) -> float | None:
         """Over the tokens that both have."""
-        model = _load_model(base, self._dtype)
+        model = _load_model(base)
         num_known = _vocabulary_size(model)
         known = [index for index, prompt in enumerate(self._prompts) if max(prompt.whole) < num_known]
         divergences = []
@@ -144,21 +142,21 @@ def _probe(model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> Probe:
     return Probe(tuple(cases), max(_MIN_TOLERANCE, _ROUNDING_ALLOWANCE * largest))
 
 
-def _load_model(directory: Path, dtype: torch.dtype) -> Any:
+def _load_model(directory: Path) -> Any:
     with _model_errors(directory):
         auto_model: Any = AutoModelForCausalLM  # its types do not know output_loading_info
         model, report = auto_model.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            directory, dtype=_DTYPE, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     _check_complete(directory, report)
     return model.eval()
 
 
-def _with_weights(like: Any, weights: Mapping[str, Tensor], directory: Path, dtype: torch.dtype) -> Any:
+def _with_weights(like: Any, weights: Mapping[str, Tensor], directory: Path) -> Any:
     """A model of the class and configuration of another one."""
     with _model_errors(directory):
         model, report = type(like).from_pretrained(
-            None, config=like.config, state_dict=dict(weights), dtype=dtype, output_loading_info=True
+            None, config=like.config, state_dict=dict(weights), dtype=_DTYPE, output_loading_info=True
         )
     _check_complete(directory, report)
     return model.eval()

@@ -86,10 +86,6 @@ class BlockManager:
         self._free_host = list(range(num_host_blocks))
 
     @property
-    def num_free_blocks(self) -> int:
-        return len(self._free)
-
-    @property
     def num_used_blocks(self) -> int:
         return self.num_blocks - len(self._free)
 

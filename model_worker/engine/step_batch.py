@@ -108,8 +108,3 @@ class StepBatch:
     @property
     def num_sequences(self) -> int:
         return len(self.seq_lens)
-
-    @property
-    def decodes_only(self) -> bool:
-        """Every sequence has one token, and no logprobs of prompts are wanted."""
-        return self.num_tokens == self.num_sequences and not self.prompt_rows

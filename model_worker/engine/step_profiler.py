@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,13 +168,11 @@ class SpanProfiler(_RecordingProfiler):
         *,
         max_steps: int,
         title: str,
-        with_operations: bool = False,
-        clock: Callable[[], int] = time.perf_counter_ns,
+        with_operations: bool,
     ) -> None:
         super().__init__(destination, max_steps=max_steps, title=title)
         self._with_operations = with_operations
         self._model: Traceable | None = None
-        self._clock = clock
         self._spans: list[Span] = []
         self._threads: dict[int, str] = {}
 
@@ -203,13 +201,13 @@ class SpanProfiler(_RecordingProfiler):
 
     @contextmanager
     def _span(self, name: str, counts: Mapping[str, int]) -> Iterator[None]:
-        begin = self._clock()
+        begin = time.perf_counter_ns()
         try:
             yield
         finally:
             thread = threading.get_native_id()
             self._threads.setdefault(thread, threading.current_thread().name)
-            self._spans.append(Span(name, thread, begin, self._clock(), counts))
+            self._spans.append(Span(name, thread, begin, time.perf_counter_ns(), counts))
 
     def _begin(self) -> None:
         pass

@@ -46,7 +46,6 @@ class ProcessGroup:
     Args:
         find_store: gives the store where the ranks find each other.
         device: of the tensors.
-        timeout_s: that a call waits for the others, at first.
     """
 
     def __init__(
@@ -56,13 +55,12 @@ class ProcessGroup:
         rank: int,
         size: int,
         device: torch.device,
-        timeout_s: float = LOAD_TIMEOUT_S,
     ) -> None:
         self.rank = rank
         self.size = size
         self._device = device
         self._found: Future[_Backends] = Future()
-        threading.Thread(target=self._find, args=(find_store, timedelta(seconds=timeout_s)), daemon=True).start()
+        threading.Thread(target=self._find, args=(find_store,), daemon=True).start()
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -105,9 +103,9 @@ class ProcessGroup:
             if self._found.exception() is None:
                 _abort(self._found.result())
 
-    def _find(self, find_store: Callable[[], Store], timeout: timedelta) -> None:
+    def _find(self, find_store: Callable[[], Store]) -> None:
         try:
-            backends = _make_backends(find_store(), self.rank, self.size, self._device, timeout)
+            backends = _make_backends(find_store(), self.rank, self.size, self._device)
         except Exception as error:
             with suppress(InvalidStateError):  # aborted in the meantime
                 self._found.set_exception(error)
@@ -133,7 +131,8 @@ def join_store(port: int, size: int) -> Store:
     return c10d.TCPStore(_LOOPBACK, port, size, is_master=False, wait_for_workers=False)
 
 
-def _make_backends(store: Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> _Backends:
+def _make_backends(store: Store, rank: int, size: int, device: torch.device) -> _Backends:
+    timeout = timedelta(seconds=LOAD_TIMEOUT_S)
     options = c10d.ProcessGroupGloo._Options()
     options._timeout = timeout
     options._threads = 1

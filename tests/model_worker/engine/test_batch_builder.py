@@ -37,7 +37,6 @@ def test_a_prompt_and_a_decoding_sequence() -> None:
     assert (batch.query_start, batch.seq_lens) == ((0, 4, 5), (6, 6))
     assert (batch.logit_rows.tolist(), batch.repeats) == ([4], None)
     assert batch.blocks.cleared == (2,)  # of the other's last block the first slot was written before
-    assert not batch.decodes_only
     assert [a.dtype for a in (batch.input_ids, batch.positions, batch.slot_mapping)] == [np.int64] * 3
     assert batch.block_tables.dtype == np.int32
 
@@ -47,7 +46,6 @@ def test_every_layer_group_has_its_own_tables_and_slots() -> None:
     batch = build(ScheduledSequence(a, 5, 1, (a,)), ScheduledSequence(b, 2, 1, (b,)), num_groups=2)
     assert batch.block_tables.tolist() == [[[5, 2], [3, 0]], [[0, 9], [8, 0]]]
     assert batch.slot_mapping.tolist() == [[2 * 4 + 1, 3 * 4 + 2], [9 * 4 + 1, 8 * 4 + 2]]
-    assert batch.decodes_only
 
 
 @pytest.mark.parametrize(
@@ -112,7 +110,7 @@ def test_the_logits_of_a_prompt_are_wanted_in_pieces_up_to_its_end() -> None:
     sequence.append(5)
     decode = ScheduledSequence(sequence, 100, 1, (sequence,))
     assert list(prompt_targets(decode)) == []
-    assert build(decode).decodes_only
+    assert build(decode).prompt_rows == ()
 
 
 def test_a_batch_can_be_sent_to_another_process() -> None:

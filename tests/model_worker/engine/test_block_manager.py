@@ -24,9 +24,9 @@ def test_admission_takes_exactly_the_blocks_of_all_tokens() -> None:
     sequence = make_sequence(0, list(range(9)))
     assert manager.admit(sequence, reserve=0)
     assert len(sequence.block_table) == 3
-    assert manager.num_free_blocks == 5
+    assert manager.num_used_blocks == 3
     manager.release(sequence)
-    assert manager.num_free_blocks == 8
+    assert manager.num_used_blocks == 0
     manager.check_integrity([])
 
 
@@ -34,7 +34,7 @@ def test_admission_that_would_break_into_the_reserve_changes_nothing() -> None:
     manager = BlockManager(4, BLOCK_SIZE)
     sequence = make_sequence(0, list(range(9)))
     assert not manager.admit(sequence, reserve=2)
-    assert manager.num_free_blocks == 4
+    assert manager.num_used_blocks == 0
     assert not sequence.block_table
     assert manager.admit(sequence, reserve=1)
 
@@ -303,6 +303,6 @@ def test_no_block_leaks_or_is_held_twice_after_any_mix(
                     assert memory[table[position // BLOCK_SIZE], position % BLOCK_SIZE] == token
     for sequence in live + swapped:
         manager.release(sequence)
-    assert manager.num_free_blocks == num_blocks
+    assert manager.num_used_blocks == 0
     assert manager.num_used_host_blocks == 0
     manager.check_integrity([])
