@@ -132,7 +132,7 @@ def test_a_mixed_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_on_kernels")
-@pytest.mark.parametrize("family", ["llama-tied", "qwen2"])
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "mixtral"])
 def test_prompts_whose_planes_are_merged_with_the_base(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of three variants and the base, single tokens; in some layers rows are scaled, or have no planes."""
     monkeypatch.setattr(merged_rows, "MIN_ROWS", 5)
@@ -149,7 +149,7 @@ def test_prompts_whose_planes_are_merged_with_the_base(family: str, monkeypatch:
     steps = ((1, 7, 9, 1, 12, 1), (6, 1, 1, 11, 3, 5))
     found = _run(found_by, terms, steps)
     assert {planes for _, planes in merged} == {1, 2}
-    assert len({layer for layer, _ in merged}) > 3
+    assert len({layer for layer, _ in merged}) >= (3 if family == "mixtral" else 4)
     monkeypatch.undo()
     expected = _run(_decoder(family, has_tables=False)[0], terms, steps)
     for ours, theirs in zip(found, expected, strict=True):
