@@ -3,25 +3,22 @@
     root/blobs/sha256/ab/abcdef…64 hex digits     complete, read-only, never changed
     root/blobs/sha256/.tmp-…                      being written; moved into place by a rename in the same file system
 
-A blob is visible only when all of it is on the disk. Two writers of the same content both succeed: the second rename
-replaces the file by an equal one. Nothing is deleted unless `delete` is called for it.
+A blob is visible only when all of it is on the disk. Of several writers of the same content one writes at a time, see
+registry.blob_receiver. Nothing is deleted unless `delete` is called for it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from registry.atomic_file import TEMPORARY_PREFIX, disk_errors, publish, sync_directory, temporary_file
+from registry.atomic_file import TEMPORARY_PREFIX, sync_directory, temporary_file
 from registry.blob_receiver import BlobReceiver, partial_path, receiving
-from registry.errors import InternalError, InvalidRequestError
+from registry.errors import InvalidRequestError
 from registry.names import is_digest
-
-CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,37 +42,6 @@ class Store:
         with temporary_file(self._blobs):
             pass
 
-    def put_file(self, source: Path) -> Blob:
-        """Copy `source` into the store.
-
-        Raises:
-            InvalidRequestError: `source` cannot be read.
-            InternalError: the disk is full or the store cannot be written; nothing is left behind.
-        """
-        try:
-            with source.open("rb") as file:
-                return self.put_stream(iter(lambda: file.read(CHUNK_BYTES), b""))
-        except OSError as error:
-            raise InvalidRequestError(f"cannot read {source}: {error.strerror or error}") from error
-
-    def put_stream(self, chunks: Iterable[bytes]) -> Blob:
-        """Store the bytes of `chunks`. An error of the iterable itself passes through.
-
-        Raises:
-            InternalError: the disk is full or the store cannot be written; nothing is left behind.
-        """
-        hasher, num_bytes = hashlib.sha256(), 0
-        with temporary_file(self._blobs) as (file, temporary):
-            for chunk in chunks:
-                hasher.update(chunk)
-                num_bytes += len(chunk)
-                with disk_errors(self._blobs):
-                    file.write(chunk)
-            digest = f"sha256:{hasher.hexdigest()}"
-            destination = self._location(digest)
-            publish(file, temporary, destination, mode=0o444)
-        return Blob(digest, destination, num_bytes)
-
     def receive(self, digest: str, *, wait: bool = False) -> AbstractContextManager[BlobReceiver]:
         """Receive a blob whose digest is known, going on where a sender broke off. Args and Raises: as `receiving`."""
         return receiving(digest, self._location(digest), self._blobs, wait=wait)
@@ -97,17 +63,6 @@ class Store:
 
     def __contains__(self, digest: str) -> bool:
         return self._location(digest).exists()
-
-    def verify(self, digest: str) -> Blob:
-        """Read the blob and compare; raises InvalidRequestError when absent, InternalError when its bytes changed."""
-        blob = self.get(digest)
-        with blob.path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if f"sha256:{found}" != digest:
-            raise InternalError(
-                f"{blob.path} is damaged: its bytes hash to sha256:{found}; delete it and store it again"
-            )
-        return blob
 
     def blobs(self) -> Iterator[Blob]:
         """Every complete blob, in the order of the digests."""

@@ -18,6 +18,7 @@ from registry.store import Store
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_loras import FakeLoras
 from tests.fakes.load_plans import make_plan
+from tests.fakes.stored_blobs import put
 
 CONFIG, WEIGHTS = b'{"r": 8}', bytes(range(256)) * 300
 
@@ -87,7 +88,7 @@ def files(server: BlobServer, tmp_path: Path) -> PublishedFiles:
     store = Store(tmp_path / "of the controller")
     digests = {}
     for name, data in (("adapter_config.json", CONFIG), ("files/weights.safetensors", WEIGHTS)):
-        digests[name] = store.put_stream([data]).digest
+        digests[name] = put(store, data).digest
         server.blobs[digests[name]] = data
     return PublishedFiles(digests)
 

@@ -23,6 +23,7 @@ from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.fake_loras import FakeLoras
 from tests.fakes.load_plans import make_plan
 from tests.fakes.signing_keys import KeyPair, write_key_pair
+from tests.fakes.stored_blobs import put
 
 Add = Callable[[Variants, Path], Awaitable[None]]
 
@@ -56,7 +57,7 @@ async def add_below_the_root(variants: Variants, bot: Path) -> None:
 
 async def add_published(variants: Variants, bot: Path) -> None:
     store = Store(bot.parent / "cache" / "store")
-    digests = {name: store.put_file(file).digest for name, file in find_files(bot).items()}
+    digests = {name: put(store, file.read_bytes()).digest for name, file in find_files(bot).items()}
     digest = PublishedFiles(digests).manifest_digest
     await variants.add(AddVariantRequest(name="bot@v1", parent="base", path=digest, files=digests))
 

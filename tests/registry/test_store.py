@@ -4,7 +4,6 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from registry.errors import InternalError, InvalidRequestError
 from registry.store import Store
-
-
-def digest_of(content: bytes) -> str:
-    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+from tests.fakes.stored_blobs import digest_of, put, put_pieces
 
 
 def files_below(root: Path) -> list[Path]:
@@ -24,7 +20,7 @@ def files_below(root: Path) -> list[Path]:
 
 def test_put_get_and_layout(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    blob = store.put_stream([b"hello ", b"", b"world"])
+    blob = put_pieces(store, [b"hello ", b"", b"world"])
     hex_digits = hashlib.sha256(b"hello world").hexdigest()
     assert blob.digest == f"sha256:{hex_digits}"
     assert blob.path == tmp_path / "blobs" / "sha256" / hex_digits[:2] / hex_digits
@@ -42,49 +38,30 @@ def test_the_name_is_the_hash_however_the_bytes_arrive(
     tmp_path_factory: pytest.TempPathFactory, chunks: list[bytes]
 ) -> None:
     store = Store(tmp_path_factory.mktemp("store"))
-    blob = store.put_stream(chunks)
-    assert blob.digest == digest_of(b"".join(chunks))
-    assert store.verify(blob.digest).num_bytes == len(b"".join(chunks))
+    blob = put_pieces(store, chunks)
+    assert blob.path.read_bytes() == b"".join(chunks)
+    assert blob.num_bytes == len(b"".join(chunks))
 
 
-def test_put_file_and_put_again(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.write_bytes(b"x" * 10_000_000)
-    store = Store(tmp_path / "store")
-    first = store.put_file(source)
-    assert store.put_file(source) == first
-    assert list(store.blobs()) == [first]
-    assert source.exists()
-
-
-def test_unreadable_source(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="cannot read"):
-        Store(tmp_path).put_file(tmp_path / "none")
+def test_what_is_there_is_not_written_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first = put(store, b"content")
+    with store.receive(first.digest) as receiver:
+        assert receiver.complete
+    assert list(store.blobs()) == [put(store, b"content")] == [first]
 
 
 def test_listing_is_sorted_and_leaves_out_what_is_being_written(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert list(store.blobs()) == []
-    digests = sorted(store.put_stream([bytes([n])]).digest for n in range(20))
-
-    def chunks() -> Iterator[bytes]:
-        yield b"half"
+    digests = sorted(put(store, bytes([n])).digest for n in range(20))
+    with store.receive(digest_of(b"whole")) as receiver:
+        receiver.write(b"who")
         assert [blob.digest for blob in store.blobs()] == digests
         assert len(files_below(tmp_path)) == len(digests) + 1
-        yield b"whole"
-
-    store.put_stream(chunks())
+        receiver.write(b"le")
+        receiver.finish()
     assert len(list(store.blobs())) == len(digests) + 1
-
-
-def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def chunks() -> Iterator[bytes]:
-        yield b"half"
-        raise ConnectionError("gone")
-
-    with pytest.raises(ConnectionError):
-        Store(tmp_path).put_stream(chunks())
-    assert files_below(tmp_path) == []
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
@@ -96,7 +73,7 @@ def test_disk_full_is_one_message_and_leaves_nothing(
 
     monkeypatch.setattr(*((os, "fsync", full) if call == "fsync" else (Path, "rename", full)))
     with pytest.raises(InternalError, match=r"^no space left on the disk of .* MB free\); free some and try again$"):
-        Store(tmp_path).put_stream([b"x" * 100])
+        put(Store(tmp_path), b"x" * 100)
     monkeypatch.undo()
     assert files_below(tmp_path) == []
 
@@ -104,7 +81,7 @@ def test_disk_full_is_one_message_and_leaves_nothing(
 def test_root_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InternalError, match="cannot write below"):
-        Store(tmp_path / "file").put_stream([b"x"])
+        put(Store(tmp_path / "file"), b"x")
 
 
 def test_concurrent_puts_of_the_same_content(tmp_path: Path) -> None:
@@ -112,12 +89,11 @@ def test_concurrent_puts_of_the_same_content(tmp_path: Path) -> None:
     together = threading.Barrier(8)
     found: list[str] = []
 
-    def chunks() -> Iterator[bytes]:
-        yield b"same"
+    def put_with_others() -> None:
         together.wait(timeout=30)
-        yield b" content"
+        found.append(put(store, b"same content").digest)
 
-    threads = [threading.Thread(target=lambda: found.append(store.put_stream(chunks()).digest)) for _ in range(8)]
+    threads = [threading.Thread(target=put_with_others) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -126,21 +102,12 @@ def test_concurrent_puts_of_the_same_content(tmp_path: Path) -> None:
     assert len(files_below(tmp_path)) == 1
 
 
-def test_verify_notices_a_changed_byte(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    blob = store.put_stream([b"content"])
-    blob.path.chmod(0o644)
-    blob.path.write_bytes(b"c0ntent")
-    with pytest.raises(InternalError, match="is damaged"):
-        store.verify(blob.digest)
-
-
 def test_delete(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    kept, gone = store.put_stream([b"kept"]), store.put_stream([b"gone"])
+    kept, gone = put(store, b"kept"), put(store, b"gone")
     store.delete(gone.digest)
     assert list(store.blobs()) == [kept]
-    for call in (store.get, store.delete, store.verify):
+    for call in (store.get, store.delete):
         with pytest.raises(InvalidRequestError, match="is not in the store"):
             call(gone.digest)
 
@@ -153,7 +120,7 @@ def test_a_digest_is_never_a_path(tmp_path: Path, digest: str) -> None:
 
 def test_only_old_abandoned_files_are_removed(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    blob = store.put_stream([b"kept"])
+    blob = put(store, b"kept")
     directory = blob.path.parent.parent
     old, new = directory / ".tmp-old", directory / ".tmp-new"
     for path, modified in ((old, 1000), (new, 5000)):

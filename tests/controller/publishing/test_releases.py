@@ -20,6 +20,7 @@ from registry.store import Store
 from tests.controller.conftest import RunningController, StartController
 from tests.fakes.fake_variants import FakeVariants, VariantRefused
 from tests.fakes.fake_worker import FakeWorker, Script
+from tests.fakes.stored_blobs import put
 from tests.fakes.until import until
 
 CHAT = {"model": "bot", "messages": [{"role": "user", "content": "hi"}], "temperature": 0}
@@ -35,7 +36,7 @@ class Publishing:
 
     def put(self, text: str) -> dict[str, str]:
         """The files of a LoRA adapter, in the store, and where workers can read them."""
-        digests = {name: self.store.put_stream([f"{name} {text}".encode()]).digest for name in
+        digests = {name: put(self.store, f"{name} {text}".encode()).digest for name in
                    ("adapter_config.json", "adapter_model.safetensors")}  # fmt: skip
         digest = f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
         for worker in self.workers:
@@ -138,7 +139,7 @@ async def test_a_version_can_be_made_while_its_workers_are_away(
 ) -> None:
     """As after a restart of the controller, when they have not come back yet."""
     controller = await start_controller(store=str(tmp_path / "store"))
-    base, files = "sha256:" + "5" * 64, {"adapter_config.json": Store(tmp_path / "store").put_stream([b"{}"]).digest}
+    base, files = "sha256:" + "5" * 64, {"adapter_config.json": put(Store(tmp_path / "store"), b"{}").digest}
     controller.state.catalog.upsert_model("m", family="llama", digest=base, path="", actor="worker:w1")
     for body in ({"base_digest": base}, {"parent": "m"}):
         response = await controller.post("/admin/releases/bot/versions", json={"files": files, **body})
