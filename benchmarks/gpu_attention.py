@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from gpu_ceilings import Ceilings, measure_ceilings, median_s, replayed_s
 from gpu_checkpoint import DEVICE
-from gpu_figures import Figure, format_table, write_figures
+from gpu_figures import Figure, Findings
 
 from model_worker.engine.ops.paged_attention import AttentionMetadata, AttentionParams, paged_attention
 
@@ -31,19 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     ceilings = measure_ceilings()
-    figures: list[Figure] = []
-
-    def report(figure: Figure) -> None:
-        figures.append(figure)
-        if options.json is not None:
-            write_figures(figures, options.json)
-
-    report(decode(*TARGET_SHAPE, torch.bfloat16, ceilings))
+    findings = Findings(options.json)
+    findings.add(decode(*TARGET_SHAPE, torch.bfloat16, ceilings))
     for shape in DECODES:
-        report(decode(*shape, torch.bfloat16, ceilings))
-    report(decode(*TARGET_SHAPE, torch.float8_e4m3fn, ceilings))
-    report(prefill(ceilings))
-    print(format_table(figures))
+        findings.add(decode(*shape, torch.bfloat16, ceilings))
+    findings.add(decode(*TARGET_SHAPE, torch.float8_e4m3fn, ceilings))
+    findings.add(prefill(ceilings))
+    print(findings.table())
     return 0
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gpu_checkpoint import DEVICE, LLAMA_8B, write_checkpoint
 from gpu_engine import MAX_MODEL_LEN, engine_config
-from gpu_figures import Figure, format_table, write_figures
+from gpu_figures import Figure, Findings
 
 from model_worker.engine.config import CacheConfig
 from model_worker.engine.llm import LLM
@@ -44,9 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
     write_checkpoint(options.checkpoint, LLAMA_8B, DEVICE)  # in the meantime
     failed = [kind for kind, process in zip(KINDS, processes, strict=True) if process.wait()]
     figure = Figure("kernels compiled, model written", time.perf_counter() - begin_s, "s")
-    if options.json is not None:
-        write_figures([figure], options.json)
-    print(format_table([figure]))
+    findings = Findings(options.json)
+    findings.add(figure)
+    print(findings.table())
     if failed:
         print(f"error: no model with these weights could be started: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from gpu_ceilings import Ceilings, measure_ceilings
 from gpu_checkpoint import DEVICE, LLAMA_8B, write_checkpoint
-from gpu_figures import Figure, format_table, write_figures
+from gpu_figures import Figure, Findings
 from gpu_steps import (
     decode_floor_s,
     decode_step_s,
@@ -52,23 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
     before_s = seconds_of_process()
     write_checkpoint(options.checkpoint, LLAMA_8B, DEVICE)
     ceilings = measure_ceilings()
-    figures: list[Figure] = []
-
-    def report(figure: Figure) -> None:
-        figures.append(figure)
-        if options.json is not None:
-            write_figures(figures, options.json)
-
+    findings = Findings(options.json)
     begin_s = time.perf_counter()
     llm = LLM(options.checkpoint, engine_config(), max_model_len=MAX_MODEL_LEN)
     start_s = before_s + time.perf_counter() - begin_s
-    report(Figure("start, to ready, files in the page cache", start_s, "s", START_TARGET_S, at_most=True))
+    findings.add(Figure("start, to ready, files in the page cache", start_s, "s", START_TARGET_S, at_most=True))
     for num_rows in DECODE_TARGETS:
-        report(decode(llm, num_rows, ceilings))
-    report(launch_gaps(llm))
-    report(prefill(llm, ceilings))
-    report(throughput(llm))
-    print(format_table(figures))
+        findings.add(decode(llm, num_rows, ceilings))
+    findings.add(launch_gaps(llm))
+    findings.add(prefill(llm, ceilings))
+    findings.add(throughput(llm))
+    print(findings.table())
     return 0
 
 

@@ -64,6 +64,27 @@ def format_table(figures: Sequence[Figure]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+class Findings:
+    """The figures of a benchmark, written after each one, so that one that is stopped leaves what it has found.
+
+    Args:
+        path: of the JSON file; None: there is none.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._figures: list[Figure] = []
+
+    def add(self, figure: Figure) -> None:
+        self._figures.append(figure)
+        if self._path is not None:
+            write_figures(self._figures, self._path)
+
+    def table(self) -> str:
+        """See `format_table`."""
+        return format_table(self._figures)
+
+
 def _number(value: float) -> str:
     """Three digits that mean something."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

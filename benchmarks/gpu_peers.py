@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from gpu_checkpoint import DEVICE, LLAMA_8B, write_checkpoint
 from gpu_engine import MAX_MODEL_LEN, NUM_REQUESTS, TOKENS_IN, TOKENS_OUT, seconds_of_process
-from gpu_figures import Figure, format_table, write_figures
+from gpu_figures import Figure, Findings
 from gpu_steps import random_prompts
 
 TARGETS = {"transformers": 3.0, "vllm": 1.0}
@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     end_s = time.perf_counter() + options.seconds - seconds_of_process() - _SECONDS_TO_END
     figure = measure(options.peer, options.checkpoint, options.ours, end_s)
-    if options.json is not None:
-        write_figures([figure], options.json)
-    print(format_table([figure]), flush=True)
+    findings = Findings(options.json)
+    findings.add(figure)
+    print(findings.table(), flush=True)
     os._exit(0)  # a run that was given up goes on in a thread
 
 

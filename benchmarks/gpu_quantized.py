@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from gpu_checkpoint import DEVICE, LLAMA_8B, write_checkpoint
-from gpu_figures import Figure, format_table, write_figures
+from gpu_figures import Figure, Findings
 from gpu_steps import decode_step_s, random_prompts
 
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculationConfig
@@ -30,15 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where the figures are written, after each one")
     options = parser.parse_args(arguments)
     write_checkpoint(options.checkpoint, LLAMA_8B, DEVICE)
-    figures: list[Figure] = []
+    findings = Findings(options.json)
     plain_s = step_s(options.checkpoint, "none")
     for quantization, target in TARGETS.items():
         seconds = step_s(options.checkpoint, quantization)
         detail = f"{seconds * 1e3:.2f} ms a step, bfloat16 {plain_s * 1e3:.2f} ms"
-        figures.append(Figure(f"{quantization} weights, batch 1", plain_s / seconds, "times bfloat16", target, detail))
-        if options.json is not None:
-            write_figures(figures, options.json)
-    print(format_table(figures))
+        findings.add(Figure(f"{quantization} weights, batch 1", plain_s / seconds, "times bfloat16", target, detail))
+    print(findings.table())
     return 0
 
 

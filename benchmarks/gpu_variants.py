@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from gpu_checkpoint import DEVICE, LLAMA_8B, parameter_shapes, write_checkpoint
-from gpu_figures import Figure, format_table, write_figures
+from gpu_figures import Figure, Findings
 from gpu_steps import decode_step_s, prefill_s, random_prompts
 from torch import Tensor
 
@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="where the figures are written, after each one")
     options = parser.parse_args(arguments)
     write_checkpoint(options.checkpoint, LLAMA_8B, DEVICE)
-    measured = Measurements(make_engine(options.checkpoint), options.json)
+    findings = Findings(options.json)
+    measured = Measurements(make_engine(options.checkpoint), findings)
     *fewer, most = LORA_TARGETS
     for num_rows in fewer:
         measured.lora(num_rows)
@@ -104,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     measured.separate()
     measured.prompt()
     measured.lora(most)  # last: these take longest to become active
-    print(format_table(measured.figures))
+    print(findings.table())
     return 0
 
 
@@ -140,12 +141,11 @@ def make_engine(checkpoint: Path) -> LLMEngine:
 
 
 class Measurements:
-    """Figures of one engine, written down as they come."""
+    """Figures of one engine."""
 
-    def __init__(self, engine: LLMEngine, path: Path | None) -> None:
-        self.figures: list[Figure] = []
+    def __init__(self, engine: LLMEngine, findings: Findings) -> None:
         self._engine = engine
-        self._path = path
+        self._findings = findings
         self._base_s: dict[int, float] = {}
         self._served: set[str] = set()
 
@@ -172,7 +172,9 @@ class Measurements:
         base = self._base(num_rows)
         ratio = (mixed - base) / (even - base) / (sum(ranks) / (16 * num_rows))
         detail = f"{(mixed - base) * 1e3:.2f} ms over the base's {base * 1e3:.2f}; rank 16: {(even - base) * 1e3:.2f}"
-        self._report(Figure("LoRA, mixed ranks 8-64", ratio, "of the sum of ranks", MIXED_TARGET, detail, at_most=True))
+        self._findings.add(
+            Figure("LoRA, mixed ranks 8-64", ratio, "of the sum of ranks", MIXED_TARGET, detail, at_most=True)
+        )
 
     def separate(self) -> None:
         """A step of distinct 1-bit deltas against a step each of as many models of their own."""
@@ -182,7 +184,7 @@ class Measurements:
             apart = num_rows * alone
             detail = f"{together * 1e3:.2f} ms a step, {num_rows} models one after the other {apart * 1e3:.2f}"
             name = f"1-bit deltas, {num_rows}, against separate models"
-            self._report(Figure(name, apart / together, "times", target, detail))
+            self._findings.add(Figure(name, apart / together, "times", target, detail))
 
     def prompt(self) -> None:
         self._serve(["sign-0000"])
@@ -192,12 +194,12 @@ class Measurements:
         ours = statistics.median([prefill_s(self._engine, prompt, loras) for prompt in prompts[4:]][1:])
         detail = f"{ours * 1e3:.1f} ms, base {base * 1e3:.1f} ms"
         name = f"1-bit delta, prompt of {PROMPT_TOKENS:,} tokens"
-        self._report(Figure(name, base / ours, "of the base's rate", PREFILL_TARGET, detail))
+        self._findings.add(Figure(name, base / ours, "of the base's rate", PREFILL_TARGET, detail))
 
     def _share(self, name: str, names: Sequence[str], target: float) -> None:
         ours, base = self._step_s(names), self._base(len(names))
         detail = f"{ours * 1e3:.2f} ms a step, base {base * 1e3:.2f} ms"
-        self._report(Figure(name, base / ours, "of the base's rate", target, detail))
+        self._findings.add(Figure(name, base / ours, "of the base's rate", target, detail))
 
     def _base(self, num_rows: int) -> float:
         if num_rows not in self._base_s:
@@ -221,11 +223,6 @@ class Measurements:
                     self._engine.wait_for_adapters()
                 reply.result()
                 self._served.add(name)
-
-    def _report(self, figure: Figure) -> None:
-        self.figures.append(figure)
-        if self._path is not None:
-            write_figures(self.figures, self._path)
 
 
 def _piece(numbers: Tensor, length: int, start: int) -> Tensor:
