@@ -39,7 +39,8 @@ class RunningSequences(SequenceQueue):
             self.add(sequence)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError: a place leaked or is taken twice."""
+        """Raises AssertionError: somebody is not in order, or a place leaked or is taken twice."""
+        super().check_integrity()
         assert self.num_free_slots == self._max_num_seqs - sum(map(num_slots, self)) >= 0
 
 

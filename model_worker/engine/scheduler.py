@@ -250,16 +250,11 @@ class Scheduler:
         Raises:
             AssertionError: something leaked or is held twice.
         """
-        swapped = [s for s in self.waiting if s.status is SequenceStatus.SWAPPED]
-        self.block_manager.check_integrity(self.running, swapped)
-        for queue in (self.running, self.waiting):
-            assert [s.rank for s in queue] == sorted(s.rank for s in queue)
+        self.block_manager.check_integrity(self.running, self.waiting.swapped())
         self.running.check_integrity()
+        self.waiting.check_integrity()
         live = {s for g in self.groups.values() for s in (g.sequences if g.forked else g.sequences[:1])}
         assert {s for s in live if not s.finished} == {*self.running, *self.waiting}
-        unheld = [s for s in self.waiting if s.status is SequenceStatus.WAITING]
-        assert len(unheld) + len(swapped) == len(self.waiting)
-        assert all(not any(s.block_tables) and s.num_computed_tokens == 0 for s in unheld)
         self._gate.check_integrity(self.running, self.waiting)
 
     # ------------------------------------------------------------------------------------------ internal

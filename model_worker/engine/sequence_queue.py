@@ -39,6 +39,11 @@ class SequenceQueue:
         """A copy to walk along while the queue changes."""
         return self._sequences.copy()
 
+    def check_integrity(self) -> None:
+        """Raises AssertionError: somebody is not in order."""
+        ranks = [sequence.rank for sequence in self._sequences]
+        assert ranks == sorted(ranks)
+
     def __len__(self) -> int:
         return len(self._sequences)
 

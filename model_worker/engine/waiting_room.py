@@ -7,7 +7,7 @@ from itertools import islice, takewhile
 
 from model_worker.engine.lora.variant_gate import VariantGate
 from model_worker.engine.queue_pace import QueuePace
-from model_worker.engine.sequence import Sequence
+from model_worker.engine.sequence import Sequence, SequenceStatus
 from model_worker.engine.sequence_queue import SequenceQueue
 
 
@@ -56,3 +56,14 @@ class WaitingRoom(SequenceQueue):
             if somebody_runs and self._gate.holds_up(sequence):
                 return sequence
         return None
+
+    def swapped(self) -> list[Sequence]:
+        """Those that hold blocks in host memory."""
+        return [sequence for sequence in self if sequence.status is SequenceStatus.SWAPPED]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError: somebody is not in order, does not wait, or holds what nobody knows of."""
+        super().check_integrity()
+        unheld = [sequence for sequence in self if sequence.status is SequenceStatus.WAITING]
+        assert len(unheld) + len(self.swapped()) == len(self)
+        assert all(not any(s.block_tables) and s.num_computed_tokens == 0 for s in unheld)

@@ -159,6 +159,17 @@ class LoraEntry:
         for reply in self.take_activations():
             reply.set_result(self.status())
 
+    def wait(self, sequence: Sequence, now_s: float) -> None:
+        """A sequence waits for it, new or preempted."""
+        self.running.discard(sequence)
+        self.waiting.add(sequence)
+        self.waiting_since_s[sequence] = now_s
+
+    def stop_waiting(self, sequence: Sequence) -> None:
+        """A sequence waits no more, if it did."""
+        if self.waiting_since_s.pop(sequence, None) is not None:
+            self.waiting.remove(sequence)
+
     def take_activations(self) -> list[Future[VariantStatus]]:
         """The answers that are due, which are the caller's to give from now on."""
         taken, self.activations = self.activations, []

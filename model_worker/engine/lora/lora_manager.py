@@ -185,9 +185,7 @@ class LoraManager:
     def wait(self, sequence: Sequence) -> None:
         if sequence.variant is not None:
             entry = self._entry(sequence.variant)
-            entry.running.discard(sequence)
-            entry.waiting.add(sequence)
-            entry.waiting_since_s[sequence] = self._clock()
+            entry.wait(sequence, self._clock())
             self._claims.add(entry)
 
     def admits(self, sequence: Sequence) -> bool:
@@ -207,13 +205,13 @@ class LoraManager:
         if sequence.variant is not None:
             assert sequence.variant.bound is not None
             entry = self._entry(sequence.variant)
-            self._stop_waiting(entry, sequence)
+            entry.stop_waiting(sequence)
             entry.running.add(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         entry = None if sequence.variant is None else self._directory.entries.get(sequence.variant)
         if entry is not None:
-            self._stop_waiting(entry, sequence)
+            entry.stop_waiting(sequence)
             entry.running.discard(sequence)
             if not entry.used:
                 self._removals.forget_if_useless(entry)
@@ -387,10 +385,6 @@ class LoraManager:
         self._deactivate(entry)
         self._tiers.drop(entry)
         self._loader.return_memory()
-
-    def _stop_waiting(self, entry: LoraEntry, sequence: Sequence) -> None:
-        if entry.waiting_since_s.pop(sequence, None) is not None:
-            entry.waiting.remove(sequence)
 
 
 def _done(status: VariantStatus) -> Future[VariantStatus]:
