@@ -213,7 +213,7 @@ def test_an_address_of_another_machine_is_an_error() -> None:
 def test_reachable_url() -> None:
     with bind("127.0.0.1", 0) as sock:
         assert reachable_url(make_config(None), sock) == f"http://127.0.0.1:{sock.getsockname()[1]}"
-        advertised = make_config(None, "--advertise-url", "https://me:1/")
+        advertised = make_config("http://127.0.0.1:9", "--advertise-url", "https://me:1/")
         assert reachable_url(advertised, sock) == "https://me:1"
     with bind("0.0.0.0", 0) as sock:
         port = sock.getsockname()[1]
