@@ -14,6 +14,9 @@ from model_worker.engine.ops.sign_matmul import MAX_MERGED_PLANES, merged_rows
 MIN_ROWS = 256
 """Of a segment. Fewer leave much of a tile empty, and have their planes computed beside the base's product."""
 
+MIN_OUTPUTS = 32
+"""Of a layer. Fewer, a router's, are a small part of a tile, and take the form of its kernel that spills registers."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SignLayers:

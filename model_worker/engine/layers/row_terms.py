@@ -25,7 +25,7 @@ from delta.merge_terms import signs_to_dense
 from delta.variant_terms import EmbeddingTerms, SignPlane
 from model_worker.engine.layers.bound_terms import MATRICES, BoundTerms, FusedTerms, TermKind
 from model_worker.engine.layers.fused_linear import FusedLinear
-from model_worker.engine.layers.merged_rows import MergedRows
+from model_worker.engine.layers.merged_rows import MIN_OUTPUTS, MergedRows
 from model_worker.engine.layers.sparse import sparse_product
 from model_worker.engine.layers.variants import ExpertsTerms
 from model_worker.engine.ops.embedding_terms.functional import EmbeddingTable, embed_rows
@@ -224,7 +224,9 @@ class RowTerms:
     def _merged_in(self, layer: FusedLinear) -> MergedRows | None:
         """The merged rows, in layers that have some; their weight is there as it is."""
         merged = self._merged
-        return merged if merged is not None and layer.key in merged.keys and layer.weight is not None else None
+        if merged is None or layer.key not in merged.keys or layer.weight is None:
+            return None
+        return merged if layer.out_features >= MIN_OUTPUTS else None
 
     def _segments(self, layer: FusedLinear) -> Iterator[tuple[slice, FusedTerms]]:
         """Rows that have terms of a layer."""

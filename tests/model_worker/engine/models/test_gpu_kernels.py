@@ -149,7 +149,9 @@ def test_prompts_whose_planes_are_merged_with_the_base(family: str, monkeypatch:
     steps = ((1, 7, 9, 1, 12, 1), (6, 1, 1, 11, 3, 5))
     found = _run(found_by, terms, steps)
     assert {planes for _, planes in merged} == {1, 2}
-    assert len({layer for layer, _ in merged}) >= (3 if family == "mixtral" else 4)
+    layers = {layer for layer, _ in merged}
+    assert len(layers) >= (2 if family == "mixtral" else 4)
+    assert "32 to 4" not in layers  # a router
     monkeypatch.undo()
     expected = _run(_decoder(family, has_tables=False)[0], terms, steps)
     for ours, theirs in zip(found, expected, strict=True):
