@@ -44,21 +44,18 @@ class SegmentPlan:
     def tiled(
         self,
         device: torch.device,
-        num_tiles: int | None = None,
         entries: Sequence[int] | None = None,
         tile_rows: int | None = None,
     ) -> SegmentPlan:
         """With tiles.
 
         Args:
-            num_tiles: filled up to that many, so that plans of one captured graph have one shape.
             entries: of each segment in the kernels' tables; None: the segments are numbered.
             tile_rows: most rows of a tile; None: what suits the longest segment.
         """
         longest = max((end - start for start, end in self.bounds), default=0)
         tile_rows = tile_rows or (_FEW_ROWS if longest <= _FEW_ROWS else _MANY_ROWS)
         tiles = tile_table(self.bounds, entries or range(len(self.bounds)), tile_rows)
-        tiles += [(0, 0, 0)] * ((num_tiles or 0) - len(tiles))
         tensor = torch.tensor(tiles, dtype=torch.int32).view(-1, 3)
         return replace(self, tiles=to_device(tensor, device), tile_rows=tile_rows)
 

@@ -52,7 +52,8 @@ def test_dense_and_sparse_parts(kernels: ModuleType, num_inputs: int, dtype: tor
             matrix = whole if few is None else sparse_to_dense(few, num_inputs)
             if matrix is not None:
                 expected[start:end, first : first + width] += x[start:end].float() @ matrix.float().T
-    plan = SegmentPlan.of(bounds, num_rows=9, max_rank=1, device=CPU).tiled(CPU, 12)
+    plan = SegmentPlan.of(bounds, num_rows=9, max_rank=1, device=CPU).tiled(CPU)
+    plan = replace(plan, tiles=torch.nn.functional.pad(plan.tiles, (0, 0, 0, 8)))  # as captured graphs have them
     kernels.add_matrices(x, out, table, WIDTHS, plan)
     torch.testing.assert_close(out, expected.to(dtype), rtol=_RTOL[dtype], atol=3 * _RTOL[dtype])
 
