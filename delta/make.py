@@ -54,6 +54,18 @@ class Labels:
     license: str | None = None
     parents: tuple[str, ...] = ()
 
+    def describe_base(self, path: Path, tensors: Mapping[str, str]) -> DeltaBase:
+        """Args:
+        path: of its checkpoint.
+        tensors: their digests, by name.
+        """
+        return DeltaBase(
+            name=self.base_name or path.resolve().name,
+            revision=self.base_revision,
+            digest=combine_tensor_digests(tensors),
+            tensors=tensors,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
@@ -222,16 +234,10 @@ def _describe(
     target_digests = {entry.name: entry.target_digest for entry in entries}
     tensors = {entry.name: entry.tensor for entry in entries if entry.tensor is not None}
     result = {entry.name: entry.target_digest if entry.tensor is None else entry.tensor.digest for entry in entries}
-    base_path, target_path = base.checkpoint.path, target.checkpoint.path
     return DeltaConfig(
-        base=DeltaBase(
-            name=labels.base_name or base_path.resolve().name,
-            revision=labels.base_revision,
-            digest=combine_tensor_digests(base_digests),
-            tensors=base_digests,
-        ),
+        base=labels.describe_base(base.checkpoint.path, base_digests),
         target=DeltaTarget(
-            name=labels.target_name or target_path.resolve().name,
+            name=labels.target_name or target.checkpoint.path.resolve().name,
             digest=combine_tensor_digests(_with_copies(target_digests, pair.tied)),
         ),
         result_digest=combine_tensor_digests(_with_copies(result, pair.tied)),

@@ -11,7 +11,7 @@ from torch import Tensor
 from delta.checkpoint_tensors import CheckpointTensors, open_checkpoint
 from delta.codecs.codec import Term
 from delta.codecs.policy import CodecPolicy
-from delta.delta_config import CONFIG_FILE, DeltaBase, DeltaConfig, DeltaTarget, Lineage
+from delta.delta_config import CONFIG_FILE, DeltaConfig, DeltaTarget, Lineage
 from delta.encode_tensor import describe_tensor, encode_tensor
 from delta.make import Labels, made_with, store_files
 from delta.make_journal import JournalEntry, MakeJournal
@@ -122,12 +122,7 @@ def _describe(base: Path, source: str, journal: MakeJournal, files: Mapping[str,
     tensors = {entry.name: entry.tensor for entry in entries if entry.tensor is not None}
     result = base_digests | {name: tensor.digest for name, tensor in tensors.items()}
     return DeltaConfig(
-        base=DeltaBase(
-            name=labels.base_name or base.resolve().name,
-            revision=labels.base_revision,
-            digest=combine_tensor_digests(base_digests),
-            tensors=base_digests,
-        ),
+        base=labels.describe_base(base, base_digests),
         target=DeltaTarget(
             name=labels.target_name or source,
             digest=combine_tensor_digests({entry.name: entry.target_digest for entry in entries}),
