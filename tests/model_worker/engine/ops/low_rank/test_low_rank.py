@@ -8,8 +8,8 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import pytest
