@@ -33,7 +33,7 @@ from registry.errors import RootgraftError
 
 logger = logging.getLogger(__name__)
 
-_REASON_S = 2.0  # that is waited for why a rank ended, once something shows that one did
+_REASON_S = 5.0  # that is waited for why a rank ended, once something shows that one did
 _END_S = 5.0  # that a rank has for ending by itself
 _LAST_S = 30.0  # that this process has for ending by itself, once the ranks are lost
 
