@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncGenerator
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from model_worker.engine.llm_engine import LLMEngine
 from model_worker.engine.lora.loader_thread import loader_thread
 from model_worker.engine.lora.lora_manager import LoraManager
 from model_worker.engine.lora.lora_weight import LoraWeight
-from model_worker.engine.outputs import RequestOutput
 from model_worker.engine.sampling_params import SamplingParams
 from registry.errors import (
     CheckpointError,
@@ -28,6 +26,7 @@ from registry.errors import (
     UnsupportedModelError,
 )
 from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.engine_news import collect, run, tokens_of
 from tests.fakes.fake_adapters import FakeAdapters, FakeTerms, ManualWork, make_manager, settle
 from tests.fakes.fake_executor import FakeExecutor, next_token
 
@@ -48,22 +47,6 @@ def continuation(prompt: list[int], count: int, variant: str | None) -> list[int
     for _ in range(count):
         tokens.append(next_token(tokens, 0, VOCAB, variant=variant))
     return tokens[len(prompt) :]
-
-
-def tokens_of(news: list[RequestOutput]) -> list[int]:
-    return [token for output in news for delta in output.deltas for token in delta.token_ids]
-
-
-def run(engine: LLMEngine) -> dict[str, list[RequestOutput]]:
-    news: dict[str, list[RequestOutput]] = {}
-    for _ in range(500):
-        if not engine.has_unfinished_requests:
-            break
-        for output in engine.step():
-            news.setdefault(output.request_id, []).append(output)
-        engine.check_integrity()
-    assert not engine.has_unfinished_requests
-    return news
 
 
 def test_base_and_adapters_answer_side_by_side() -> None:
@@ -130,10 +113,6 @@ def test_an_engine_without_adapters_says_so() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the event loop
-
-
-async def collect(stream: AsyncGenerator[RequestOutput]) -> list[RequestOutput]:
-    return [output async for output in stream]
 
 
 async def test_adapters_come_and_go_while_requests_run() -> None:

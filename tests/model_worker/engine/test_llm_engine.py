@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 
 import pytest
 
@@ -14,6 +13,7 @@ from model_worker.engine.step import SchedulerOutput
 from model_worker.engine.visibility import Visibility
 from registry.errors import ContextLengthError, InternalError, InvalidRequestError, RateLimitError
 from tests.fakes.byte_tokenizer import ByteTokenizer
+from tests.fakes.engine_news import collect, run, tokens_of
 from tests.fakes.fake_executor import FakeExecutor, next_token
 from tests.fakes.until import until
 
@@ -32,22 +32,6 @@ def make_engine(
     return LLMEngine(
         config, executor, ByteTokenizer(), stop_token_ids=stop_token_ids, max_model_len=max_model_len
     )  # fmt: skip
-
-
-def run(engine: LLMEngine) -> dict[str, list[RequestOutput]]:
-    news: dict[str, list[RequestOutput]] = {}
-    for _ in range(1_000):
-        if not engine.has_unfinished_requests:
-            break
-        for output in engine.step():
-            news.setdefault(output.request_id, []).append(output)
-        engine.check_integrity()
-    assert not engine.has_unfinished_requests
-    return news
-
-
-def tokens_of(news: list[RequestOutput], index: int = 0) -> list[int]:
-    return [token for output in news for delta in output.deltas if delta.index == index for token in delta.token_ids]
 
 
 def text_of(news: list[RequestOutput], index: int = 0) -> str:
@@ -200,10 +184,6 @@ def test_what_a_failed_request_computed_is_not_shared() -> None:
         engine.add_request(request_id, [7] * 12, SamplingParams(max_tokens=2))
         news = run(engine)[request_id]
         assert news[-1].num_cached_tokens == (8 if request_id == "again" else 0)
-
-
-async def collect(stream: AsyncGenerator[RequestOutput]) -> list[RequestOutput]:
-    return [output async for output in stream]
 
 
 async def test_async_requests_run_together_and_get_their_own_news() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
 from model_worker.engine.llm_engine import LLMEngine
@@ -23,6 +22,7 @@ from model_worker.engine.sampling_params import SamplingParams
 from tests.fakes.byte_tokenizer import ByteTokenizer
 from tests.fakes.model_runners import make_runner
 from tests.fakes.tiny_models import MAX_MODEL_LEN, TINY_MODELS, VOCAB_SIZE, build_tiny_model, make_tiny_plan
+from tests.gpu.engines import generated, logprobs_of
 
 NUM_NEW_TOKENS = 24
 PROMPT_LENGTHS = (5, 17, 70, 33, 48)
@@ -47,29 +47,6 @@ def _prompts() -> list[list[int]]:
         num_shared = min(NUM_SHARED, len(prompt) - 1)
         prompt[:num_shared] = prompts[2][:num_shared]
     return prompts
-
-
-def _reference(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=NUM_NEW_TOKENS,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
-
-
-def _reference_prompt_logprobs(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
-    """Logprob of each token of the prompt but the first. -> [len(prompt) - 1]"""
-    ids = torch.tensor(prompt)
-    with torch.inference_mode():
-        logprobs = model(input_ids=ids[None]).logits[0].log_softmax(dim=1)
-    return logprobs[:-1].gather(1, ids[1:, None]).squeeze(1)
 
 
 def _prompt_logprobs(runner: ModelRunner, prompt: list[int]) -> torch.Tensor:
@@ -125,14 +102,14 @@ def test_greedy_tokens_equal_those_of_generate(
     model = build_tiny_model(name)
     model.save_pretrained(tmp_path)
     prompts = _prompts()
-    expected = [_reference(model, prompt) for prompt in prompts]
+    expected = [generated(model, prompt, NUM_NEW_TOKENS) for prompt in prompts]
     runner = _runner(tmp_path, impl, best_kernels, block_size=16, num_blocks=64)
 
     alone, _ = _run(runner, prompts[2:3])
     assert alone == expected[2:3]
 
     torch.testing.assert_close(
-        _prompt_logprobs(runner, prompts[2]), _reference_prompt_logprobs(model, prompts[2]), rtol=1e-4, atol=1e-4
+        _prompt_logprobs(runner, prompts[2]), logprobs_of(model, prompts[2]), rtol=1e-4, atol=1e-4
     )
 
     together, _ = _run(runner, prompts)
@@ -172,7 +149,7 @@ def test_preempted_sequences_go_on_as_if_nothing_had_happened(
         tmp_path, impl, best_kernels, block_size=4, num_blocks=14 * num_groups, swap_space_gib=swap_space_gib
     )
     found, engine = _run(runner, prompts, max_num_seqs=10)
-    assert found == [_reference(model, prompt) for prompt in prompts]
+    assert found == [generated(model, prompt, NUM_NEW_TOKENS) for prompt in prompts]
     stats = engine.stats()
     assert stats.preemptions_total > 0
     assert (stats.swapped_out_blocks_total > 0) == (swap_space_gib > 0)
@@ -195,7 +172,7 @@ def test_half_precision_stays_close(
     model.save_pretrained(tmp_path)
     runner = _runner(tmp_path, impl, best_kernels, block_size=16, num_blocks=64, dtype=dtype)
     prompt = _prompts()[2]
-    difference = _prompt_logprobs(runner, prompt) - _reference_prompt_logprobs(model, prompt)
+    difference = _prompt_logprobs(runner, prompt) - logprobs_of(model, prompt)
     assert difference.abs().median() < (0.15 if dtype == "bfloat16" else 0.02)
 
 
@@ -207,7 +184,7 @@ def test_keys_and_values_of_float8_stay_close(best_kernels: KernelLibrary, tmp_p
     config = EngineConfig(cache, SchedulerConfig(max_num_batched_tokens=512))
     runner = make_runner("gpu", make_tiny_plan(tmp_path), config, best_kernels)
     prompt = _prompts()[2]
-    difference = _prompt_logprobs(runner, prompt) - _reference_prompt_logprobs(model, prompt)
+    difference = _prompt_logprobs(runner, prompt) - logprobs_of(model, prompt)
     assert 0 < difference.abs().median() < 0.3
     prompts = [each[:9] for each in _prompts()]
     alone = [_run(runner, [each])[0][0] for each in prompts]

@@ -14,29 +14,12 @@ from model_worker.engine.ops.paged_attention import (
     write_kv,
 )
 from model_worker.engine.ops.paged_attention.reference import paged_attention_reference
-
-_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+from tests.model_worker.engine.ops.paged_attention.attention_batches import TOLERANCE, batch
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def _metadata(lengths: list[tuple[int, int]], block_size: int) -> tuple[AttentionMetadata, int]:
-    """A batch of sequences (tokens before, tokens in the batch) over shuffled blocks, and the number of blocks."""
-    num_blocks = [-(-(before + new) // block_size) for before, new in lengths]
-    total = sum(num_blocks) + 3
-    free = torch.randperm(total).tolist()
-    tables = torch.zeros(len(lengths), max(num_blocks), dtype=torch.int32)
-    for row, num in enumerate(num_blocks):
-        tables[row, :num] = torch.tensor([free.pop() for _ in range(num)])
-    query_start = [0]
-    for _, new in lengths:
-        query_start.append(query_start[-1] + new)
-    positions = torch.cat([torch.arange(before, before + new) for before, new in lengths])
-    seq_lens = tuple(before + new for before, new in lengths)
-    return AttentionMetadata(tables, tuple(query_start), seq_lens, positions), total
 
 
 _DECODE = st.tuples(st.integers(0, 150), st.just(1))
@@ -78,7 +61,7 @@ def test_equals_the_reference(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    metadata, num_blocks = _metadata(lengths, block_size)
+    metadata, num_blocks = batch(lengths, block_size)
     num_heads, num_kv_heads = heads
     key_cache = torch.randn(num_blocks, block_size, num_kv_heads, dims[0]).to(dtype)
     value_cache = torch.randn(num_blocks, block_size, num_kv_heads, dims[1]).to(dtype)
@@ -95,7 +78,7 @@ def test_equals_the_reference(
     expected = paged_attention_reference(query, key_cache, value_cache, metadata, params)
     assert out.shape == (len(query), num_heads, dims[1])
     assert out.dtype == dtype
-    torch.testing.assert_close(out, expected, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype])
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
@@ -104,7 +87,7 @@ def test_position_biases_of_far_positions_are_exact_in_half_precision(
     lengths: list[tuple[int, int]], softcap: float | None
 ) -> None:
     torch.manual_seed(3)
-    metadata, num_blocks = _metadata(lengths, 16)
+    metadata, num_blocks = batch(lengths, 16)
     key_cache, value_cache = torch.randn(2, num_blocks, 16, 4, 16).bfloat16().unbind(0)
     query = torch.randn(metadata.query_start[-1], 4, 16).bfloat16()
     params = AttentionParams(scale=0.25, softcap=softcap, alibi=Alibi(torch.tensor([0.71, 0.5, 0.25, 0.0625])))
@@ -115,19 +98,19 @@ def test_position_biases_of_far_positions_are_exact_in_half_precision(
 
 def test_the_reference_is_plain_attention() -> None:
     torch.manual_seed(0)
-    metadata, num_blocks = _metadata([(0, 20)], 8)
+    metadata, num_blocks = batch([(0, 20)], 8)
     key_cache, value_cache = torch.randn(2, num_blocks, 8, 2, 4).unbind(0)
     query = torch.randn(20, 2, 4)
-    blocks = metadata.block_tables[0].long()
+    blocks = metadata.block_tables[0, :3].long()
     k, v = (cache[blocks].flatten(0, 1)[:20].transpose(0, 1) for cache in (key_cache, value_cache))
     expected = torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1), k, v, is_causal=True, scale=0.7)
     out = paged_attention_reference(query, key_cache, value_cache, metadata, AttentionParams(scale=0.7))
     torch.testing.assert_close(out, expected.transpose(0, 1))
 
 
-def test_layers_that_see_different_positions_share_one_metadata() -> None:
+def test_layers_that_see_different_positions_share_one_batch() -> None:
     torch.manual_seed(1)
-    metadata, num_blocks = _metadata([(40, 1), (0, 30)], 8)
+    metadata, num_blocks = batch([(40, 1), (0, 30)], 8)
     key_cache, value_cache = torch.randn(2, num_blocks, 8, 2, 8).unbind(0)
     query = torch.randn(31, 4, 8)
     for params in (
@@ -142,7 +125,7 @@ def test_layers_that_see_different_positions_share_one_metadata() -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     torch.manual_seed(2)
-    metadata, num_blocks = _metadata([(30, 1), (33, 1), (90, 1), (3, 1)], 8)
+    metadata, num_blocks = batch([(30, 1), (33, 1), (90, 1), (3, 1)], 8)
     key_cache, value_cache = torch.randn(2, num_blocks, 8, 2, 8).unbind(0)
     query = torch.randn(4, 4, 8)
     params = AttentionParams(scale=0.3)
