@@ -18,6 +18,8 @@ from registry.errors import InvalidRequestError, RateLimitError, RequestTooLarge
 
 _WEIGHT_OF_NEWEST = 0.05  # in the running mean
 
+_MAX_DROPPED_BYTES = 64 * 1024 * 1024  # of a body that is too large
+
 STREAMED_PATHS = ("/admin/blobs/",)  # their bodies are files, with bounds of their own, and are written as they come
 
 
@@ -129,6 +131,7 @@ class LimitsMiddleware:
         if not declared.isdecimal():
             raise InvalidRequestError("the Content-Length is not a number")
         if int(declared) > self._max_body_bytes:
+            await _drop_rest(receive)
             raise self._too_large()
         body = bytearray()
         while True:
@@ -136,9 +139,12 @@ class LimitsMiddleware:
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
+            more = message.get("more_body", False)
             if len(body) > self._max_body_bytes:
+                if more:
+                    await _drop_rest(receive)
                 raise self._too_large()
-            if not message.get("more_body", False):
+            if not more:
                 return bytes(body)
 
     def _too_large(self) -> RequestTooLargeError:
@@ -150,3 +156,14 @@ class LimitsMiddleware:
     async def _refuse(self, error: RootgraftError, scope: Scope, receive: Receive, send: Send) -> None:
         self._metrics.reject(error.status)
         await response_for(scope["path"], error)(scope, receive, send)
+
+
+async def _drop_rest(receive: Receive) -> None:
+    """Read a body to its end, if that comes soon: clients that read nothing before they have sent all would
+    find the connection closed."""
+    num_left = _MAX_DROPPED_BYTES
+    while num_left > 0:
+        message = await receive()
+        if message["type"] == "http.disconnect" or not message.get("more_body", False):
+            return
+        num_left -= len(message.get("body", b""))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import ExitStack
 
 import pytest
@@ -88,6 +89,24 @@ async def test_bodies_have_a_limit(
         assert error["code"] == "request_too_large"
         assert "10000" in error["message"]
     assert (await controller.get("/health")).status == 200
+
+
+@pytest.mark.parametrize("framing", ["content-length: 20000000", "transfer-encoding: chunked"])
+async def test_a_client_that_sends_all_before_it_reads_learns_why_it_is_refused(
+    start_controller: StartController, framing: str
+) -> None:
+    controller = await start_controller(max_body_bytes=10_000)
+    body = b"x" * 20_000_000
+    if "chunked" in framing:
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    request = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{framing}\r\n\r\n".encode() + body
+
+    def send_and_read() -> bytes:
+        with socket.create_connection(("127.0.0.1", controller.port)) as client:
+            client.sendall(request)
+            return client.recv(100)
+
+    assert (await asyncio.to_thread(send_and_read)).startswith(b"HTTP/1.1 413")
 
 
 async def test_workers_bodies_have_the_limit_too(start_controller: StartController) -> None:
