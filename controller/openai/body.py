@@ -85,7 +85,7 @@ def _inlined(schema: Any, definitions: dict[str, Any]) -> Any:
 
 
 def _invalid_request(error: ValidationError) -> InvalidRequestError:
-    details = error.errors(include_url=False, include_context=False)[0]
+    details = error.errors(include_url=False)[0]
     param = _param(details["loc"])
     return InvalidRequestError(_message(details, param), param=param)
 
@@ -100,6 +100,9 @@ def _message(details: ErrorDetails, param: str) -> str:
             return f"{param} is not supported by this server; leave it out."
         case "too_short":
             return f"{param} must not be empty."
+        case "too_long":
+            context = details["ctx"]
+            return f"{param} must hold at most {context['max_length']} items, not {context['actual_length']}."
         case "model_type" | "dict_type":
             return f"{param} should be an object, got {_shown(details['input'])}."
         case "not_supported":
