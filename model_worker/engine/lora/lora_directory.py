@@ -63,7 +63,7 @@ class LoraDirectory:
         """
         entry = self.by_name.get(name)
         if entry is None:
-            raise ModelNotFoundError(f"There is no LoRA adapter {name!r} here.", param="model")
+            raise ModelNotFoundError(f"There is no fine-tune {name!r} here.", param="model")
         return entry
 
     def find(self, loras: Sequence[LoraWeight]) -> LoraEntry:
@@ -123,7 +123,7 @@ class LoraDirectory:
         for entry, _ in parts:
             if not entry.adds_only:
                 raise InvalidRequestError(
-                    f"LoRA adapter {entry.name} replaces or scales weights of the base, so it can be used only by "
+                    f"Fine-tune {entry.name} replaces or scales weights of the base, so it can be used only by "
                     "itself and at scale 1.",
                     param="loras",
                 )

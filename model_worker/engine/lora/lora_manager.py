@@ -86,7 +86,7 @@ class LoraManager:
         for entry in additions:
             entry.removed = True
             reply = self._additions.pop(entry)
-            reply.set_exception(InvalidRequestError(f"LoRA adapter {name} was removed while it was being read."))
+            reply.set_exception(InvalidRequestError(f"Fine-tune {name} was removed while it was being read."))
         if additions and name not in self._directory.by_name:
             return _done(additions[-1].status())
         return self._answer(name, self._removals.retire)
@@ -149,7 +149,7 @@ class LoraManager:
         """For people: what is held at most."""
         limits = self._tiers.limits
         return (
-            f"at most {limits.max_active} LoRA adapters active and {limits.max_in_host} in host memory, together "
+            f"at most {limits.max_active} fine-tunes active and {limits.max_in_host} in host memory, together "
             f"{limits.max_bytes / 2**30:.2f} GiB"
         )
 
@@ -377,7 +377,7 @@ class LoraManager:
         ]
         for is_needed, reason in needed:
             if is_needed:
-                raise InvalidRequestError(f"LoRA adapter {entry.name} has to stay: {reason}.")
+                raise InvalidRequestError(f"Fine-tune {entry.name} has to stay: {reason}.")
         if entry in self._tiers.active:
             self._tiers.deactivate(entry)
 

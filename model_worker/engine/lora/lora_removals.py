@@ -25,7 +25,7 @@ class LoraRemovals:
         entry.removed = True
         entry.pinned = False
         for reply in entry.take_activations():
-            reply.set_exception(InvalidRequestError(f"LoRA adapter {entry.name} was removed."))
+            reply.set_exception(InvalidRequestError(f"Fine-tune {entry.name} was removed."))
         for other in self._directory.combinations_with(entry):
             self.retire(other)
         self.forget_if_useless(entry)

@@ -61,12 +61,11 @@ class LoraTiers:
         unpin = "unpin an adapter or " if others else ""
         if len(others) >= self.limits.max_active:
             raise InsufficientMemoryError(
-                f"LoRA adapter {entry.name} finds no place{beside}; {unpin}raise --max-loras "
-                f"({self.limits.max_active})."
+                f"Fine-tune {entry.name} finds no place{beside}; {unpin}raise --max-loras ({self.limits.max_active})."
             )
         if num_bytes + entry.footprint_bytes > self.limits.max_bytes:
             raise InsufficientMemoryError(
-                f"LoRA adapter {entry.name} takes {_mib(entry.footprint_bytes)}, which do not fit{beside} into "
+                f"Fine-tune {entry.name} takes {_mib(entry.footprint_bytes)}, which do not fit{beside} into "
                 f"{_mib(self.limits.max_bytes)}; {unpin}raise --lora-memory-gib."
             )
 
