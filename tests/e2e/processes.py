@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import requests
 
 from registry.paths import default_cache_dir
+from tests.fakes.ports import free_port
 
 MODEL = "smollm2-135m-instruct"
 START_TIMEOUT_S = 120.0
-_PORTS = range(23_000, 32_000)  # below those that the system gives to connections, which could take one of them
-
-
-def free_port() -> int:
-    """A port that nobody uses, nor will get by chance before it is used, or while its server is started again."""
-    while True:
-        port = random.choice(_PORTS)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def wait_until(ready: Callable[[], Any], timeout_s: float, what: str) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.e2e.processes import MODEL, free_port
+from tests.e2e.processes import MODEL
+from tests.fakes.ports import free_port
 
 pytestmark = pytest.mark.e2e
 DEMO = Path(__file__).parent.parent.parent / "scripts" / "demo"

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.e2e.processes import Cluster, Process, free_port, wait_until
+from tests.e2e.processes import Cluster, Process, wait_until
+from tests.fakes.ports import free_port
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [

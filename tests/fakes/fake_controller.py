@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 from aiohttp import web
-from aiohttp.test_utils import TestServer
 
 from controller.protocol import (
     PROTOCOL_VERSION,
@@ -21,9 +17,10 @@ from controller.protocol import (
     WorkerStats,
 )
 from controller.reported_variants import ReportedVariants
+from tests.fakes.restartable_server import RestartableServer
 
 
-class FakeController:
+class FakeController(RestartableServer):
     """Remembers who registered. An asynchronous context manager; listens on a port that the OS chooses.
 
     Attributes:
@@ -36,6 +33,7 @@ class FakeController:
     """
 
     def __init__(self, *, worker_token: str | None = None, heartbeat_interval_s: float = 1.0) -> None:
+        super().__init__()
         self.workers: dict[str, RegisterRequest] = {}
         self.calls: list[str] = []
         self.stats: list[WorkerStats] = []
@@ -45,35 +43,15 @@ class FakeController:
         self.fail_with: int | None = None
         self._worker_token = worker_token
         self._heartbeat_interval_s = heartbeat_interval_s
-        self._server: TestServer | None = None
-        self._port: int | None = None
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-    async def start(self) -> None:
-        """Start, or start again at the same address with an empty memory."""
+    def make_app(self) -> web.Application:
+        """With an empty memory."""
         self.workers.clear()
         app = web.Application()
         app.router.add_post("/internal/workers/register", self._register)
         app.router.add_post("/internal/workers/{id}/heartbeat", self._heartbeat)
         app.router.add_post("/internal/workers/{id}/leave", self._leave)
-        self._server = TestServer(app, port=self._port)
-        await self._server.start_server()
-        self._port = self._server.port
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            await self._server.close()
-            self._server = None
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        await self.stop()
+        return app
 
     async def _register(self, request: web.Request) -> web.Response:
         self.calls.append("register")

@@ -6,16 +6,17 @@ import asyncio
 import json
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from aiohttp import web
-from aiohttp.test_utils import TestServer
+
+from tests.fakes.restartable_server import RestartableServer
 
 API_KEY = "sk-fake"
 
 
-class FakeOpenAIServer:
-    """An asynchronous context manager; listens on a port that the OS chooses, the same one after a restart.
+class FakeOpenAIServer(RestartableServer):
+    """Answers with words.
 
     Attributes:
         models: names served.
@@ -30,6 +31,7 @@ class FakeOpenAIServer:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.models = ["tiny-chat", "tiny-code"]
         self.reply: Callable[[dict[str, Any]], list[str]] = lambda body: [
             word + " " for word in f"You said: {body['messages'][-1]['content']}".split(" ")
@@ -43,33 +45,16 @@ class FakeOpenAIServer:
         self.refuse_with: tuple[int, bytes] | None = None
         self.error_after: int | None = None
         self.break_after: int | None = None
-        self._server: TestServer | None = None
-        self._port: int | None = None
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-    async def start(self) -> None:
+    def make_app(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
-        self._server = TestServer(app, port=self._port)
-        await self._server.start_server()
-        self._port = self._server.port
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            await self._server.close()
-            self._server = None
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        return self
+        return app
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self.gate.set()
-        await self.stop()
+        await super().__aexit__(kind, error, trace)
 
     async def _models(self, request: web.Request) -> web.Response:
         self.headers.append(dict(request.headers))

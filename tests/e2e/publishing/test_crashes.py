@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from delta.artifact import TENSORS_FILE
-from tests.e2e.processes import free_port, wait_until
+from tests.e2e.processes import wait_until
 from tests.e2e.publishing.fleet import PART_BYTES, RELEASE, VICTIM_SEQS, WAIT_S, Fleet
 from tests.e2e.steady_clients import NO_CONTROLLER
+from tests.fakes.ports import free_port
 
 pytestmark = pytest.mark.e2e
 
