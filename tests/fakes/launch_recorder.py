@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 _TARGET = ("cuda", 90, 32)  # what is found of arguments is the same for all of NVIDIA's
 
 

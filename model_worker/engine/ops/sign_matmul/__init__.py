@@ -8,9 +8,10 @@
         x     [T, K], out [T, N], W [N, K], b [N], all of one dtype; out is changed in place
         S     [N of the part, K] of -1 and +1, one bit each; u [N of the part], v [K] float32
 
-The sums over K are float32 on GPUs, where v is rounded to the dtype of x in tiles of more rows than one; on CPUs they
-are what torch's product with four-bit weights makes of them, which is float32 sums rounded to the dtype of x.
-`merged_linear` rounds to that dtype, too, as a checkpoint does into which the planes were merged, and u and v before.
+The sums over K are float32 on GPUs, where v is rounded to the dtype of x in tiles of more rows than one, and v x of one
+row to 23 bits or more beside the largest of 1,024 (triton_row.py); on CPUs they are what torch's product with four-bit
+weights makes of them, which is float32 sums rounded to the dtype of x. `merged_linear` rounds to that dtype, too, as a
+checkpoint does into which the planes were merged, and u and v before.
 
 `add_signs` reads the planes beside the base's product. For many rows, which are multiplied with every sign, that would
 be a second product of the same size: there `merged_linear` makes the sum, tile by tile, once for all rows of a tile,

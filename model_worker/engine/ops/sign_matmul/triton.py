@@ -12,11 +12,11 @@ from model_worker.engine.ops.low_rank.segment_plan import SegmentPlan
 from model_worker.engine.ops.sign_matmul.sign_matrix import TABLE_COLUMNS, LayerSigns
 from model_worker.engine.ops.sign_matmul.triton_kernels import add_signs_kernel, merged_linear_kernel
 
-_FEW_BLOCKS, _MANY_BLOCKS = 4, 2  # of 1,024 inputs, for one row: as many as registers hold sums of
-_FEW_OUTPUTS, _MANY_OUTPUTS = 32, 128  # of a program: a few rows are limited by memory, and want many programs
-_TILE_OUTPUTS = 64  # of tiles of signs alone: with more, registers are spilled
-_FEW_WARPS, _MANY_WARPS = 4, 8  # with four, a thread has eight of 32 outputs of one row, for which it makes 2^n x once
-_ONE = 0x3F800000
+_OUTPUTS = 64  # of a program: with more, registers are spilled
+_MERGED_OUTPUTS = 128
+_FEW_WARPS, _MANY_WARPS = 4, 8
+_MOST_REGISTERS = {_FEW_WARPS: 168, _MANY_WARPS: 255}  # of a thread: three programs of few warps, one of many
+_TOP_BITS = -0x7F7F7F80  # 0x80808080
 _MANY_ROWS = 64
 _ALIGNMENT = 16
 _MERGED_STAGES = {128: 4, 256: 3}  # by rows of a tile: what shared memory holds
@@ -31,9 +31,9 @@ def add_signs(x: Tensor, out: Tensor, signs: LayerSigns, plan: SegmentPlan) -> N
         return
     num_parts, num_entries, num_planes, _ = signs.table.shape
     many = plan.tile_rows >= _MANY_ROWS
-    block_outputs = _TILE_OUTPUTS if many else _FEW_OUTPUTS
+    num_warps = _MANY_WARPS if many else _FEW_WARPS
     with torch.cuda.device(out.get_device()):
-        add_signs_kernel[(len(plan.tiles), -(-max(signs.widths) // block_outputs), num_parts)](
+        add_signs_kernel[(len(plan.tiles), -(-max(signs.widths) // _OUTPUTS), num_parts)](
             x,
             out,
             plan.tiles,
@@ -42,16 +42,17 @@ def add_signs(x: Tensor, out: Tensor, signs: LayerSigns, plan: SegmentPlan) -> N
             num_entries,
             x.stride(0),
             out.stride(0),
-            _ONE,
+            _TOP_BITS,
             NUM_PLANES=num_planes,
             TILE_ROWS=plan.tile_rows,
-            BLOCKS=_MANY_BLOCKS if many else _FEW_BLOCKS,
-            BLOCK_OUTPUTS=block_outputs,
+            NUM_WARPS=num_warps,
+            BLOCK_OUTPUTS=_OUTPUTS,
             TABLE_COLUMNS=TABLE_COLUMNS,
             WIDTHS_MULTIPLE=_multiple(signs),
             PRODUCT_DTYPE=_product_dtype(x),
             PRECISION=_precision(x),
-            num_warps=_MANY_WARPS if many else _FEW_WARPS,
+            num_warps=num_warps,
+            maxnreg=_MOST_REGISTERS[num_warps],
         )
 
 
@@ -65,7 +66,7 @@ def merged_linear(
         return
     num_parts, num_entries, max_planes, _ = signs.table.shape
     with torch.cuda.device(out.get_device()):
-        merged_linear_kernel[(len(plan.tiles), -(-max(signs.widths) // _MANY_OUTPUTS), num_parts)](
+        merged_linear_kernel[(len(plan.tiles), -(-max(signs.widths) // _MERGED_OUTPUTS), num_parts)](
             x,
             out,
             weight,
@@ -79,7 +80,7 @@ def merged_linear(
             MAX_PLANES=max_planes,
             NUM_PLANES=num_planes,
             TILE_ROWS=plan.tile_rows,
-            BLOCK_OUTPUTS=_MANY_OUTPUTS,
+            BLOCK_OUTPUTS=_MERGED_OUTPUTS,
             TABLE_COLUMNS=TABLE_COLUMNS,
             WIDTHS_MULTIPLE=_multiple(signs),
             HAS_BIAS=bias is not None,

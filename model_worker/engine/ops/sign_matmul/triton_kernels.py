@@ -1,9 +1,7 @@
 """Planes of signs on GPUs. Shapes and tables as in the package's docstring, bits as in bit_planes.py; sums are float32.
 
-One row is limited by the instructions for each bit. S is 2 M - 1 with M of zeros and ones. A bit in the mantissa of 1.0
-makes it 1 + M 2^-n, and is multiplied by 2^n x; the sum of all 2^n x is taken off at the end. That is one logical
-operation and one multiplication a bit, and a shift for four of them. More rows are multiplied by tensor cores with
-numbers -v and +v, where v is rounded to the dtype of x.
+One row is multiplied as triton_row.py says. More rows are multiplied by tensor cores with numbers -v and +v, where v is
+rounded to the dtype of x.
 
 Words of bits become numbers with these signs, two numbers of 16 bits at once: a shift and a logical operation on the
 word that holds both. Where the base's weight is merged with the planes, W + D is the left operand of the product, which
@@ -15,7 +13,7 @@ are read once and kept.
 import triton
 import triton.language as tl
 
-from model_worker.engine.ops.reductions import add
+from model_worker.engine.ops.sign_matmul.triton_row import of_row
 
 _SIGNS_16 = tl.constexpr(-0x7FFF8000)  # 0x80008000, of two numbers
 _SIGN_32 = tl.constexpr(-0x80000000)
@@ -31,10 +29,10 @@ def add_signs_kernel(
     num_entries,
     x_stride,
     out_stride,
-    one,
+    top_bits,
     NUM_PLANES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
     TABLE_COLUMNS: tl.constexpr,
     WIDTHS_MULTIPLE: tl.constexpr,
@@ -43,8 +41,8 @@ def add_signs_kernel(
 ):
     """Program (tile, outputs, part): out[rows, outputs] += sum over planes of u ((v x[rows]) S[outputs]^T)
 
-    x [T, K], out [T, N], tiles [num_tiles, 3], table [P, num_entries, NUM_PLANES, TABLE_COLUMNS]; one: see `_of_row`.
-    One row is multiplied with BLOCKS of bits at once, more rows with one bit of the words of a block.
+    x [T, K], out [T, N], tiles [num_tiles, 3], table [P, num_entries, NUM_PLANES, TABLE_COLUMNS].
+    top_bits: see `of_row`.
     """
     tile = tiles + tl.program_id(0) * 3
     count = tl.load(tile + 2)
@@ -52,9 +50,7 @@ def add_signs_kernel(
     entry = table + (tl.program_id(2) * num_entries + tl.load(tile)) * NUM_PLANES * TABLE_COLUMNS
     width = tl.multiple_of(tl.load(entry + 5, mask=count > 0, other=0).to(tl.int32), WIDTHS_MULTIPLE)
     first_output = tl.program_id(1) * BLOCK_OUTPUTS
-    outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
-    has_output = outputs < width
-    columns = tl.multiple_of(tl.load(entry + 4).to(tl.int32), WIDTHS_MULTIPLE) + outputs
+    first_column = tl.multiple_of(tl.load(entry + 4).to(tl.int32), WIDTHS_MULTIPLE)
     num_blocks = tl.load(entry + 3, mask=first_output < width, other=0).to(tl.int32)
     if num_blocks > 0:
         if count == 1:
@@ -62,14 +58,20 @@ def add_signs_kernel(
             total = tl.full((BLOCK_OUTPUTS,), 0.0, dtype=tl.float32)
             plane = 0
             while num_blocks > 0:
-                total += _of_row(row, entry, outputs, has_output, num_blocks, num_inputs, one, BLOCKS, BLOCK_OUTPUTS)
+                total += of_row(
+                    row, entry, first_output, width, num_blocks, num_inputs, top_bits, NUM_WARPS, BLOCK_OUTPUTS
+                )
                 plane += 1
                 entry += TABLE_COLUMNS
                 num_blocks = tl.load(entry + 3, mask=plane < NUM_PLANES, other=0).to(tl.int32)
-            target = out + first_row * out_stride + columns
+            outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
+            has_output = outputs < width
+            target = out + first_row * out_stride + first_column + outputs
             total += tl.load(target, mask=has_output, other=0.0).to(tl.float32)
             tl.store(target, total.to(out.dtype.element_ty), mask=has_output)
         else:
+            outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
+            has_output = outputs < width
             rows = first_row + tl.arange(0, TILE_ROWS)
             has_row = tl.arange(0, TILE_ROWS) < count
             totals = tl.full((BLOCK_OUTPUTS, TILE_ROWS), 0.0, dtype=tl.float32)
@@ -91,50 +93,10 @@ def add_signs_kernel(
                 plane += 1
                 entry += TABLE_COLUMNS
                 num_blocks = tl.load(entry + 3, mask=plane < NUM_PLANES, other=0).to(tl.int32)
-            targets = out + rows[None, :] * out_stride + columns[:, None]
+            targets = out + rows[None, :] * out_stride + (first_column + outputs)[:, None]
             mask = has_row[None, :] & has_output[:, None]
             totals += tl.load(targets, mask=mask, other=0.0).to(tl.float32)
             tl.store(targets, totals.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _of_row(
-    row, entry, outputs, has_output, num_blocks, num_inputs, one, BLOCKS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr
-):
-    """u ((v x) S^T) of the row of x at `row`. -> [outputs]
-
-    one: the bits of 1.0, no constant, so that it stays in a register: an instruction has room for one constant only.
-    """
-    words = tl.multiple_of(tl.load(entry).to(tl.pointer_type(tl.int32)), 16)
-    u = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(tl.float32)), 16)
-    v = tl.multiple_of(tl.load(entry + 2).to(tl.pointer_type(tl.float32)), 16)
-    word, block = tl.arange(0, 32), tl.arange(0, BLOCKS)
-    sums = tl.full((BLOCK_OUTPUTS, BLOCKS, 32), 0.0, dtype=tl.float32)
-    of_large = tl.full((BLOCKS, 32), 0.0, dtype=tl.float32)
-    of_x = tl.full((BLOCKS, 32), 0.0, dtype=tl.float32)
-    of_output = words + (outputs.to(tl.int64) * num_blocks * 32)[:, None, None] + word[None, None, :]
-    for step in range((num_blocks + BLOCKS - 1) // BLOCKS * 4):  # bytes of the words of some blocks, two of each half
-        blocks, byte = step // 4 * BLOCKS + block, step % 4
-        packed = tl.load(
-            of_output + blocks[None, :, None] * 32,
-            mask=has_output[:, None, None] & (blocks < num_blocks)[None, :, None],
-            other=0,
-        )
-        packed = packed >> (8 * byte)
-        inputs = (blocks * 1024 + byte % 2 * 512 + byte // 2)[:, None] + 2 * word[None, :]  # of the lowest bit
-        for bit in tl.static_range(8):
-            has_input = inputs < num_inputs - bit * 64
-            scale = tl.load(v + inputs + bit * 64, mask=has_input, other=0.0)
-            values = tl.load(row + inputs + bit * 64, mask=has_input, other=0.0).to(tl.float32) * scale
-            # The bit comes to one of the upper four of the mantissa, 19 to 22.
-            shifted = packed << (19 - bit // 4 * 4)
-            large = values * (1 << (4 - bit % 4))
-            ones = ((shifted & (1 << (19 + bit % 4))) | one).to(tl.float32, bitcast=True)
-            sums += ones * large[None, :, :]
-            of_large += large
-            of_x += values
-    less = 2.0 * tl.reduce(tl.reduce(of_large, 1, add), 0, add) + tl.reduce(tl.reduce(of_x, 1, add), 0, add)
-    return (2.0 * tl.reduce(tl.reduce(sums, 2, add), 1, add) - less) * tl.load(u + outputs, mask=has_output, other=0.0)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Any:
 
     module, name, types, given = kernel
     function = getattr(importlib.import_module(module), name)
-    options = {key: given[key] for key in ("num_warps", "num_stages") if key in given}
+    options = {key: given[key] for key in ("num_warps", "num_stages", "maxnreg") if key in given}
     constants = {
         key: getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl.") else value
         for key, value in given.items()

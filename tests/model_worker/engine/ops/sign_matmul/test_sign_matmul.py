@@ -207,6 +207,45 @@ def test_every_size(kernels: ModuleType, num_inputs: int, num_outputs: int) -> N
     _check([(1, 2), (2, 5)], 6, **sizes, kernels=kernels, num_planes=(2, 3))
 
 
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(4096, 48), (5000, 70), (9300, 16)])
+@pytest.mark.parametrize("num_planes", [1, 2])
+def test_one_row_is_exact_but_for_what_the_docstring_says(
+    kernels: ModuleType, num_inputs: int, num_outputs: int, num_planes: int
+) -> None:
+    """With inputs of very different size, blocks of zeros, and numbers at the ends of float32's range."""
+    torch.manual_seed(6)
+    for size in (1.0, 1e-12, 1e12):
+        x = torch.randn(1, num_inputs) * torch.exp(3 * torch.randn(num_inputs)) * size
+        x[:, :1024] = 0
+        planes = [random_plane(num_outputs, num_inputs, scale=1.0, has_columns=True) for _ in range(num_planes)]
+        columns = (slice(0, num_outputs),)
+        out = torch.zeros(1, num_outputs)
+        plan = SegmentPlan.of([(0, 1)], num_rows=1, max_rank=0, device=CPU).tiled(CPU)
+        kernels.add_signs(x, out, _signs([[planes]], columns, num_inputs, torch.float32, on_gpu=True), plan)
+        expected, lost = torch.zeros(num_outputs, dtype=torch.float64), torch.zeros(num_outputs, dtype=torch.float64)
+        for plane in planes:
+            assert plane.column_scale is not None
+            scaled = (x[0] * plane.column_scale).double()
+            signs = torch.where(unpack_signs(plane.bits, num_inputs), 1.0, -1.0).double()
+            expected += plane.row_scale.double() * (signs @ scaled)
+            for block in scaled.split(1024):
+                bits = torch.arange(len(block)) // 64 % 8
+                rests = 2.0 ** (bits - 29.0) * block.abs().max()
+                lost += plane.row_scale.double().abs() * 2 * rests.sum()
+        error = (out[0].double() - expected).abs()
+        assert (error <= lost / 8 + 1e-6 * expected.abs()).all()  # rests have both signs
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_one_row_keeps_what_is_no_number(kernels: ModuleType, number: float) -> None:
+    x, out = torch.randn(1, 2000), torch.zeros(1, 16)
+    x[0, 1500] = number
+    signs = _signs([[[random_plane(16, 2000)]]], (slice(0, 16),), 2000, torch.float32, on_gpu=True)
+    kernels.add_signs(x, out, signs, SegmentPlan.of([(0, 1)], num_rows=1, max_rank=0, device=CPU).tiled(CPU))
+    assert not out.isfinite().any()
+
+
 def test_four_bits_and_plain_numbers_are_used_where_they_can_be() -> None:
     fits = SignMatrix(random_plane(32, 64), 64, dtype=torch.bfloat16, device=CPU)
     assert fits.int4 is not None
@@ -242,11 +281,12 @@ _CONSTANTS = {
 }
 
 
-@pytest.mark.parametrize(("tile_rows", "blocks", "block_outputs", "num_warps"), [(16, 4, 32, 4), (64, 2, 128, 8)])
-def test_it_compiles_for_a_gpu(tile_rows: int, blocks: int, block_outputs: int, num_warps: int) -> None:
-    sizes = {"NUM_PLANES": 8, "TILE_ROWS": tile_rows, "BLOCKS": blocks, "BLOCK_OUTPUTS": block_outputs}
+@pytest.mark.parametrize(("tile_rows", "num_warps", "maxnreg"), [(16, 4, 168), (64, 8, 255)])
+def test_it_compiles_for_a_gpu(tile_rows: int, num_warps: int, maxnreg: int) -> None:
+    sizes = {"NUM_PLANES": 8, "TILE_ROWS": tile_rows, "NUM_WARPS": num_warps, "BLOCK_OUTPUTS": 64}
     pointers = {"x": "*bf16", "out": "*bf16", **_TABLES}
-    assert_they_compile((_KERNELS, "add_signs_kernel", pointers, {**sizes, **_CONSTANTS, "num_warps": num_warps}))
+    options = {"num_warps": num_warps, "maxnreg": maxnreg}
+    assert_they_compile((_KERNELS, "add_signs_kernel", pointers, {**sizes, **_CONSTANTS, **options}))
 
 
 @pytest.mark.parametrize(("num_planes", "tile_rows", "num_stages"), [(1, 256, 3), (2, 128, 4)])
