@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from tests.fakes.patient_loop import PatientLoop
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("patient", settings(), deadline=None)  # a busy machine makes no example too slow
+settings.load_profile("patient")
 
 DATA = Path(__file__).parent / "data"
 SMALL_MODEL = "smollm2-135m-instruct"
