@@ -15,6 +15,7 @@ from controller.auth import is_public
 from registry.errors import InvalidRequestError
 
 ANY = "*"
+_USUAL_PORTS = {"http": ":80", "https": ":443"}
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@,*\[\]\"']+|https?://\[[0-9a-f:]+\](:\d+)?")
 
 
@@ -36,7 +37,13 @@ def parse_origins(text: str | None) -> tuple[str, ...]:
         raise InvalidRequestError(
             "--allowed-origins: * allows all pages; leave it or the others out", param="allowed_origins"
         )
-    return origins
+    return tuple(map(_as_browsers_write, origins))
+
+
+def _as_browsers_write(origin: str) -> str:
+    """Without the port that its scheme has anyhow."""
+    scheme, _, rest = origin.partition("://")
+    return origin.removesuffix(_USUAL_PORTS[scheme]) if rest and scheme in _USUAL_PORTS else origin
 
 
 class CorsMiddleware:
@@ -54,6 +61,7 @@ class CorsMiddleware:
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
             expose_headers=("retry-after",),
+            allow_private_network=ANY not in origins,  # pages from the internet, where they are named, may call it too
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

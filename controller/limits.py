@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,7 @@ from registry.errors import InvalidRequestError, RateLimitError, RequestTooLarge
 _WEIGHT_OF_NEWEST = 0.05  # in the running mean
 
 _MAX_DROPPED_BYTES = 64 * 1024 * 1024  # of a body that is too large
+_MAX_DROPPING_S = 5.0
 
 STREAMED_PATHS = ("/admin/blobs/",)  # their bodies are files, with bounds of their own, and are written as they come
 
@@ -94,76 +96,83 @@ class LimitsMiddleware:
         if scope["type"] != "http" or scope["path"].startswith(STREAMED_PATHS):
             await self._app(scope, receive, send)
             return
-        if scope["method"] != "POST" or scope["path"].startswith("/internal/"):
-            await self._with_body(scope, receive, send)
-            return
-        principal = principal_of(scope)
+        body = _Body(Headers(scope=scope), receive)
+        refusal: RootgraftError | None = None
         with ExitStack() as held:
             try:
-                held.enter_context(self._limits.acquire(principal.key_id if principal else None))
-            except RateLimitError as error:
-                await self._refuse(error, scope, receive, send)
-                return
-            await self._with_body(scope, receive, send)
+                if scope["method"] == "POST" and not scope["path"].startswith("/internal/"):
+                    principal = principal_of(scope)
+                    held.enter_context(self._limits.acquire(principal.key_id if principal else None))
+                content = await body.read(self._max_body_bytes)
+            except RootgraftError as error:
+                refusal = error
+            else:
+                if content is not None:
+                    await self._app(scope, _replay(content, receive), send)
+        if refusal is not None:
+            await body.drop_rest()
+            self._metrics.reject(refusal.status)
+            await response_for(scope["path"], refusal)(scope, receive, send)
 
-    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
-        if "content-length" not in headers and "transfer-encoding" not in headers:
-            await self._app(scope, receive, send)
-            return
-        try:
-            body = await self._read(headers, receive)
-        except RootgraftError as error:
-            await self._refuse(error, scope, receive, send)
-            return
-        if body is None:
-            return  # the client is gone
-        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> Message:
-            return unread.pop() if unread else await receive()
+class _Body:
+    """The body of a request, as it comes."""
 
-        await self._app(scope, replay, send)
+    def __init__(self, headers: Headers, receive: Receive) -> None:
+        self._declared = headers.get("content-length", "0")
+        self._more = "content-length" in headers or "transfer-encoding" in headers
+        self._waits_for_word = "expect" in headers  # and gets it by the first reading
+        self._receive = receive
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None when the client went away before its end."""
-        declared = headers.get("content-length", "0")
-        if not declared.isdecimal():
+    async def read(self, max_bytes: int) -> bytes | None:
+        """All of it; None when the client went away before its end.
+
+        Raises:
+            InvalidRequestError: its length is no number.
+            RequestTooLargeError: it is longer than allowed.
+        """
+        if not self._declared.isdecimal():
             raise InvalidRequestError("the Content-Length is not a number")
-        if int(declared) > self._max_body_bytes:
-            await _drop_rest(receive)
-            raise self._too_large()
-        body = bytearray()
-        while True:
-            message = await receive()
+        content = bytearray()
+        while self._more:
+            if max(int(self._declared), len(content)) > max_bytes:
+                raise _too_large(max_bytes)
+            self._waits_for_word = False
+            message = await self._receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._max_body_bytes:
-                if more:
-                    await _drop_rest(receive)
-                raise self._too_large()
-            if not more:
-                return bytes(body)
+            content += message.get("body", b"")
+            self._more = message.get("more_body", False)
+        if len(content) > max_bytes:
+            raise _too_large(max_bytes)
+        return bytes(content)
 
-    def _too_large(self) -> RequestTooLargeError:
-        return RequestTooLargeError(
-            f"the request body has more than {self._max_body_bytes} bytes; send a shorter one, or start the controller "
-            "with a larger --max-body-bytes"
-        )
+    async def drop_rest(self) -> None:
+        """Before a refusal, read on to the end if that comes soon.
 
-    async def _refuse(self, error: RootgraftError, scope: Scope, receive: Receive, send: Send) -> None:
-        self._metrics.reject(error.status)
-        await response_for(scope["path"], error)(scope, receive, send)
+        Clients that read nothing before they have sent all would find the connection closed.
+        """
+        num_left = _MAX_DROPPED_BYTES
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_MAX_DROPPING_S):
+                while self._more and not self._waits_for_word and num_left > 0:
+                    message = await self._receive()
+                    self._more = message["type"] != "http.disconnect" and message.get("more_body", False)
+                    num_left -= len(message.get("body", b""))
 
 
-async def _drop_rest(receive: Receive) -> None:
-    """Read a body to its end, if that comes soon: clients that read nothing before they have sent all would
-    find the connection closed."""
-    num_left = _MAX_DROPPED_BYTES
-    while num_left > 0:
-        message = await receive()
-        if message["type"] == "http.disconnect" or not message.get("more_body", False):
-            return
-        num_left -= len(message.get("body", b""))
+def _too_large(max_bytes: int) -> RequestTooLargeError:
+    return RequestTooLargeError(
+        f"the request body has more than {max_bytes} bytes; send a shorter one, or start the controller with a larger "
+        "--max-body-bytes"
+    )
+
+
+def _replay(content: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body in one message first."""
+    unread: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def replay() -> Message:
+        return unread.pop() if unread else await receive()
+
+    return replay

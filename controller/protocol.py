@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 WORKER_TOKEN_HEADER = "x-rootgraft-worker-token"
 
 FinishReason = Literal["stop", "length"]

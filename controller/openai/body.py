@@ -102,6 +102,8 @@ def _message(details: ErrorDetails, param: str) -> str:
             return f"{param} must not be empty."
         case "too_long":
             context = details["ctx"]
+            if not context["max_length"]:
+                return f"{param} must be empty."
             return f"{param} must hold at most {context['max_length']} items, not {context['actual_length']}."
         case "model_type" | "dict_type":
             return f"{param} should be an object, got {_shown(details['input'])}."

@@ -13,6 +13,7 @@ from model_worker.engine.cache_layout import CacheLayout
 from model_worker.engine.config import EngineConfig
 from model_worker.engine.gpu_memory import DeviceMemory, MemoryUse, budget_bytes, is_out_of_memory, measure
 from model_worker.engine.kv_cache import choose_num_blocks
+from model_worker.engine.models.gpu_decoder import can_quantize
 from registry.errors import InsufficientMemoryError
 
 _GIB = 2**30
@@ -37,7 +38,11 @@ class GpuSizing:
     def __init__(self, memory: DeviceMemory, config: EngineConfig, plan: LoadPlan) -> None:
         self._memory = memory
         self._config = config
-        self._quantization = plan.quantization
+        self._could_quantize = (
+            plan.quantization is None
+            and config.model_impl != "transformers"
+            and can_quantize(plan.config, plan.max_model_len)
+        )
         self._weights_bytes = plan.memory.weights_bytes // config.tensor_parallel_size
         self._total = memory.total()
         self._budget = budget_bytes(memory, config.cache.gpu_memory_utilization)
@@ -118,7 +123,7 @@ class GpuSizing:
         gains = [(use.weights // 2, f"--tensor-parallel-size {2 * config.tensor_parallel_size}")]
         if utilization < 0.95:
             gains.append((int((0.95 - utilization) * use.total), "--gpu-memory-utilization 0.95"))
-        if self._quantization is None:
+        if self._could_quantize:
             gains.append((use.weights * 7 // 10, "--quantization int4"))
         if tokens > _FEW_TOKENS:
             fewer = max(_FEW_TOKENS, tokens // 4)
@@ -133,7 +138,7 @@ class GpuSizing:
         weights = self._weights_bytes
         more_ranks = f"--tensor-parallel-size {2 * self._config.tensor_parallel_size}"
         ways = [f"{more_ranks} (about {gib(weights // 2)} on each GPU)", "--device cpu", "a smaller model"]
-        if self._quantization is None:
+        if self._could_quantize:
             smaller = f"int8 (about {gib(weights // 2)}) or int4 (about {gib(weights * 3 // 10)})"
             ways = [f"--quantization {smaller}", *ways[:2]]
         return (
@@ -144,7 +149,7 @@ class GpuSizing:
     def _largest_step_failed(self) -> str:
         tokens, seqs = self._config.scheduler.max_num_batched_tokens, self._config.scheduler.max_num_seqs
         ways = [f"--max-num-batched-tokens {max(1, tokens // 4)}", f"--max-num-seqs {max(1, seqs // 4)}"]
-        if self._quantization is None:
+        if self._could_quantize:
             ways.append(f"--quantization int8 (about {gib(self._weights_bytes // 2)} less)")
         else:
             ways.append(f"--tensor-parallel-size {2 * self._config.tensor_parallel_size}")

@@ -115,8 +115,8 @@ def _build(
             raise UnsupportedModelError(f"--model-impl native is not possible: {why}")
     if plan.quantization is not None:
         raise UnsupportedModelError(
-            f"Only the native decoders keep weights in {plan.quantization}, and none can be used: {why}. Load the "
-            "model with --quantization none."
+            f"Only the native decoders keep weights in {plan.quantization}, and none can be used: "
+            f"{why.rstrip('.')}. Load the model with --quantization none."
         )
     logger.info("The native decoder is not used: %s", why)
     return _build_from_transformers(plan, device, dtype, group)

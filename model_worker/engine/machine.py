@@ -92,12 +92,17 @@ def choose_device(name: str, *, num_gpus: int | None = None) -> torch.device:
     return torch.device("cuda", index)
 
 
+def num_usable_processors() -> int:
+    """Processors that this process may run on, which in a container may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_num_threads(num_threads: int | None) -> None:
-    """Raises InvalidRequestError: a `--num-threads` above the processors of this machine; they wait for each other."""
-    num_processors = os.cpu_count() or 1
+    """Raises InvalidRequestError: a `--num-threads` above the processors there are, for which threads would wait."""
+    num_processors = num_usable_processors()
     if num_threads is not None and num_threads > num_processors:
         raise InvalidRequestError(
-            f"--num-threads must be at most {num_processors}, the processors of this machine, not {num_threads}; "
+            f"--num-threads must be at most {num_processors}, the processors of this process, not {num_threads}; "
             "without it, there is one thread per core.",
             param="num_threads",
         )

@@ -89,6 +89,15 @@ async def test_what_operators_and_workers_call_is_closed_to_pages(start_controll
     assert allowed(await controller.get(path, headers={"origin": PAGE})) is None
 
 
+@pytest.mark.parametrize(("origins", "status"), [(PAGE, 200), ("*", 400)])
+async def test_only_named_pages_of_the_internet_may_call_into_a_private_network(
+    start_controller: StartController, origins: str, status: int
+) -> None:
+    controller = await start_controller(allowed_origins=origins)
+    headers = {"origin": PAGE, **PREFLIGHT, "access-control-request-private-network": "true"}
+    assert (await controller._request("OPTIONS", "/v1/models", {"headers": headers})).status == status
+
+
 async def test_other_pages_get_nothing(start_controller: StartController) -> None:
     controller = await start_controller(allowed_origins="https://other.example.org")
     answer = await preflight(controller)
@@ -110,6 +119,7 @@ async def test_nothing_is_allowed_unless_asked_for(start_controller: StartContro
         ("", ()),
         ("*", ("*",)),
         ("HTTPS://Chat.example.org , http://localhost:3000,", ("https://chat.example.org", "http://localhost:3000")),
+        ("https://a.org:443,http://[::1]:80,http://a:8080", ("https://a.org", "http://[::1]", "http://a:8080")),
         ("http://[::1]:3000,app://obsidian.md", ("http://[::1]:3000", "app://obsidian.md")),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from fastapi import FastAPI, Request
 from hypothesis import given, strategies as st
 
+from controller import limits as limits_module
 from controller.config import LimitsConfig
 from controller.limits import ConcurrencyLimits
 from registry.catalog import Catalog
@@ -107,6 +108,29 @@ async def test_a_client_that_sends_all_before_it_reads_learns_why_it_is_refused(
             return client.recv(100)
 
     assert (await asyncio.to_thread(send_and_read)).startswith(b"HTTP/1.1 413")
+
+
+async def test_a_body_that_is_announced_and_does_not_come_is_refused_and_takes_no_place(
+    start_controller: StartController, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits_module, "_MAX_DROPPING_S", 0.2)
+    controller = await start_controller(max_body_bytes=10_000, max_concurrent_requests=1, edit=add_echo)
+    reader, writer = await asyncio.open_connection("127.0.0.1", controller.port)
+    writer.write(b"POST /v1/echo HTTP/1.1\r\nhost: x\r\ncontent-length: 900000000\r\n\r\n")
+    assert (await controller.post("/v1/echo", data=b"x")).status == 200
+    assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+    writer.close()
+
+
+async def test_a_body_that_waits_for_a_word_is_not_asked_for_where_it_is_too_large(
+    start_controller: StartController,
+) -> None:
+    controller = await start_controller(max_body_bytes=10_000)
+    reader, writer = await asyncio.open_connection("127.0.0.1", controller.port)
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 900000000\r\nexpect: 100-continue\r\n\r\n"
+    writer.write(head)
+    assert (await reader.readline()).startswith(b"HTTP/1.1 413")
+    writer.close()
 
 
 async def test_workers_bodies_have_the_limit_too(start_controller: StartController) -> None:

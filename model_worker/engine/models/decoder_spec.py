@@ -104,6 +104,10 @@ class DecoderSpec:
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
 
+    @property
+    def has_experts(self) -> bool:
+        return any(layer.mixture is not None for layer in self.layers)
+
 
 def read_spec(config: Mapping[str, Any], max_model_len: int) -> DecoderSpec:
     """The spec of a model.

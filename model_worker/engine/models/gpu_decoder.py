@@ -80,7 +80,7 @@ class GpuDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.spec: DecoderSpec = read_spec(config, max_model_len)
-        if quantization is not None and any(layer.mixture is not None for layer in self.spec.layers):
+        if quantization is not None and self.spec.has_experts:
             raise UnsupportedModelError("The native decoder for GPUs does not quantize mixtures of experts.")
         if quantization == "fp8":
             _check_float8(device)
@@ -301,6 +301,21 @@ class GpuDecoder(nn.Module):
                 places[name] = WeightPlace(module, attribute, part, first, num_rows, offset=fusion.offset)
                 first += num_rows
         return places
+
+
+def can_quantize(config: Mapping[str, Any], max_model_len: int) -> bool:
+    """Whether `GpuDecoder` takes this model with a quantization.
+
+    Args:
+        config, max_model_len: as in `read_spec`.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    try:
+        return not read_spec(config, max_model_len).has_experts
+    except UnsupportedModelError:
+        return False
 
 
 def _has_float8(device: torch.device) -> bool:

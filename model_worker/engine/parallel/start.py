@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -12,6 +11,7 @@ import torch
 
 from adapters.load_plan import LoadPlan
 from model_worker.engine.config import EngineConfig
+from model_worker.engine.machine import num_usable_processors
 from model_worker.engine.model_runner import ModelRunner
 from model_worker.engine.parallel.leading_steps import LeadingSteps
 from model_worker.engine.parallel.ranks import Ranks, RunningRank
@@ -45,7 +45,7 @@ def start_ranks(
     """
     devices = _devices(device, config.tensor_parallel_size)
     if device.type == "cpu" and config.num_threads is None:
-        config = replace(config, num_threads=max(1, (os.cpu_count() or 1) // len(devices)))
+        config = replace(config, num_threads=max(1, num_usable_processors() // len(devices)))
     ranks = Ranks(plan, config, devices, launch)
     try:
         runner = ModelRunner(plan, config, device=devices[0], profiler=profiler, group=ranks.group, report=report)

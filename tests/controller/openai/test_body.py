@@ -266,6 +266,10 @@ async def test_astral_characters_and_escapes_pass(api: Api, gateway: FakeGateway
         ({"logit_bias": {"Paris": 1}}, "the keys of logit_bias are token ids, as \"42\", not 'Paris'."),
         ({"messages": []}, "messages must not be empty."),
         ({"messages": ["Hi"]}, "messages[0] should be an object, got 'Hi'."),
+        (
+            {"messages": [{"role": "assistant", "content": "Hi", "annotations": [{"type": "url_citation"}]}]},
+            "messages[0].annotations must be empty.",
+        ),
         ({"stop": ["a"] * 17}, "stop must hold at most 16 items, not 17."),
         ({"response_format": "json"}, "response_format should be an object, got 'json'."),
         (

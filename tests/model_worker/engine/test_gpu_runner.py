@@ -112,7 +112,7 @@ def test_no_room_for_a_kv_cache_names_the_three_settings_that_give_it_most(
 
 
 def test_out_of_memory_while_loading_while_measuring_and_in_a_step(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute_as_on_a_gpu(monkeypatch)
 
@@ -123,6 +123,9 @@ def test_out_of_memory_while_loading_while_measuring_and_in_a_step(
         patch.setattr(GpuDecoder, "fill", fail)
         with pytest.raises(InsufficientMemoryError, match=r"weights take .* --quantization int8 .* --device cpu"):
             make_runner(checkpoint, FakeAccelerator())
+        build_tiny_model("mixtral").save_pretrained(tmp_path)
+        with pytest.raises(InsufficientMemoryError, match=r"help: --tensor-parallel-size 2 .* --device cpu"):
+            make_runner(tmp_path, FakeAccelerator())  # experts are not quantized
     with monkeypatch.context() as patch:
         patch.setattr(GpuDecoder, "logits", fail)
         with pytest.raises(InsufficientMemoryError, match=r"a step of 16 tokens and 6 sequences .* --max-num-seqs 1"):

@@ -49,8 +49,8 @@ def test_kernels_are_looked_for_only_where_they_are_used(tmp_path: Path, monkeyp
 
 
 def test_no_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 2, 4, 6})
     check_num_threads(None)
     check_num_threads(4)
-    with pytest.raises(InvalidRequestError, match="--num-threads must be at most 4, the processors of this machine"):
+    with pytest.raises(InvalidRequestError, match="--num-threads must be at most 4, the processors of this process"):
         check_num_threads(5)

@@ -1,4 +1,4 @@
-"""One row times a plane of top_bits on GPUs, by tensor cores, with the bits where they are.
+"""One row times a plane of signs on GPUs, by tensor cores, with the bits where they are.
 
 S is 2 M - 1 with M of zeros and ones. A word of bits, masked, is four numbers of 8 bits, M 2^j of four inputs (-M 2^7
 where j is 7), and the left operand of a product of such numbers. So a bit takes a quarter of a logical operation.

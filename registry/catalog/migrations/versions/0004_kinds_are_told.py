@@ -12,7 +12,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.drop_column("variants", "kind")
+    with op.batch_alter_table("variants") as table:  # SQLite drops no columns before its version 3.35
+        table.drop_column("kind")
 
 
 def downgrade() -> None:
