@@ -19,7 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 _GIB = 2**30
 _META = torch.device("meta")
-_READS: Mapping[str, Any] = {"__bool__": True, "__int__": 1, "__float__": 1.0, "item": 1, "tolist": None}
+_READS: Mapping[str, Any] = {
+    "allclose": True,
+    "__bool__": True,
+    "__int__": 1,
+    "__float__": 1.0,
+    "item": 1,
+    "tolist": None,
+}
 
 
 class FakeCuda:
@@ -29,7 +36,8 @@ class FakeCuda:
         device: what its tensors say.
         capturing: a graph is being captured: whatever waits for the device, or compiles a kernel, would spoil it.
         num_replays: of all graphs.
-        num_reads: how often the host has read numbers, for which it has to wait; single ones are 1, others 0.
+        num_reads: how often the host has read numbers, for which it has to wait; single ones are 1, comparisons hold,
+            others are 0.
     """
 
     device = torch.device("cuda", 0)
@@ -146,8 +154,8 @@ class _OnMeta(TorchFunctionMode):
         if name == "copy_" and args[0].device.type == "cpu" and args[1].device.type == "meta":
             return args[0].zero_()
         if name in ("cpu", "to") and args[0].device.type == "meta":
-            target = kwargs.get("device", args[1] if len(args) > 1 else "cpu")
-            if name == "cpu" or (isinstance(target, torch.device | str) and torch.device(target).type == "cpu"):
+            target = "cpu" if name == "cpu" else kwargs.get("device", args[1] if len(args) > 1 else None)
+            if isinstance(target, torch.device | str) and torch.device(target).type == "cpu":
                 return torch.zeros(args[0].shape, dtype=args[0].dtype)
         return function(*args, **kwargs)
 

@@ -189,6 +189,10 @@ class VariantModule:
         return out
 
 
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+"""Of transformers' experts, that can have terms."""
+
+
 class ExpertsTerms(NamedTuple):
     """Of a mixture, by expert, in [E, N, K] whichever way the module stores its weights."""
 
@@ -203,6 +207,11 @@ class VariantExperts:
         module: experts that say how they are stored (`use_experts_implementation`).
         segments: rows, and their terms.
     """
+
+    @staticmethod
+    def knows(module: Any) -> bool:
+        """Whether a module's experts can have terms."""
+        return hasattr(module, "has_gate") and not module.has_post_expert_norm
 
     def __init__(self, module: nn.Module, segments: Sequence[tuple[slice, ExpertsTerms]]) -> None:
         self._forward: Callable[..., Tensor] = module.forward
@@ -221,14 +230,19 @@ class VariantExperts:
         mixed = torch.zeros_like(x, dtype=torch.float32)
         for expert in torch.unique(choices).tolist():
             rows, places = (choices == expert).nonzero(as_tuple=True)
-            name = "gate_up_proj" if module.has_gate else "up_proj"
-            inner = self._linear(name, expert, x[rows], terms.up.get(expert))
+            inner = self.linear(self.up_name, expert, x[rows], terms.up.get(expert))
             inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-            y = self._linear("down_proj", expert, inner, terms.down.get(expert))
+            y = self.linear("down_proj", expert, inner, terms.down.get(expert))
             mixed.index_add_(0, rows, (y * weights[rows, places, None]).float())
         return mixed.to(x.dtype)
 
-    def _linear(self, name: str, expert: int, x: Tensor, bound: BoundLinear | None) -> Tensor:
+    @property
+    def up_name(self) -> str:
+        """The parameter of the first products."""
+        return "gate_up_proj" if self._module.has_gate else "up_proj"
+
+    def linear(self, name: str, expert: int, x: Tensor, bound: BoundLinear | None) -> Tensor:
+        """The product of one expert with rows that chose it. x [n, K] -> [n, N]"""
         weight: Tensor = getattr(self._module, name)[expert]
         bias: Tensor | None = getattr(self._module, f"{name}_bias")[expert] if self._module.has_bias else None
         return linear_with_terms(x, weight.T if self._module.is_transposed else weight, bias, bound)

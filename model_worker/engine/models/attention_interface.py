@@ -24,6 +24,8 @@ PAGED_ATTENTION = "rootgraft_paged"
 ATTRIBUTE = "paged_attention"  # of each attention module
 EXTRAS = "paged_attention_extras"  # set by patches
 
+_ALIGNMENT = 16  # numbers, whose multiples Triton tells from others
+
 # What models pass along that changes nothing here: positions, caches and packing are described by our own metadata.
 _WITHOUT_EFFECT = frozenset(
     {
@@ -102,8 +104,13 @@ def attention_forward(
         _refuse_unknown(module, attention_mask, arguments)
         out = attention.record(module, q, k, v, arguments)
     else:
-        out = attention(q, k, v)
+        out = attention(*map(_aligned, (q, k, v)))
     return out[None], None
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """[T, heads, D], with strides of which the same is known for any T: kernels are compiled for what divides them."""
+    return rows if rows.shape[2] % _ALIGNMENT == 0 or not rows.is_cuda else rows.reshape(-1).view(rows.shape)
 
 
 def _refuse_unknown(module: nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from delta.variant_terms import LinearTerms, SignPlane, VariantTerms
+from delta.variant_terms import VariantTerms
 from model_worker.engine.gpu_memory import binding_variants
 from model_worker.engine.layers.bound_terms import NO_TERMS, BoundTerms, TermKind
 from model_worker.engine.layers.extra_head import ExtraHead
@@ -29,6 +29,7 @@ from model_worker.engine.lora.bound_variant import VariantSegment, VariantSegmen
 from model_worker.engine.models.gpu_terms import TermBinder
 from model_worker.engine.models.gpu_weights import WeightPlace
 from model_worker.engine.models.variant_tables import VariantTables
+from model_worker.engine.models.warm_up_terms import warm_up_terms
 from model_worker.engine.ops.low_rank import SegmentPlan, kernel_rank, tile_table, to_device
 from model_worker.engine.ops.sign_matmul import MANY_MERGED_ROWS
 from registry.errors import InsufficientMemoryError
@@ -176,7 +177,7 @@ class GpuVariants:
         layers = {(layer.in_features, layer.widths): layer for _, _, layer in parts}  # one of each shape
         for num_planes, steps in _WARM_UP_STEPS.items():
             terms = {
-                name.removesuffix(".weight"): _warm_up_terms(layer.in_features, layer.widths[part], num_planes)
+                name.removesuffix(".weight"): warm_up_terms(layer.in_features, layer.widths[part], num_planes)
                 for name, part, layer in parts
                 if layer in layers.values()
             }
@@ -268,17 +269,6 @@ class GraphTerms(RowTerms):
             staging[3 * num_rows + start : 3 * num_rows + end] = 1 + number
         self._static.copy_(staging, non_blocking=True)
         self._filled = wanted
-
-
-def _warm_up_terms(num_inputs: int, num_outputs: int, num_planes: int) -> LinearTerms:
-    """Of the kinds that kernels compute."""
-    bits = torch.zeros(num_outputs, -(-num_inputs // 8), dtype=torch.uint8)
-    return LinearTerms(
-        a=torch.zeros(1, num_inputs),
-        b=torch.zeros(num_outputs, 1),
-        bias=torch.zeros(num_outputs),
-        signs=(SignPlane(bits, torch.zeros(num_outputs)),) * num_planes,
-    )
 
 
 def _kinds(variants: Sequence[GpuVariant]) -> TermKind:

@@ -235,6 +235,8 @@ class TransformersModel:
         for module in self.causal_lm.modules():
             if isinstance(module, Linear):
                 module.method = choose_method(module, shared_weight=id(module.weight) in shared)
+        if self.device.type == "cuda":
+            self._variants.warm_up()
 
     # ------------------------------------------------------------------------------------------ internal
 

@@ -25,6 +25,7 @@ from model_worker.engine.layers.extra_head import ExtraHead
 from model_worker.engine.layers.linear import Linear, LinearMethod
 from model_worker.engine.layers.row_axes import RowAxes
 from model_worker.engine.layers.variants import (
+    EXPERT_PARAMETERS,
     BoundLinear,
     ExpertsTerms,
     VariantEmbedding,
@@ -36,9 +37,13 @@ from model_worker.engine.layers.variants import (
     with_parameters,
 )
 from model_worker.engine.lora.bound_variant import BoundVariant, VariantSegments
+from model_worker.engine.models.warm_up_terms import warm_up_experts, warm_up_terms
 from model_worker.engine.ops.low_rank import SegmentPlan, table_rows, to_device
 from model_worker.engine.ops.sign_matmul import SignMatrix, planes_table
 from registry.errors import UnsupportedModelError
+
+_WARM_UP_ROWS = (1, 65)  # of one variant: for tiles with few rows, and with many
+
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _Terms = TypeVar("_Terms")
@@ -139,6 +144,33 @@ class TransformersVariants:
                 ]
             )
         return bound
+
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Launch what rows of variants launch in layers of each shape, so that no kernel is compiled in a request."""
+        names = {module: name for name, module in self._causal_lm.named_modules()}
+        linears: dict[tuple[int, int, torch.dtype], Linear] = {}
+        for linear in self._places:
+            axes = self._axes.get(linear)
+            if axes is not None and axes.rows_lead:
+                linears.setdefault((linear.in_features, linear.out_features, axes.dtype), linear)
+        terms = {
+            names[linear]: warm_up_terms(num_inputs, num_outputs, num_planes=1)
+            for (num_inputs, num_outputs, _), linear in linears.items()
+        }
+        variant = self.bind(VariantTerms("", terms, warm_up_experts(names)))
+        for num_rows in _WARM_UP_ROWS:
+            methods = self._methods(list(linears.values()), [(slice(0, num_rows), variant)], num_rows)
+            for (num_inputs, _, dtype), linear in linears.items():
+                x = torch.zeros(num_rows, num_inputs, dtype=dtype, device=self._device)
+                methods[linear].apply(linear, x, linear.bias)
+            for experts, of_experts in variant.experts.items():
+                forward = VariantExperts(experts, ())
+                for name, bound in ((forward.up_name, of_experts.up), ("down_proj", of_experts.down)):
+                    for expert, of_expert in bound.items():
+                        assert of_expert.terms.a is not None
+                        x = torch.zeros_like(of_expert.terms.a).repeat(num_rows, 1)
+                        forward.linear(name, expert, x, of_expert)
 
     def in_decoder(self, segments: VariantSegments, num_rows: int) -> AbstractContextManager[None]:
         """The decoder computes these of its rows with their variants until the context ends."""
@@ -270,8 +302,7 @@ class _Binder:
     def _bind_experts(self, parameter: str, terms: Mapping[int, LinearTerms]) -> None:
         path, _, name = parameter.rpartition(".")
         module = self._causal_lm.get_submodule(path)
-        known = hasattr(module, "has_gate") and not module.has_post_expert_norm
-        if not known or name not in ("gate_up_proj", "up_proj", "down_proj"):
+        if not VariantExperts.knows(module) or name not in EXPERT_PARAMETERS:
             raise _refusal(path, module)
         weights: Tensor = getattr(module, name)
         num_inputs = weights.shape[1 if module.is_transposed else 2]

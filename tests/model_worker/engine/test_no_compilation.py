@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from delta.peft.base_model import model_shapes
 from delta.variant_terms import LinearTerms, VariantTerms
 from model_worker.engine.config import CacheConfig, EngineConfig, SchedulerConfig
-from model_worker.engine.layers.variants import linear_with_terms
+from model_worker.engine.layers.variants import VariantExperts, linear_with_terms
+from model_worker.engine.lora.bound_variant import VariantHost
 from model_worker.engine.lora.variant import Variant
 from model_worker.engine.model_runner import ModelRunner
-from model_worker.engine.models.gpu_decoder import GpuDecoder
 from model_worker.engine.models.gpu_variants import GpuVariant
+from model_worker.engine.models.transformers_variants import TransformersVariant
 from tests.fakes.fake_cuda import FakeCuda
 from tests.fakes.launch_recorder import LaunchRecorder
 from tests.fakes.random_steps import RandomSteps, every_step
 from tests.fakes.random_terms import random_plane
 from tests.fakes.random_variants import EMBEDDING, HEAD, random_variant
+from tests.fakes.shaped_variants import shaped_variant
 from tests.fakes.tiny_models import build_tiny_model, make_tiny_plan
 
 MAX_NUM_SEQS = 66
@@ -55,7 +58,7 @@ def started(
 
 def bound(runner: ModelRunner, number: int, terms: VariantTerms) -> Variant:
     variant = Variant(number)
-    assert isinstance(runner.model, GpuDecoder)
+    assert isinstance(runner.model, VariantHost)
     variant.bound = runner.model.bind(terms)
     return variant
 
@@ -93,38 +96,67 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "norms of heads, 8 bits": ("qwen3", {"quantization": "fp8", "kv_cache_dtype": "float8_e4m3fn"}),
 }
 
+OF_TRANSFORMERS = ("bloom-odd-heads", "deepseek_v3", "gpt2", "gpt_oss", "llama4-chunked", "phi", "qwen2_moe")
+
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_step_compiles_or_waits(tmp_path: Path, form: str) -> None:
-    """Whatever the requests want, and whichever variants are bound; logprobs of prompts are read from the device.
+    """Whatever the requests want, and whichever variants are bound.
 
-    So are the choices of rows whose variants change experts: such variants are not among these.
+    Choices of rows whose variants change experts are read from the device: such variants are not among these.
     """
     family, options = FORMS[form]
     with started(tmp_path, family, **options) as (runner, cuda, recorder, weights):
-        compiled = set(recorder.found)
-        steps = RandomSteps(
-            seed=0,
-            max_num_seqs=MAX_NUM_SEQS,
-            max_num_batched_tokens=MAX_TOKENS,
-            max_model_len=MAX_MODEL_LEN,
-            block_size=runner.block_size,
-            num_groups=len(runner.groups),
-            vocab_size=runner.vocab_size,
-        )
+        turns = []
         for turn in range(2):  # variants come and go
             terms = [replace(random_variant(weights, seed=10 * turn + number), experts={}) for number in range(2)]
-            terms += [low_rank_variant(weights, rank=8 + 92 * turn), with_more_tokens(terms[0])]
-            variants = [None, *(bound(runner, number, each) for number, each in enumerate(terms))]
-            num_reads = cuda.num_reads
-            for step in every_step(steps, DECODED if turn == 0 else (), variants, NUM_MIXED):
-                runner.launch(step).result()
-                if any(item.sequence.sampling.prompt_logprobs is not None for item in step.scheduled):
-                    num_reads = cuda.num_reads
-                assert cuda.num_reads == num_reads
+            turns.append([*terms, low_rank_variant(weights, rank=8 + 92 * turn), with_more_tokens(terms[0])])
+        assert not new_launches(runner, cuda, recorder, turns)
         assert runner._config.enforce_eager or cuda.num_replays > 10
-    new = [str(key) for key in recorder.found if key not in compiled]
-    assert not new, "\n" + "\n".join(new)
+
+
+@pytest.mark.parametrize("family", OF_TRANSFORMERS)
+def test_no_step_of_transformers_compiles_or_waits(tmp_path: Path, family: str) -> None:
+    """The same for the families without a decoder of our own."""
+    shapes = model_shapes(build_tiny_model(family))
+    turns = [
+        [
+            replace(shaped_variant(shapes, seed=seed, model_type=family, low_rank=seed % 3 == 0), experts={})
+            for seed in seeds
+        ]
+        for seeds in ((0, 1, 2), (3, 4))
+    ]
+    with started(tmp_path, family, model_impl="transformers") as (runner, cuda, recorder, _):
+        assert not new_launches(runner, cuda, recorder, turns)
+
+
+def new_launches(
+    runner: ModelRunner, cuda: FakeCuda, recorder: LaunchRecorder, turns: Sequence[Sequence[VariantTerms]]
+) -> str:
+    """What many steps would compile. They wait for nothing but logprobs of prompts, which are read from the device.
+
+    Args:
+        turns: the variants beside the base, of which each turn has its own.
+    """
+    compiled = set(recorder.found)
+    steps = RandomSteps(
+        seed=0,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=MAX_TOKENS,
+        max_model_len=MAX_MODEL_LEN,
+        block_size=runner.block_size,
+        num_groups=len(runner.groups),
+        vocab_size=runner.vocab_size,
+    )
+    for turn, terms in enumerate(turns):
+        variants = [None, *(bound(runner, number, each) for number, each in enumerate(terms))]
+        num_reads = cuda.num_reads
+        for step in every_step(steps, DECODED if turn == 0 else (), variants, NUM_MIXED):
+            runner.launch(step).result()
+            if any(item.sequence.sampling.prompt_logprobs is not None for item in step.scheduled):
+                num_reads = cuda.num_reads
+            assert cuda.num_reads == num_reads
+    return "\n".join(str(key) for key in recorder.found if key not in compiled)
 
 
 def test_products_of_single_experts_are_compiled(tmp_path: Path) -> None:
@@ -142,3 +174,24 @@ def test_products_of_single_experts_are_compiled(tmp_path: Path) -> None:
                 x = torch.zeros(num_rows, num_inputs, dtype=torch.bfloat16, device="cuda")
                 linear_with_terms(x, runner.model.layers[1].mlp.experts.down_proj[2], None, terms)
     assert set(recorder.found) == compiled
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
+def test_products_of_single_experts_of_transformers_are_compiled(tmp_path: Path, family: str) -> None:
+    with started(tmp_path, family, model_impl="transformers") as (runner, _, recorder, _):
+        compiled = set(recorder.found)
+        for name, shape in model_shapes(build_tiny_model(family)).experts.items():
+            for num_planes in (1, 3):
+                planes = tuple(
+                    random_plane(shape.out_features, shape.in_features, scale=0.1) for _ in range(num_planes)
+                )
+                terms = VariantTerms("", experts={name: {2: LinearTerms(signs=planes)}})
+                variant = bound(runner, num_planes, terms).bound
+                assert isinstance(variant, TransformersVariant)
+                ((experts, of_experts),) = variant.experts.items()
+                parameter = name.rpartition(".")[2]
+                of_expert = (of_experts.down if parameter == "down_proj" else of_experts.up)[2]
+                for num_rows in (1, 5, 16, 17, 64, 128, 160):
+                    x = torch.zeros(num_rows, shape.in_features, dtype=torch.bfloat16, device="cuda")
+                    VariantExperts(experts, ()).linear(parameter, 2, x, of_expert)
+        assert set(recorder.found) == compiled

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_segments"])
+@triton.jit(do_not_specialize=["table", "num_rows", "num_segments"])  # a layer's table begins anywhere
 def shrink_kernel(
     x,
     t,
@@ -62,7 +62,7 @@ def shrink_kernel(
         tl.store(target, sums, mask=has_row[:, None] & has_rank[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_segments"])
+@triton.jit(do_not_specialize=["table", "num_rows", "num_segments"])  # as above
 def expand_kernel(
     t,
     out,

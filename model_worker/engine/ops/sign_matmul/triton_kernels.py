@@ -19,7 +19,8 @@ _SIGNS_16 = tl.constexpr(-0x7FFF8000)  # 0x80008000, of two numbers
 _SIGN_32 = tl.constexpr(-0x80000000)
 
 
-@triton.jit
+# The tables of a step begin anywhere; how many segments and planes they have is another number in each step.
+@triton.jit(do_not_specialize=["table", "num_entries", "num_planes"])
 def add_signs_kernel(
     x,
     out,
@@ -27,10 +28,10 @@ def add_signs_kernel(
     table,
     num_inputs,
     num_entries,
+    num_planes,
     x_stride,
     out_stride,
     top_bits,
-    NUM_PLANES: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     BLOCK_OUTPUTS: tl.constexpr,
@@ -41,13 +42,13 @@ def add_signs_kernel(
 ):
     """Program (tile, outputs, part): out[rows, outputs] += sum over planes of u ((v x[rows]) S[outputs]^T)
 
-    x [T, K], out [T, N], tiles [num_tiles, 3], table [P, num_entries, NUM_PLANES, TABLE_COLUMNS].
+    x [T, K], out [T, N], tiles [num_tiles, 3], table [P, num_entries, num_planes, TABLE_COLUMNS].
     top_bits: see `of_row`.
     """
     tile = tiles + tl.program_id(0) * 3
     count = tl.load(tile + 2)
     first_row = tl.load(tile + 1).to(tl.int64)
-    entry = table + (tl.program_id(2) * num_entries + tl.load(tile)) * NUM_PLANES * TABLE_COLUMNS
+    entry = table + (tl.program_id(2) * num_entries + tl.load(tile)) * num_planes * TABLE_COLUMNS
     width = tl.multiple_of(tl.load(entry + 5, mask=count > 0, other=0).to(tl.int32), WIDTHS_MULTIPLE)
     first_output = tl.program_id(1) * BLOCK_OUTPUTS
     first_column = tl.multiple_of(tl.load(entry + 4).to(tl.int32), WIDTHS_MULTIPLE)
@@ -63,7 +64,7 @@ def add_signs_kernel(
                 )
                 plane += 1
                 entry += TABLE_COLUMNS
-                num_blocks = tl.load(entry + 3, mask=plane < NUM_PLANES, other=0).to(tl.int32)
+                num_blocks = tl.load(entry + 3, mask=plane < num_planes, other=0).to(tl.int32)
             outputs = first_output + tl.arange(0, BLOCK_OUTPUTS)
             has_output = outputs < width
             target = out + first_row * out_stride + first_column + outputs
@@ -92,7 +93,7 @@ def add_signs_kernel(
                 )
                 plane += 1
                 entry += TABLE_COLUMNS
-                num_blocks = tl.load(entry + 3, mask=plane < NUM_PLANES, other=0).to(tl.int32)
+                num_blocks = tl.load(entry + 3, mask=plane < num_planes, other=0).to(tl.int32)
             targets = out + rows[None, :] * out_stride + (first_column + outputs)[:, None]
             mask = has_row[None, :] & has_output[:, None]
             totals += tl.load(targets, mask=mask, other=0.0).to(tl.float32)

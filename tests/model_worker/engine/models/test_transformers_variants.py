@@ -13,7 +13,7 @@ from peft import IA3Config, LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from delta.peft.base_model import ModelShapes, model_shapes
+from delta.peft.base_model import model_shapes
 from delta.peft.reader import read_peft_adapter
 from delta.variant_terms import EmbeddingTerms, LinearTerms, VariantTerms
 from model_worker.engine.layers.linear import Linear, PackedMethod
@@ -25,11 +25,10 @@ from model_worker.engine.models.transformers_variants import TransformersVariant
 from registry.errors import UnsupportedModelError
 from tests.fakes.decoder_steps import Sequences
 from tests.fakes.peft_adapters import TinyBase, make_adapter, merged_model
-from tests.fakes.random_terms import random_plane, random_sparse
+from tests.fakes.shaped_variants import shaped_variant
 from tests.fakes.tiny_models import TINY_MODELS, build_tiny_model, make_tiny_plan
 
 CPU = torch.device("cpu")
-WITHOUT_EXPERTS = ("llama4_text",)  # whose experts cannot have terms
 
 
 @pytest.fixture(autouse=True)
@@ -43,59 +42,6 @@ def _load(reference: PreTrainedModel, path: Path, dtype: str = "float32") -> Tra
     assert isinstance(model, TransformersModel)
     assert isinstance(model, VariantHost)
     return model
-
-
-def _linear_terms(shape: tuple[int, int], kind: str, *, has_bias: bool) -> LinearTerms:
-    num_outputs, num_inputs = shape
-    rank = random.choice((1, 2, 3, 8, 17))
-    a, b = torch.randn(rank, num_inputs) * 0.1, torch.randn(num_outputs, rank) * 0.1
-    bias = torch.randn(num_outputs) * 0.1 if has_bias else None
-    if kind == "low rank":
-        return LinearTerms(a=a, b=b)
-    if kind == "scaled":
-        return LinearTerms(a=a, b=b, output_scale=torch.rand(num_outputs) + 0.5, bias=bias)
-    if kind == "signs":
-        planes = [random_plane(num_outputs, num_inputs, scale=0.1, has_columns=has) for has in (True, False)]
-        return LinearTerms(a=a, b=b, signs=tuple(planes[: random.choice((1, 2))]), bias=bias)
-    if kind == "sparse":
-        return LinearTerms(sparse=random_sparse(num_outputs, num_inputs, scale=0.3), bias=bias)
-    if kind == "dense":
-        dense = torch.randn(num_outputs, num_inputs) * 0.2
-        return LinearTerms(output_scale=torch.zeros(num_outputs), dense=dense, bias=bias)
-    assert kind == "input"
-    return LinearTerms(input_scale=torch.rand(num_inputs) + 0.5)
-
-
-def _terms(shapes: ModelShapes, *, seed: int, model_type: str, low_rank: bool = False) -> VariantTerms:
-    """Random terms of all kinds; with `low_rank`, low-rank terms for all linears and nothing else."""
-    random.seed(seed)
-    torch.manual_seed(seed)
-    kinds = ["low rank"] if low_rank else ["low rank", "scaled", "dense", "input", "signs", "sparse"]
-    linears = {
-        name: _linear_terms((linear.out_features, linear.in_features), random.choice(kinds), has_bias=linear.has_bias)
-        for name, linear in shapes.linears.items()
-        if low_rank or random.random() < 0.8
-    }
-    if low_rank:
-        return VariantTerms(f"sha256:{seed}", linears)
-    experts = {}
-    if model_type not in WITHOUT_EXPERTS:
-        for name, shape in shapes.experts.items():
-            matrix = (shape.out_features, shape.in_features)
-            chosen = [expert for expert in range(shape.num_experts) if random.random() < 0.7]
-            experts[name] = {i: _linear_terms(matrix, random.choice(kinds), has_bias=False) for i in chosen}
-    rows, width = shapes.embeddings[shapes.input_embedding]
-    embedding = EmbeddingTerms(
-        token_ids=torch.tensor([3, 40, 77]),
-        rows=torch.randn(3, width) * 0.02,
-        a=torch.randn(4, rows) * 0.1,
-        b=torch.randn(width, 4) * 0.02,
-        signs=(random_plane(rows, width, scale=0.02),),
-    )
-    vectors = {
-        name: torch.randn(shape) * 0.3 + 1.0 for name, shape in shapes.vectors.items() if not name.endswith("sinks")
-    }
-    return VariantTerms(f"sha256:{seed}", linears, experts, {shapes.input_embedding: embedding}, vectors)
 
 
 def _tokens(lengths: Sequence[int]) -> list[list[int]]:
@@ -116,9 +62,9 @@ def test_a_mixed_batch_equals_merged_models(name: str, tmp_path: Path) -> None:
     model = _load(reference, tmp_path)
     shapes, model_type = model_shapes(reference), TINY_MODELS[name].model_type
     terms = [
-        _terms(shapes, seed=1, model_type=model_type, low_rank=True),
-        _terms(shapes, seed=2, model_type=model_type),
-        _terms(shapes, seed=3, model_type=model_type),
+        shaped_variant(shapes, seed=1, model_type=model_type, low_rank=True),
+        shaped_variant(shapes, seed=2, model_type=model_type),
+        shaped_variant(shapes, seed=3, model_type=model_type),
     ]
     bound = [model.bind(of_variant) for of_variant in terms]
     references = [reference, *(merged_model(reference, of_variant) for of_variant in terms)]
@@ -142,7 +88,7 @@ def test_half_precision_is_near(name: str, dtype: str, tmp_path: Path) -> None:
     """Terms are rounded, and all kinds of modules take them."""
     reference = build_tiny_model(name)
     model = _load(reference, tmp_path, dtype)
-    terms = _terms(model_shapes(reference), seed=2, model_type=name)
+    terms = shaped_variant(model_shapes(reference), seed=2, model_type=name)
     prompt, other = _tokens([12, 5])
     _, logits = Sequences(model, [None, model.bind(terms)]).step([other, prompt])
     expected = _logits(merged_model(reference, terms).to(getattr(torch, dtype)), prompt)
@@ -156,7 +102,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str, tmp_path: Path) -> N
     reference = build_tiny_model(name)
     model = _load(reference, tmp_path)
     shapes = model_shapes(reference)
-    bound = [model.bind(_terms(shapes, seed=seed, model_type=name)) for seed in (1, 2)]
+    bound = [model.bind(shaped_variant(shapes, seed=seed, model_type=name)) for seed in (1, 2)]
     variants = [None, bound[0], bound[1], bound[1]]
     prompts, more = _tokens([7, 3, 9, 1]), [[5], [6], [7], [8]]
     together = Sequences(model, variants)
@@ -172,7 +118,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     """Not after a step, nor after one that failed."""
     reference = build_tiny_model("qwen3_moe")
     model = _load(reference, tmp_path)
-    bound = model.bind(_terms(model_shapes(reference), seed=1, model_type="qwen3_moe"))
+    bound = model.bind(shaped_variant(model_shapes(reference), seed=1, model_type="qwen3_moe"))
     before = Sequences(model, [None]).step([[1, 2, 3]])
     methods = [(module, module.method) for module in model.causal_lm.modules() if isinstance(module, Linear)]
     Sequences(model, [bound]).step([[1, 2, 3]])

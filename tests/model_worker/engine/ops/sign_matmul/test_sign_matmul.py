@@ -284,7 +284,7 @@ _CONSTANTS = {
 
 @pytest.mark.parametrize(("tile_rows", "num_warps", "maxnreg"), [(16, 4, 168), (64, 8, 255)])
 def test_it_compiles_for_a_gpu(tile_rows: int, num_warps: int, maxnreg: int) -> None:
-    sizes = {"NUM_PLANES": 8, "TILE_ROWS": tile_rows, "NUM_WARPS": num_warps, "BLOCK_OUTPUTS": 64}
+    sizes = {"TILE_ROWS": tile_rows, "NUM_WARPS": num_warps, "BLOCK_OUTPUTS": 64}
     pointers = {"x": "*bf16", "out": "*bf16", **_TABLES}
     options = {"num_warps": num_warps, "maxnreg": maxnreg}
     assert_they_compile((_KERNELS, "add_signs_kernel", pointers, {**sizes, **_CONSTANTS, **options}))
