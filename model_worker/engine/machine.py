@@ -16,6 +16,7 @@ from model_worker.engine.ops.cpu.kernels import find_kernels
 from model_worker.engine.ops.cpu.program import KernelLibrary
 from registry.errors import InvalidRequestError
 
+_LEAST_CAPABILITY = (8, 0)  # of a GPU: products of integers and of bfloat16 in tensor cores
 _CUDA = re.compile(r"cuda(:(?P<index>\d+))?")
 
 
@@ -44,13 +45,20 @@ def find_machine(config: EngineConfig, cache_dir: Path, *, quantization: str) ->
         quantization: as in `plan_load`; weights of 4 or 8 bits need a decoder of our own.
 
     Raises:
-        InvalidRequestError: there is no such device.
+        InvalidRequestError: there is no such device, or our kernels cannot be compiled for it.
         UnsupportedModelError: the kernels that are needed cannot be built.
     """
     device = choose_device(config.device)
     own = NATIVE_MODEL_TYPES if config.model_impl != "transformers" else ()
     if device.type == "cuda":
-        memory_bytes = torch.cuda.get_device_properties(device).total_memory * config.tensor_parallel_size
+        properties = torch.cuda.get_device_properties(device)
+        if (properties.major, properties.minor) < _LEAST_CAPABILITY:
+            raise InvalidRequestError(
+                f"{properties.name} has compute capability {properties.major}.{properties.minor}, the kernels for GPUs "
+                "need 8.0 or more (Ampere and newer); use another GPU, or --device cpu.",
+                param="device",
+            )
+        memory_bytes = properties.total_memory * config.tensor_parallel_size
         return Machine(device, memory_bytes=memory_bytes, native_bf16=True, native_model_types=own)
     if config.tensor_parallel_size > 1:  # ranks compute with torch, also on CPUs
         return Machine(device, native_model_types=own)

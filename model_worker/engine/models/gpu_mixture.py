@@ -8,7 +8,6 @@ the exception: they are computed again, expert by expert, by `VariantExperts`, w
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -31,7 +30,6 @@ from model_worker.engine.ops.sign_matmul import SignMatrix
 from model_worker.engine.parallel.group import RankGroup
 
 _SIGN_ROWS = (1, 65)  # of an expert, whose tiles are those of few rows and of many
-_SIGN_PLANES = (1, 2)  # that compressed fine-tunes have
 
 
 class MixtureTerms(LayerTerms, Protocol):
@@ -68,9 +66,9 @@ class DecoderMixture(nn.Module):
             self.experts(x, *self._select(x.new_zeros(num_rows, self._mixture.num_experts)))
         for weights in (self.experts.gate_up_proj, self.experts.down_proj):
             signs = _no_signs(weights[0])
-            for num_rows, num_planes in itertools.product(_SIGN_ROWS, _SIGN_PLANES):
+            for num_rows in _SIGN_ROWS:
                 x = weights.new_zeros(num_rows, weights.shape[2])
-                linear_with_terms(x, weights[0], None, BoundLinear(LinearTerms(), (signs,) * num_planes))
+                linear_with_terms(x, weights[0], None, BoundLinear(LinearTerms(), (signs,)))
 
     def _select(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return select_experts(logits, self._mixture.num_chosen, normalize=self._mixture.normalize)

@@ -28,13 +28,13 @@ def warm_up_experts(names: Mapping[nn.Module, str]) -> dict[str, dict[int, Linea
     Args:
         names: of transformers' modules.
     """
-    found: dict[tuple[str, torch.Size], tuple[str, LinearTerms]] = {}
+    shapes: set[tuple[str, torch.Size]] = set()
+    found = {}
     for module, path in names.items():
-        if not VariantExperts.knows(module):
-            continue
-        for name in EXPERT_PARAMETERS:
-            if (weights := module._parameters.get(name)) is not None:
+        for name in EXPERT_PARAMETERS if VariantExperts.knows(module) else ():
+            weights = module._parameters.get(name)
+            if weights is not None and (name, weights.shape) not in shapes:
+                shapes.add((name, weights.shape))
                 num_outputs, num_inputs = weights.shape[:0:-1] if module.is_transposed else weights.shape[1:]
-                terms = warm_up_terms(num_inputs, num_outputs, num_planes=1)
-                found.setdefault((name, weights.shape), (f"{path}.{name}", terms))
-    return {parameter: {0: of_expert} for parameter, of_expert in found.values()}
+                found[f"{path}.{name}"] = {0: warm_up_terms(num_inputs, num_outputs, num_planes=1)}
+    return found

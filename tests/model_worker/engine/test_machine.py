@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,22 @@ def test_kernels_are_looked_for_only_where_they_are_used(tmp_path: Path, monkeyp
     divided = find_machine(EngineConfig(device="cpu", tensor_parallel_size=2), tmp_path, quantization="int8")
     assert "llama" in divided.native_model_types
     assert asked == [False, True]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+def test_gpus_for_which_kernels_cannot_be_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    major, minor = capability
+    properties = SimpleNamespace(name="A GPU", major=major, minor=minor, total_memory=3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    if major >= 8:
+        assert find_machine(EngineConfig(device="cuda"), tmp_path, quantization="auto").memory_bytes == 3
+        return
+    message = r"A GPU has compute capability 7\.5, the kernels for GPUs need 8\.0 or more .* or --device cpu"
+    with pytest.raises(InvalidRequestError, match=message):
+        find_machine(EngineConfig(), tmp_path, quantization="auto")
 
 
 def test_no_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,7 @@ def test_products_of_single_experts_are_compiled(tmp_path: Path) -> None:
     assert set(recorder.found) == compiled
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2_moe", "qwen3_moe"])
 def test_products_of_single_experts_of_transformers_are_compiled(tmp_path: Path, family: str) -> None:
     with started(tmp_path, family, model_impl="transformers") as (runner, _, recorder, _):
         compiled = set(recorder.found)

@@ -19,8 +19,7 @@ _SIGNS_16 = tl.constexpr(-0x7FFF8000)  # 0x80008000, of two numbers
 _SIGN_32 = tl.constexpr(-0x80000000)
 
 
-# The tables of a step begin anywhere; how many segments and planes they have is another number in each step.
-@triton.jit(do_not_specialize=["table", "num_entries", "num_planes"])
+@triton.jit(do_not_specialize=["num_entries", "num_planes"])  # other numbers in each step
 def add_signs_kernel(
     x,
     out,
