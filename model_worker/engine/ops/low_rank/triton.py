@@ -17,6 +17,7 @@ _SPLIT_INPUTS = 512  # of K; a multiple of _BLOCK_INPUTS
 _BLOCK_INPUTS = 64
 _BLOCK_OUTPUTS = 128
 _MANY_ROWS = 64  # of a tile, whose sums do not fit the registers of four warps
+_MANY_ROWS_RANKS = 32  # read at once by `expand` for such a tile: 64 spill registers
 _FEW_WARPS, _MANY_WARPS = 4, 8
 _MIN_BLOCK_RANKS, _MAX_BLOCK_RANKS = 16, 64  # the least that tensor cores multiply
 
@@ -28,7 +29,7 @@ def shrink(x: Tensor, factors: LowRankFactors, plan: SegmentPlan) -> Tensor:
     num_inputs = x.shape[1]
     num_parts, num_segments, _ = factors.table.shape
     num_splits = -(-num_inputs // _SPLIT_INPUTS)
-    block_ranks = _block_ranks(plan)
+    block_ranks = _block_ranks(plan, _MAX_BLOCK_RANKS)
     rank_blocks = -(-plan.max_rank // block_ranks)
     t = torch.empty(num_splits, num_parts, plan.num_rows, plan.max_rank, dtype=torch.float32, device=x.device)
     if len(plan.tiles):
@@ -59,6 +60,7 @@ def expand(t: Tensor, out: Tensor, factors: LowRankFactors, plan: SegmentPlan) -
     assert plan.tiles is not None
     assert factors.table is not None
     num_parts, num_segments, _ = factors.table.shape
+    has_many_rows = plan.tile_rows >= _MANY_ROWS
     if len(plan.tiles):
         with torch.cuda.device(out.get_device()):
             expand_kernel[(len(plan.tiles), -(-max(factors.widths) // _BLOCK_OUTPUTS), num_parts)](
@@ -72,11 +74,11 @@ def expand(t: Tensor, out: Tensor, factors: LowRankFactors, plan: SegmentPlan) -
                 out.stride(0),
                 NUM_SPLITS=len(t),
                 TILE_ROWS=plan.tile_rows,
-                BLOCK_RANKS=_block_ranks(plan),
+                BLOCK_RANKS=_block_ranks(plan, _MANY_ROWS_RANKS if has_many_rows else _MAX_BLOCK_RANKS),
                 BLOCK_OUTPUTS=_BLOCK_OUTPUTS,
                 TABLE_COLUMNS=TABLE_COLUMNS,
                 PRECISION=_precision(out),
-                num_warps=_MANY_WARPS if plan.tile_rows >= _MANY_ROWS else _FEW_WARPS,
+                num_warps=_MANY_WARPS if has_many_rows else _FEW_WARPS,
             )
 
 
@@ -85,5 +87,5 @@ def _precision(tensor: Tensor) -> str:
     return "ieee" if tensor.dtype == torch.float32 else "tf32"
 
 
-def _block_ranks(plan: SegmentPlan) -> int:
-    return min(max(1 << (plan.max_rank - 1).bit_length(), _MIN_BLOCK_RANKS), _MAX_BLOCK_RANKS)
+def _block_ranks(plan: SegmentPlan, most: int) -> int:
+    return min(max(1 << (plan.max_rank - 1).bit_length(), _MIN_BLOCK_RANKS), most)
